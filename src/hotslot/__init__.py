@@ -1,0 +1,72 @@
+"""hotslot changes the adapter of a running PyTorch model in place: same addresses, no recompilation, all of it or none of it.
+
+    swapper = hotslot.attach(model, adapters={"sql": "path/or/hub-id", "chat": "another"})
+    model = torch.compile(model)
+    swapper.activate("sql")
+
+Names are imported when first used: torch and peft take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors, testing
+    from .dropin import (
+        check_hotswap_configs_compatible,
+        hotswap_adapter,
+        hotswap_adapter_from_state_dict,
+        patch_peft,
+        prepare_model_for_compiled_hotswap,
+        unpatch_peft,
+    )
+    from .errors import HotslotError
+    from .report import Fit, SwapReport
+    from .swapper import Swapper, attach
+
+_HOMES = {
+    "Fit": ".report",
+    "HotslotError": ".errors",
+    "SwapReport": ".report",
+    "Swapper": ".swapper",
+    "attach": ".swapper",
+    "check_hotswap_configs_compatible": ".dropin",
+    "errors": ".errors",
+    "hotswap_adapter": ".dropin",
+    "hotswap_adapter_from_state_dict": ".dropin",
+    "patch_peft": ".dropin",
+    "prepare_model_for_compiled_hotswap": ".dropin",
+    "testing": ".testing",
+    "unpatch_peft": ".dropin",
+}
+
+__all__ = [
+    "Fit",
+    "HotslotError",
+    "SwapReport",
+    "Swapper",
+    "attach",
+    "check_hotswap_configs_compatible",
+    "errors",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
+    "patch_peft",
+    "prepare_model_for_compiled_hotswap",
+    "testing",
+    "unpatch_peft",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_HOMES[name], __name__)
+    return module if _HOMES[name] == f".{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

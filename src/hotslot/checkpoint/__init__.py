@@ -1,0 +1,22 @@
+"""A file, folder, Hub id or dict of tensors → Checkpoint: one run of bytes, the tensors' names and places in it, the config.
+
+Takes whatever a user calls an adapter; gives names, shapes, dtypes and values that have been checked. Knows nothing
+of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
+"""
+
+from .checkpoint import Checkpoint, TensorSpec
+from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
+from .sources import Source, config_dict, from_tensors, read
+
+__all__ = [
+    "MAX_CONFIG_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_NAME_LENGTH",
+    "MAX_TENSORS",
+    "Checkpoint",
+    "Source",
+    "TensorSpec",
+    "config_dict",
+    "from_tensors",
+    "read",
+]

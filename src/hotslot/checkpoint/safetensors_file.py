@@ -1,0 +1,176 @@
+"""Read a safetensors file in one sweep, having proved its header.
+
+The safetensors library hands out one tensor per call, 15 µs each; an adapter has hundreds, and one read into one
+buffer is what a swap wants. Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length,
+JSON header, data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CorruptFileError, PickleRefusedError, TensorError
+from .checkpoint import TensorSpec
+from .limits import MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
+
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_OTHER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64", "F8_E8M0", "F4"})
+# One thread reads the page cache at 4-5 GB/s, eight at 25; below this size starting them costs more than it saves.
+_READ_CHUNK_BYTES = 8 << 20
+_READ_THREADS = 8
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def read_safetensors(path: Path, *, pin_memory: bool = False) -> tuple[list[TensorSpec], torch.Tensor]:
+    """The tensors' specs in byte order, and their bytes in one 1-D uint8 tensor.
+
+    Raises:
+        CorruptFileError: not a whole and well-formed safetensors file.
+        PickleRefusedError: a pickle under another name.
+        TensorError: a dtype that is no adapter's.
+    """
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        specs, start = _read_header(file, size, path)
+        data = torch.empty(size - start, dtype=torch.uint8, pin_memory=pin_memory)
+        _read_into(file.fileno(), memoryview(data.numpy()), start, path)
+    return _aligned(specs, data)
+
+
+def _aligned(specs: list[TensorSpec], data: torch.Tensor) -> tuple[list[TensorSpec], torch.Tensor]:
+    """The same tensors, each at a multiple of its item size: safetensors writes files so, but need not."""
+    if all(spec.start % spec.dtype.itemsize == 0 for spec in specs):
+        return specs, data
+    moved, end = [], 0
+    for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        moved.append(spec._replace(start=end, stop=end + spec.stop - spec.start))
+        end = moved[-1].stop
+    origin = {spec.name: spec for spec in specs}
+    pieces = [data[origin[spec.name].start : origin[spec.name].stop] for spec in moved]
+    return moved, torch.cat(pieces)
+
+
+def _read_header(file: Any, size: int, path: Path) -> tuple[list[TensorSpec], int]:
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        if prefix.startswith(_PICKLE_MAGIC):  # asked only now: a header may well be 0x280 bytes long
+            raise pickle_refused(path)
+        raise _corrupt(
+            path, f"a header of {length:,} bytes in a file of {size:,}", "a header that lies within the file"
+        )
+    try:
+        entries = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise _corrupt(path, f"a header that is no JSON ({error})", "a JSON object") from error
+    if not isinstance(entries, dict):
+        raise _corrupt(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise _corrupt(path, f"{len(entries):,} tensors", f"at most {MAX_TENSORS:,}")
+    specs = sorted(
+        (_spec(name, entry, path) for name, entry in entries.items()), key=lambda spec: (spec.start, spec.stop)
+    )
+    end = 0
+    for spec in specs:
+        if spec.start != end:
+            found = f"bytes {spec.start:,} to {spec.stop:,}, where the tensor before ends at {end:,}"
+            raise _corrupt(path, found, "ranges that neither overlap nor leave holes", where=spec.name)
+        end = spec.stop
+    if 8 + length + end != size:
+        raise _corrupt(path, f"{size:,} bytes", f"{8 + length + end:,} bytes by its header")
+    return specs, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _corrupt(path, "the same key twice in the header", "each key once", where=twice)
+    return found
+
+
+def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
+    if len(name) > MAX_NAME_LENGTH:
+        raise _corrupt(
+            path, f"a tensor name of {len(name):,} characters", f"at most {MAX_NAME_LENGTH:,}", where=name[:80]
+        )
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _corrupt(path, f"{entry!r:.100}", "an object with dtype, shape and data_offsets", where=name)
+    shape, offsets, dtype_name = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
+        raise _corrupt(path, f"shape {shape!r:.80}, offsets {offsets!r:.80}", "natural numbers", where=name)
+    dtype = FLOAT_DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    if dtype is None:
+        if isinstance(dtype_name, str) and dtype_name in _OTHER_DTYPES:
+            raise TensorError(
+                f"{path} holds a tensor of a dtype that adapter weights do not have.",
+                where=name,
+                found=dtype_name,
+                expected=f"one of {', '.join(FLOAT_DTYPES)}",
+            )
+        raise _corrupt(path, f"dtype {dtype_name!r:.80}", "a dtype of the safetensors format", where=name)
+    start, stop = offsets
+    # An empty tensor is legal, yet dimensions beyond int64 would break torch even where another is 0.
+    if any(n >= 2**63 for n in shape) or stop - start != math.prod(shape) * dtype.itemsize:
+        found = f"{stop - start:,} bytes for shape {tuple(shape)!s:.80} of {dtype_name}"
+        raise _corrupt(path, found, "as many bytes as the shape takes", where=name)
+    return TensorSpec(name, dtype, tuple(shape), start, stop)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
+    def read(start: int) -> None:
+        stop = min(start + _READ_CHUNK_BYTES, len(target))
+        while start < stop:
+            count = os.preadv(descriptor, [target[start:stop]], offset + start)
+            if count == 0:
+                raise _corrupt(path, f"an end after {offset + start:,} bytes", f"{offset + len(target):,} bytes")
+            start += count
+
+    starts = range(0, len(target), _READ_CHUNK_BYTES)
+    if len(starts) <= 1:
+        for start in starts:
+            read(start)
+        return
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        list(pool.map(read, starts))
+
+
+def _corrupt(path: Path, found: str, expected: str, where: str | None = None) -> CorruptFileError:
+    return CorruptFileError(
+        f"{path} is not a sound safetensors file.",
+        where=where,
+        found=found,
+        expected=expected,
+        hint="download or save the adapter again: the file is cut short, damaged, or something else",
+    )
+
+
+def pickle_refused(path: Path) -> PickleRefusedError:
+    """The error for weights that only unpickling could read; it names the way to convert them."""
+    return PickleRefusedError(
+        f"{path} is a pickle, and reading one can run any code that is in it.",
+        found=path.name,
+        expected="adapter_model.safetensors",
+        hint="convert it once, where you trust it: "
+        "safetensors.torch.save_file(torch.load(path, weights_only=True), 'adapter_model.safetensors')",
+    )

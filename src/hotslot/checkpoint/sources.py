@@ -1,0 +1,188 @@
+"""From what users call an adapter to a Checkpoint: a folder, a Hub id, or tensors in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ..errors import AdapterNotFoundError, ConfigError, TensorError
+from .checkpoint import Checkpoint, TensorSpec
+from .limits import MAX_CONFIG_BYTES
+from .safetensors_file import FLOAT_DTYPES, pickle_refused, read_safetensors
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint"
+
+
+def read(
+    source: Source,
+    *,
+    config: Any = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    pin_memory: bool = False,
+) -> Checkpoint:
+    """Read and check an adapter.
+
+    Args:
+        source: a folder with adapter_config.json and adapter_model.safetensors, a Hub id, a dict of tensors (then
+            `config` is needed), or a Checkpoint, which is returned as it is.
+        config: a peft config or a dict like adapter_config.json; replaces the folder's own where both are given.
+        subfolder, revision, cache_dir, token: as in `huggingface_hub.hf_hub_download`; a folder takes `subfolder` too.
+        pin_memory: read into page-locked memory, from which a copy to a GPU is several times faster.
+
+    Raises:
+        CheckpointError: one of its kinds, see `hotslot.errors`.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ConfigError(
+                "A dict of tensors comes without its config.",
+                hint="pass config=, a peft config or a dict like its JSON",
+            )
+        return from_tensors(source, config)
+    hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
+    folder = Path(source, subfolder or "")
+    if folder.is_dir():
+        weights = _local_weights(folder)
+        parsed = config_dict(config) if config is not None else _read_config(folder / CONFIG_NAME)
+    elif folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
+        raise _not_found(str(folder), "a folder" if not folder.exists() else f"a folder, found a file ({folder.name})")
+    else:
+        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
+        parsed = config_dict(config) if config is not None else _read_config(_from_hub(str(source), CONFIG_NAME, **hub))
+    specs, data = read_safetensors(weights, pin_memory=pin_memory)
+    return Checkpoint.checked(parsed, specs, data, str(folder) if folder.is_dir() else str(source))
+
+
+def from_tensors(
+    tensors: Mapping[str, torch.Tensor], config: Any, *, origin: str = "the dict of tensors"
+) -> Checkpoint:
+    """A Checkpoint of tensors in memory. They are copied: the caller's are neither kept nor changed.
+
+    Args:
+        tensors: name → tensor, on any device, named as in adapter_model.safetensors.
+        config: a peft config or a dict like adapter_config.json.
+    """
+    for name, tensor in tensors.items():
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, torch.Tensor)
+            or tensor.dtype not in FLOAT_DTYPES.values()
+        ):
+            raise TensorError(
+                f"{origin} holds something that is no adapter weight.",
+                where=name,
+                found=tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__,
+                expected=f"a tensor of {', '.join(str(d) for d in FLOAT_DTYPES.values())}",
+            )
+        if tensor.is_meta:
+            raise TensorError(f"{origin} holds a tensor without values.", where=name, found="device meta")
+    # The order in which safetensors writes, so that a dict and its file have one version.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    specs, end = [], 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape), start, end))
+    with torch.inference_mode(False), torch.no_grad():
+        data = torch.empty(end, dtype=torch.uint8)
+        for spec in specs:
+            data[spec.start : spec.stop].view(spec.dtype).view(spec.shape).copy_(tensors[spec.name])
+    return Checkpoint.checked(config_dict(config), specs, data, origin)
+
+
+def _local_weights(folder: Path) -> Path:
+    if (folder / WEIGHTS_NAME).is_file():
+        return folder / WEIGHTS_NAME
+    if (folder / PICKLE_NAME).is_file():
+        raise pickle_refused(folder / PICKLE_NAME)
+    raise _not_found(str(folder), f"{WEIGHTS_NAME} in it; it holds {sorted(p.name for p in folder.iterdir())[:10]}")
+
+
+def _from_hub(
+    repo: str,
+    name: str,
+    *,
+    subfolder: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            hf_hub_download(repo, name, subfolder=subfolder, revision=revision, cache_dir=cache_dir, token=token)
+        )
+    except EntryNotFoundError as error:  # also a repository that is not cached when the Hub is out of reach
+        raise _not_found(repo, f"a folder of that name, or {name} in the Hub's repository", error) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise _not_found(repo, "a folder of that name, or a repository of the Hub that can be read", error) from error
+
+
+def _not_found(source: str, expected: str, cause: Exception | None = None) -> AdapterNotFoundError:
+    return AdapterNotFoundError(
+        f"No adapter at {source}.",
+        where=source,
+        found=f"{type(cause).__name__}: {str(cause).splitlines()[0]:.200}" if cause else None,
+        expected=expected,
+        hint="give the folder that save_pretrained wrote, or a Hub id with its subfolder and revision",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise _not_found(str(path.parent), f"{path.name} in it")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"{path} is too large.", found=f"{path.stat().st_size:,} bytes", expected=f"{MAX_CONFIG_BYTES:,}"
+        )
+    try:
+        parsed = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON.", found=str(error), expected="what save_pretrained wrote") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{path} is no JSON object.", found=f"a JSON {type(parsed).__name__}", expected="an object")
+    return parsed
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """The content that adapter_config.json would have: of a peft config, or of a dict like it."""
+    if is_dataclass(config) and not isinstance(config, type):
+        # A peft config's own to_dict may have been overridden to describe a padded adapter.
+        to_dict = getattr(config, "to_dict", None)
+        config = to_dict() if to_dict is not None else asdict(config)
+    if not isinstance(config, Mapping):
+        raise ConfigError("The config is neither a peft config nor a dict.", found=type(config).__name__)
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: enums as their values, sets as sorted lists, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(entry) for entry in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,86 @@
+"""The commands and their options. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .terminal import REFUSED, errors_reported, new_console, print_json
+
+app = typer.Typer(
+    name="hotslot",
+    help="Changes the adapter of a running PyTorch model in place. Exit codes: 0, 1 (refused), 2 (usage).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hotslot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a Hub id.", show_default=False)],
+    subfolder: Annotated[str | None, typer.Option(help="Folder inside of it.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show an adapter: method, rank, targets, dtype, bytes, digest, and what is unusual about it."""
+    from .inspect import inspect_adapter, show_inspection
+
+    with errors_reported(as_json=as_json):
+        found = inspect_adapter(adapter, subfolder=subfolder, revision=revision)
+    if as_json:
+        print_json(found)
+    else:
+        show_inspection(new_console(), found)
+    if not found.supported:
+        raise typer.Exit(REFUSED)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a transformers model.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders or Hub ids.", show_default=False)],
+    model_class: Annotated[
+        str | None,
+        typer.Option(help="Class of transformers that you load it with; else as its config says.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell whether each adapter would fit on a model, by what route, with how many bytes; else why not.
+
+    Only the model's config is read, not its weights.
+    """
+    from .check import check_adapters, show_check
+
+    with errors_reported(as_json=as_json):
+        found = check_adapters(model, adapters, model_class=model_class)
+    if as_json:
+        print_json(found)
+    else:
+        show_check(new_console(), found)
+    if not all(verdict.fits for verdict in found.adapters):
+        raise typer.Exit(REFUSED)

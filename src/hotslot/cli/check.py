@@ -1,0 +1,204 @@
+"""`hotslot check`: would these adapters fit on that model? The model's weights are neither downloaded nor read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ..errors import CheckpointError, DoesNotFitError, HotslotError, ModelError, UnsupportedError
+from .terminal import add_row, new_table, printable
+
+if TYPE_CHECKING:
+    from ..methods import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One adapter on the model.
+
+    Attributes:
+        adapter: as it was given.
+        fits: whether `attach(model, adapters={…: adapter})` would take it.
+        route: "side" where it fits.
+        version: its digest; None if it could not be read.
+        nbytes: that a swap brings in; 0 if it could not be read.
+        slots: modules that it adapts.
+        ranks: from its smallest rank to its largest; empty if it could not be interpreted.
+        notes: what is known only when it is loaded, or may be why it does not fit.
+        error: why it does not fit, what `attach` would raise.
+    """
+
+    adapter: str
+    fits: bool
+    route: str | None = None
+    version: str | None = None
+    nbytes: int = 0
+    slots: int = 0
+    ranks: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: HotslotError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The answer.
+
+    Attributes:
+        model: as it was given.
+        model_class: the class of transformers that it was checked as.
+        adapters: one verdict for each, in order.
+        slots: that the adapters that fit need together.
+        arena_bytes: of device memory that those slots take.
+        notes: on the model.
+    """
+
+    model: str
+    model_class: str
+    adapters: list[Verdict]
+    slots: int
+    arena_bytes: int
+    notes: list[str]
+
+
+def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | None = None) -> Check:
+    """Plan each adapter against the model's shapes.
+
+    Args:
+        model: a folder or Hub id of a transformers model; only its config is read.
+        adapters: folders or Hub ids.
+        model_class: a model class of transformers; by default the first of the config's `architectures`.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be built from its config alone.
+    """
+    from .. import live
+    from ..block import arrange
+
+    skeleton = _build_on_meta(model, model_class)
+    verdicts, fitting = list[Verdict](), list[Adapter]()
+    for source in adapters:
+        verdict, adapter = _check_one(skeleton, source)
+        verdicts.append(verdict)
+        if adapter is not None:
+            fitting.append(adapter)
+    layout = arrange(live.slot_shapes(skeleton, fitting).values())
+    notes = []
+    if getattr(skeleton.config, "quantization_config", None):
+        notes.append("the config asks for quantised weights; the layers were checked as if they were not quantised")
+    return Check(model, type(skeleton).__name__, verdicts, len(layout.slots), layout.nbytes, notes)
+
+
+def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
+    from .. import live
+    from ..block import arrange, pack
+    from ..checkpoint import read
+    from ..methods import interpret
+
+    known: dict[str, Any] = {"adapter": source}
+    try:
+        checkpoint = read(source)
+        known |= {"version": checkpoint.version, "nbytes": checkpoint.nbytes}
+        adapter = interpret(checkpoint)
+        ranks = sorted({target.rank for target in adapter.targets.values()})
+        known |= {"slots": len(adapter.targets), "ranks": ranks, "notes": _notes(adapter, skeleton)}
+        live.build_config(checkpoint.config, checkpoint.origin)
+        layout = arrange(live.slot_shapes(skeleton, [adapter]).values())
+        live.refuse_other_base(skeleton, adapter)
+        pack(adapter, layout)
+    except (CheckpointError, UnsupportedError, DoesNotFitError) as error:
+        return Verdict(**known, fits=False, error=error), None
+    return Verdict(**known, fits=True, route="side"), adapter
+
+
+def _notes(adapter: Adapter, skeleton: Any) -> list[str]:
+    notes = [
+        f"carries a copy of {fqn}.{name}, compared when loaded"
+        for fqn, copies in adapter.base_copies.items()
+        for name in copies
+    ]
+    mapping = adapter.checkpoint.config.get("auto_mapping")
+    trained_on = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    if trained_on is not None and trained_on != type(skeleton).__name__:
+        notes.append(f"was trained on {trained_on}: --model-class {trained_on}")
+    return notes
+
+
+def _build_on_meta(source: str, model_class: str | None) -> Any:
+    """The model from its config, all tensors without values."""
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        # False and not None, at which transformers asks on the terminal whether to run the repository's code.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, its validators' own, and more
+        raise ModelError(
+            f"No transformers model at {source}.",
+            where=source,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0]:.200}" if str(error) else type(error).__name__,
+            expected="a folder with a model's config.json, or a Hub id; without code of its own",
+            hint="the model comes first: hotslot check MODEL ADAPTER…",
+        ) from error
+    cls = _model_class(config, source, model_class)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:  # any model's constructor
+        raise ModelError(
+            f"{cls.__name__} cannot be built from its config alone.",
+            where=source,
+            found=f"{type(error).__name__}: {error!s:.200}",
+            hint="attach to the loaded model and ask swapper.fits(adapter)",
+        ) from error
+
+
+def _model_class(config: Any, source: str, wanted: str | None) -> Any:
+    import transformers
+
+    names = [wanted] if wanted is not None else getattr(config, "architectures", None) or []
+    if not names:
+        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        return mapping.get(type(config)) or transformers.MODEL_MAPPING[type(config)]
+    cls = getattr(transformers, names[0], None)
+    # The name may be a stranger's: no other attribute of transformers is called.
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    raise ModelError(
+        f"transformers has no model class {names[0]}.",
+        where=source if wanted is None else "--model-class",
+        expected="a class such as LlamaForCausalLM, by the config's architectures or --model-class",
+    )
+
+
+# -- as text -----------------------------------------------------------------------------------------------------------
+
+
+def show_check(console: Console, found: Check) -> None:
+    """Print the answer for people."""
+    console.print(f"{printable(found.model)}: {found.model_class}, checked without its weights\n", style="bold")
+    table = new_table("adapter", "fits", "route", ">bytes", ">slots", ">rank")
+    for verdict in found.adapters:
+        add_row(table, _cells(verdict))
+    console.print(table)
+    for note in found.notes:
+        console.print(f"note: {printable(note)}")
+    fitting = sum(verdict.fits for verdict in found.adapters)
+    if fitting:
+        console.print(f"\nattached together: {found.slots} slots, {found.arena_bytes:,} bytes on the model's device")
+    for verdict in found.adapters:
+        if verdict.notes or verdict.error:
+            console.print(f"\n{printable(verdict.adapter)}", style="bold")
+        for note in verdict.notes:
+            console.print(printable(note))
+        if verdict.error is not None:
+            console.print(printable(str(verdict.error)), soft_wrap=True)
+
+
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    ranks = f"{verdict.ranks[0]}–{verdict.ranks[-1]}" if len(verdict.ranks) > 1 else "".join(map(str, verdict.ranks))
+    nbytes = f"{verdict.nbytes:,}" if verdict.version else ""
+    slots = str(verdict.slots) if verdict.ranks else ""
+    return verdict.adapter, "yes" if verdict.fits else "no", verdict.route or "", nbytes, slots, ranks

@@ -1,0 +1,125 @@
+"""What the demo found, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SwapTimes:
+    """One swap, from the adapter before it in the table. Seconds are medians of interleaved repetitions.
+
+    Attributes:
+        seconds: `swapper.activate`, the adapter waiting in host memory.
+        nbytes: adapter bytes that it brought in.
+        copy_seconds: a plain copy of the same bytes.
+        copy_kind: "flat", or "per tensor" where a slot is padded to a larger rank and no flat copy would do.
+        peft_seconds: PEFT's hotswap of the same adapter, from host memory too; None if it refuses, or answers wrongly.
+        peft_file_seconds: PEFT's hotswap from the file.
+        peft_refusal: why PEFT cannot do it.
+    """
+
+    seconds: float
+    nbytes: int
+    copy_seconds: float
+    copy_kind: str
+    peft_seconds: float | None
+    peft_file_seconds: float | None
+    peft_refusal: str | None
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes over seconds."""
+        return self.nbytes / self.seconds / 1e9
+
+    @property
+    def share_of_copy(self) -> float:
+        """The swap's speed as a share of the copy's: 1.0 is as fast."""
+        return self.copy_seconds / self.seconds
+
+
+@dataclass
+class Speaker:
+    """The base, or an adapter, and what it said.
+
+    Attributes:
+        answers: prompt → answer.
+        unexpected: prompts whose answer is not the recorded one; None if none were recorded.
+        recompilations: graphs that were compiled while it answered.
+    """
+
+    name: str
+    answers: dict[str, str] = field(default_factory=dict)
+    unexpected: list[str] | None = None
+    recompilations: int = 0
+
+
+@dataclass
+class AdapterResult(Speaker):
+    """An adapter: what it is, beside what it said, and how it was swapped in.
+
+    Attributes:
+        showcase: the prompt that it was made for.
+    """
+
+    method: str = ""
+    rank: str = ""
+    targets: str = ""
+    showcase: str = ""
+    swap: SwapTimes | None = None
+
+
+@dataclass
+class DemoResult:
+    """All of it; `ok` says whether hotslot kept its promises.
+
+    Attributes:
+        load_seconds: the first time, the conversion included.
+        graphs: that the decode step compiled to.
+        base_restored: the base gave the same answers again after all swaps.
+        swaps: done in all.
+    """
+
+    model: str
+    backend: str
+    torch: str = ""
+    threads: int = 0
+    load_seconds: float = 0.0
+    attach_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    graphs: int = 0
+    base: Speaker = field(default_factory=lambda: Speaker("base"))
+    base_restored: bool = False
+    adapters: list[AdapterResult] = field(default_factory=list)
+    swaps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speakers(self) -> list[Speaker]:
+        """The base, then the adapters."""
+        return [self.base, *self.adapters]
+
+    @property
+    def recompilations(self) -> int:
+        """In all, after the one compilation."""
+        return sum(speaker.recompilations for speaker in self.speakers)
+
+    @property
+    def unexpected(self) -> list[tuple[str, str]]:
+        """(base or adapter, prompt) of every answer that differs from the recorded one."""
+        return [(speaker.name, prompt) for speaker in self.speakers for prompt in speaker.unexpected or ()]
+
+    @property
+    def ok(self) -> bool:
+        """One graph, no recompilation, the base as it was, and every recorded answer met."""
+        return self.graphs == 1 and self.recompilations == 0 and self.base_restored and not self.unexpected
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every field, and what follows from them."""
+        document = asdict(self)
+        for entry, adapter in zip(document["adapters"], self.adapters, strict=True):
+            if adapter.swap is not None:
+                entry["swap"]["gigabytes_per_second"] = adapter.swap.gigabytes_per_second
+                entry["swap"]["share_of_copy"] = adapter.swap.share_of_copy
+        return {"ok": self.ok, "recompilations": self.recompilations, **document}

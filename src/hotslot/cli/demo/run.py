@@ -1,0 +1,220 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import adapters as casting
+from . import show, smollm2
+from .result import AdapterResult, DemoResult, Speaker
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ... import Swapper
+    from ...checkpoint import Checkpoint
+    from .decoding import Decoder
+
+_MOST_THREADS = 4  # more do not read 540 MB of weights faster, and compiled code is kept for one number of threads
+
+
+def run_demo(
+    model: str | None = None,
+    adapters: Sequence[str | Path] | None = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    json: bool = False,
+    backend: Any = "inductor",
+    rounds: int = 9,
+    console: Console | None = None,
+) -> DemoResult:
+    """Run the demo and print it.
+
+    Args:
+        model: a Hub id or folder; None for SmolLM2-135M-Instruct.
+        adapters: Hub ids or folders; None for the repository's own.
+        prompts: to ask; None for those that go with the adapters.
+        json: print one JSON document on standard output, and all else on standard error.
+        backend: of torch.compile.
+        rounds: repetitions of each swap that is timed; the table shows medians.
+        console: to print on, instead of the terminal.
+
+    Raises:
+        HotslotError: model, adapters or compiler are not there, or do not go together.
+    """
+    started = time.perf_counter()
+    cast = casting.choose(model, adapters, prompts)
+    console = console or show.make_console(json=json)
+    with show.Stages(console) as stages, _kept_code():
+        demo = _Demo(cast, model, backend, stages)
+        with _few_threads():
+            result = demo.run(rounds)
+    result.seconds = time.perf_counter() - started
+    if json:
+        print(dumps(result.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        show.answers(console, result, cast.prompts)
+        show.tables(console, result)
+        show.summary(console, result, str(smollm2.cache_root()))
+    return result
+
+
+class _Demo:
+    """One run; each method is a stage or a few, in the order of `run`."""
+
+    def __init__(self, cast: casting.Cast, model: str | None, backend: Any, stages: show.Stages) -> None:
+        name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
+        self.cast, self.model, self.backend, self.stages = cast, model, backend, stages
+        self.result = DemoResult(model or "SmolLM2-135M-Instruct", name)
+        with stages.stage("importing torch and transformers"):
+            import torch
+            import transformers  # noqa: F401
+
+            self.result.torch = str(torch.__version__)
+
+    def run(self, rounds: int) -> DemoResult:
+        import torch
+
+        self.result.threads = torch.get_num_threads()
+        self._attach()
+        self._compile()
+        self._ask()
+        self._time(rounds)
+        self._ask_base_again()
+        return self.result
+
+    def _attach(self) -> None:
+        import hotslot
+        from hotslot import checkpoint
+
+        result = self.result
+        with self.stages.stage("loading the model") as say, _timed() as seconds:
+            self.loaded = smollm2.load(self.model, lambda: say("converting SmolLM2 from GGUF, once"))
+        result.load_seconds = seconds()
+        with self.stages.stage(f"attaching {len(self.cast.sources)} adapters"), _timed() as seconds:
+            self.swapper: Swapper = hotslot.attach(self.loaded.model, adapters=self.cast.sources)
+        result.attach_seconds = seconds()
+        self.checkpoints: dict[str, Checkpoint] = {}
+        for name, source in self.cast.sources.items():
+            self.checkpoints[name] = checkpoint.read(source)
+            method, rank, targets = casting.describe(self.checkpoints[name].config)
+            showcase = self.cast.showcase.get(name, self.cast.prompts[0])
+            result.adapters.append(AdapterResult(name, method=method, rank=rank, targets=targets, showcase=showcase))
+
+    def _compile(self) -> None:
+        from .decoding import Decoder, compiled_graphs
+
+        before = compiled_graphs()
+        with self.stages.stage("compiling the decode step (a minute the first time, less later)"):
+            self.decoder: Decoder = Decoder(self.loaded, self.cast.prompts, backend=self.backend)
+            self.result.compile_seconds = self.decoder.compile()
+        self.result.graphs = compiled_graphs() - before
+
+    def _ask(self) -> None:
+        """Every prompt to the base and to each adapter, with a swap before each answer."""
+        result = self.result
+        with self.stages.stage("asking, and swapping before each answer", self._questions) as step:
+            for prompt in self.cast.prompts:
+                for speaker in result.speakers:
+                    self._swap_to(speaker)
+                    speaker.answers[prompt] = self._answer(speaker, prompt)
+                    step(None)
+        for speaker in result.speakers:
+            speaker.unexpected = self.cast.unexpected(speaker.name, speaker.answers)
+
+    def _time(self, rounds: int) -> None:
+        import torch
+
+        from .measure import Copy, PeftTwin, time_swap
+
+        adapters = self.result.adapters
+        live = {name: tuple(parameter.shape) for name, parameter in self.loaded.model.named_parameters()}
+        with self.stages.stage("timing swaps, copies and PEFT", len(adapters)) as step:
+            for adapter, before in zip(adapters, [*adapters[-1:], *adapters[:-1]], strict=True):
+                checkpoint = self.checkpoints[adapter.name]
+                sources = self.cast.sources[before.name], self.cast.sources[adapter.name]
+                twin = PeftTwin(smollm2.load(self.model).model, *sources, max_rank=self._max_rank)
+                ids = self.decoder.ids(adapter.showcase)
+                self.swapper.activate(adapter.name)
+                with torch.no_grad():
+                    twin.refuse_other_logits(ids, self.loaded.model(ids).logits)
+                copy = Copy(checkpoint, live)
+                adapter.swap = time_swap(self.swapper, adapter.name, before.name, copy, twin, rounds=rounds)
+                self.result.swaps += 2 * rounds + 1
+                step(None)
+
+    def _ask_base_again(self) -> None:
+        result = self.result
+        with self.stages.stage("asking the base again", len(self.cast.prompts)) as step:
+            self._swap_to(result.base)
+            again = {}
+            for prompt in self.cast.prompts:
+                again[prompt] = self._answer(result.base, prompt)
+                step(None)
+        result.base_restored = again == result.base.answers
+
+    def _swap_to(self, speaker: Speaker) -> None:
+        if speaker is self.result.base:
+            self.swapper.deactivate()
+        else:
+            self.swapper.activate(speaker.name)
+        self.result.swaps += 1
+
+    def _answer(self, speaker: Speaker, prompt: str) -> str:
+        from .decoding import compiled_graphs
+
+        before = compiled_graphs()
+        answer = self.decoder.answer(prompt)
+        speaker.recompilations += compiled_graphs() - before
+        return answer
+
+    @property
+    def _questions(self) -> int:
+        return len(self.cast.prompts) * len(self.result.speakers)
+
+    @property
+    def _max_rank(self) -> int:
+        return max(
+            max(found.config["r"], *found.config["rank_pattern"].values()) for found in self.checkpoints.values()
+        )
+
+
+@contextmanager
+def _timed() -> Iterator[Callable[[], float]]:
+    """Yields a function that gives the seconds from here to the end of the block."""
+    started = time.perf_counter()
+    ended: list[float] = []
+    yield lambda: (ended[0] if ended else time.perf_counter()) - started
+    ended.append(time.perf_counter())
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, _MOST_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _kept_code() -> Iterator[None]:
+    """Inductor keeps compiled code in a folder of /tmp, which a restart empties; ours stays for the next run."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(smollm2.cache_root() / "inductor")
+    try:
+        yield
+    finally:
+        del os.environ[name]

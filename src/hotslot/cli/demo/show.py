@@ -1,0 +1,141 @@
+"""The demo on a terminal: stages while it works, the answers as they come, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .result import AdapterResult, DemoResult, SwapTimes
+
+_ONE_TABLE_WIDTH = 125  # of a terminal that holds all columns side by side
+_PIPE_WIDTH = 150
+
+
+def make_console(*, json: bool) -> Console:
+    """Where the demo speaks: standard output, or standard error if JSON is to be all that goes to the former."""
+    console = Console(stderr=json)
+    return console if console.is_terminal else Console(stderr=json, width=_PIPE_WIDTH)
+
+
+class Stages:
+    """A progress display; use as a context. Stages follow one another, each is ticked off with its time."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, BarColumn(bar_width=24), TimeElapsedColumn(), console=console)
+
+    def __enter__(self) -> Stages:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, text: str, steps: int | None = None) -> Iterator[Callable[[str | None], None]]:
+        """One stage of known or unknown length. Yields a function that advances by a step, or says something else."""
+        task = self._progress.add_task(text, total=steps)
+
+        def step(description: str | None = None) -> None:
+            self._progress.update(task, description=description or text, advance=0 if description else 1)
+
+        yield step
+        self._progress.update(task, total=steps or 1, completed=steps or 1)
+
+
+def answers(console: Console, result: DemoResult, prompts: Sequence[str]) -> None:
+    """Print what base and adapters said to each prompt."""
+    rows = [("base", result.base, result.base_unexpected)]
+    rows += [(adapter.name, adapter.answers, adapter.unexpected) for adapter in result.adapters]
+    width = max(len(name) for name, _, _ in rows)
+    for prompt in prompts:
+        console.print(f"\n[bold]{escape(_line(prompt))}[/]")
+        for name, said, unexpected in rows:
+            mark = " [red](not the recorded answer)[/]" if prompt in (unexpected or ()) else ""
+            text = escape(_line(said[prompt].strip()))
+            console.print(f"  [cyan]{name:{width}}[/]  {text}{mark}", overflow="ellipsis", no_wrap=True)
+
+
+class _Column(NamedTuple):
+    header: str
+    cell: Callable[[AdapterResult], str]
+    right: bool = False
+
+
+def _swap(cell: Callable[[SwapTimes], str]) -> Callable[[AdapterResult], str]:
+    return lambda adapter: cell(adapter.swap) if adapter.swap is not None else ""
+
+
+_WHAT = (
+    _Column("adapter", lambda a: f"[cyan]{escape(a.name)}[/]"),
+    _Column("method", lambda a: a.method),
+    _Column("rank", lambda a: a.rank, right=True),
+    _Column("targets", lambda a: escape(a.targets)),
+    _Column("answer", lambda a: escape(_line(a.answers[a.showcase].strip()))),
+)
+_HOW = (
+    _Column("swap", _swap(lambda s: _ms(s.seconds)), right=True),
+    _Column("bytes", _swap(lambda s: f"{s.nbytes:,}"), right=True),
+    _Column("GB/s", _swap(lambda s: f"{s.gigabytes_per_second:.2f}"), right=True),
+    _Column("of a copy", _swap(lambda s: f"{s.share_of_copy:.0%}{'' if s.copy_kind == 'flat' else '*'}"), right=True),
+    _Column("recompiled", lambda a: _zero(a.recompilations), right=True),
+    _Column("PEFT, same swap", _swap(lambda s: escape(_peft(s)))),
+)
+
+
+def tables(console: Console, result: DemoResult) -> None:
+    """Print the table; as two, one below the other, where the terminal is narrow."""
+    wide = console.width >= _ONE_TABLE_WIDTH
+    for columns in [_WHAT + _HOW] if wide else [_WHAT, (_WHAT[0], *_HOW)]:
+        table = Table(show_lines=True)
+        for column in columns:
+            table.add_column(column.header, justify="right" if column.right else "left")
+        for adapter in result.adapters:
+            table.add_row(*(column.cell(adapter) for column in columns))
+        console.print(table)
+
+
+def summary(console: Console, result: DemoResult, cache: str) -> None:
+    """Print the notes below the table, and whether all is well."""
+    padded = any(a.swap is not None and a.swap.copy_kind != "flat" for a in result.adapters)
+    console.print(
+        "swap: from host memory, from the adapter of the row above (the first: of the last row). PEFT: from host memory "
+        "(from its file), on a model of its own.\nof a copy: the speed of a plain copy of the same bytes is 100%"
+        + ("; *: copied tensor by tensor, into slots of a larger rank." if padded else "."),
+        style="dim",
+    )
+    restored = "the same answers" if result.base_restored else "[red]other answers[/]"
+    console.print(
+        f"{result.swaps} swaps. The decode step: {_zero(result.graphs - 1, one=result.graphs)} graph, compiled once in "
+        f"{result.compile_seconds:.1f} s, then {_zero(result.recompilations)} recompilations. "
+        f"The base before and after: {restored}."
+    )
+    for name, prompt in result.unexpected:
+        console.print(f"[red]not the recorded answer:[/] {escape(name)} to {escape(_line(prompt))}")
+    verdict = "[green]all as it should be[/]" if result.ok else "[red]not all is as it should be[/]"
+    console.print(f"{verdict}, {result.seconds:.0f} s in all. Model and compiled code are kept in {escape(cache)}.")
+
+
+def _peft(swap: SwapTimes) -> str:
+    if swap.peft_seconds is None or swap.peft_file_seconds is None:
+        return f"cannot: {swap.peft_refusal}"
+    return f"{_ms(swap.peft_seconds)} ({_ms(swap.peft_file_seconds)})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms"
+
+
+def _zero(count: int, one: int | None = None) -> str:
+    text = str(count if one is None else one)
+    return f"[green]{text}[/]" if count == 0 else f"[red]{text}[/]"
+
+
+def _line(text: str) -> str:
+    return text.replace("\n", "⏎")

@@ -1,0 +1,75 @@
+"""How answers and errors are printed.
+
+The answer goes to stdout; what kept a command from answering goes to stderr, or with --json to stdout as
+`{"error": …}`. Text out of an adapter never reaches the terminal with its control characters.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import HotslotError
+
+REFUSED = 1  # exit code; click's own for wrong usage is 2
+_PIPED_WIDTH = 160  # a pipe has no width, and rich's 80 would break paths that somebody greps for
+
+
+@contextmanager
+def errors_reported(*, as_json: bool) -> Iterator[None]:
+    """Print a HotslotError of the block as it is, without a traceback, and exit with 1."""
+    try:
+        yield
+    except HotslotError as error:
+        if as_json:
+            print_json({"error": error})
+        else:
+            typer.echo(printable(str(error)), err=True)
+        raise typer.Exit(REFUSED) from None
+
+
+def print_json(value: Any) -> None:
+    """Print dicts, lists, dataclasses and HotslotErrors as one JSON document."""
+    typer.echo(json.dumps(value, indent=2, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, HotslotError):
+        details = {"where": value.where, "found": value.found, "expected": value.expected, "next_step": value.hint}
+        texts = {key: None if text is None else str(text) for key, text in details.items()}
+        return {"type": type(value).__name__, "message": str(value), "summary": value.summary, **texts}
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def new_console() -> Console:
+    """A console on stdout that takes text as it is: no markup, no emoji codes, no guessed highlights."""
+    width = None if sys.stdout.isatty() else _PIPED_WIDTH
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def new_table(*headings: str) -> Table:
+    """A table without lines; columns of numbers are aligned by their heading's leading '>'."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
+
+
+def add_row(table: Table, cells: Iterable[object]) -> None:
+    """Add a row of anything, printable."""
+    table.add_row(*(printable(str(cell)) for cell in cells))
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, but for its line breaks: a name in a file may try to drive a terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

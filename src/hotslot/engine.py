@@ -1,0 +1,214 @@
+"""One slot of one live model, and what is live in it: swaps adapters, all of it or none of it.
+
+Below the Swapper, which knows names and sources, and PEFT's functions, which know neither.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import live
+from .block import Block, pack
+from .checkpoint import Checkpoint
+from .errors import ModelError
+from .live import Binding, Image, Memory, Records, Writes
+from .methods import Adapter, interpret
+from .report import SwapReport
+
+NEUTRAL_SCALING = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """An adapter made ready for one Memory: what remains to be done at a swap."""
+
+    memory: Memory
+    block: Block
+    writes: Writes
+    scalings: dict[str, float]
+    records: Records
+
+
+class Entry:
+    """A loaded adapter: what it is, and what it was compiled into when last asked."""
+
+    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+        self.name = name
+        self.adapter: Adapter = interpret(checkpoint)
+        self.config = live.build_config(checkpoint.config, checkpoint.origin)
+        self._compiled: Compiled | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return self.adapter.checkpoint.nbytes
+
+    @property
+    def version(self) -> str:
+        """Digest of the adapter."""
+        return self.adapter.checkpoint.version
+
+    def compile(self, binding: Binding) -> Compiled:
+        """Make it ready for the binding's memory; done once, and again when that memory has moved.
+
+        Raises:
+            DoesNotFitError: the model has no place for it.
+        """
+        memory = binding.memory
+        if self._compiled is None or self._compiled.memory is not memory:
+            block = pack(self.adapter, memory.layout)
+            scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
+            scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
+            records = live.adapter_records(self.adapter, binding.slots, self.config)
+            self._compiled = Compiled(memory, block, memory.compile(block), scalings, records)
+        return self._compiled
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Something that is, was or will be live.
+
+    Attributes:
+        entry: a loaded adapter; None for the neutral slot, and for what hotslot did not write.
+        image: the values, where no entry has them: what came with the model, or was trained since.
+        records: PEFT's records of it; None to take the entry's own.
+    """
+
+    entry: Entry | None
+    image: Image | None = None
+    records: Records | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Name of the adapter."""
+        return self.entry.name if self.entry is not None else None
+
+    @property
+    def version(self) -> str | None:
+        """Digest of the adapter."""
+        return self.entry.version if self.entry is not None else None
+
+
+class Engine:
+    """Swaps states in the slots of a Binding. Not thread-safe: its owner holds a lock.
+
+    Args:
+        model: the model, which is not kept alive by this.
+        adapter_name: PEFT's name of the slot.
+        binding: of all its slots.
+        empty: whether the slots are hotslot's own and hold nothing yet, and not an adapter that came with the model.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, binding: Binding, *, empty: bool) -> None:
+        self.adapter_name = adapter_name
+        self.binding = binding
+        self._model = weakref.ref(live.unwrap(model))
+        self.neutral = State(None, records=live.neutral_records(binding.slots))
+        # An adapter that came with the model has no entry; it is kept as an image once something else is live.
+        self._foreign = None if empty else State(None)
+        self.original: State | None = self.neutral if empty else None
+        self.live: State = self.neutral if empty else self._foreign or self.neutral
+        self.previous: State | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, without torch.compile's wrapper."""
+        model = self._model()
+        if model is None:
+            raise ModelError("The model of this swapper no longer exists.")
+        return model
+
+    def swap(self, target: State) -> SwapReport:
+        """Plan, check, commit; on any exception the model is as it was.
+
+        Raises:
+            MergedError: the slot's adapter is merged into the base weights.
+            ModelError: the slot's layers or parameters were taken from the model.
+        """
+        started = time.perf_counter()
+        binding, previous = self.binding, self.live
+        for slot in binding.slots.values():
+            slot.refuse_if_merged()
+        moved = binding.put_right()
+        touched = binding.memory.dirty()
+        if self._is_live(target) and not touched and not moved:
+            return _report(target, previous, 0, started, changed=False)
+        if target.entry is not None and target.image is None:
+            target.entry.compile(binding)
+        before = self._undo_state(touched)
+        occupied = binding.live_ranks
+        try:
+            self._write(target, occupied)
+            self.live, self.previous = target, before
+            if self.original is None:
+                self.original = before
+            nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
+            return _report(target, previous, nbytes, started, changed=True)
+        except BaseException:
+            self._write(before, {fqn: slot.rank for fqn, slot in binding.slots.items()})
+            self.live = previous
+            raise
+
+    def swap_in(self, entry: Entry, ranks: Mapping[str, int]) -> SwapReport:
+        """`swap` to an adapter that may need more room than the slots have: they get `ranks`.
+
+        Parameters whose shape changes get other memory, and code compiled for the old shapes is compiled anew.
+        """
+        if all(self.binding.slots[fqn].rank >= rank for fqn, rank in ranks.items()):
+            return self.swap(State(entry))
+        for slot in self.binding.slots.values():
+            slot.refuse_if_merged()
+        room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
+        with self.binding.resized(room):
+            entry.compile(self.binding)
+            return self.swap(State(entry))
+
+    def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
+        """Give the slots room for `ranks`, values kept. Parameters move."""
+        self.binding.put_right()
+        self.binding.resize(ranks, arena=arena)
+
+    def is_current(self) -> bool:
+        """Whether the model still has just these slots."""
+        try:
+            self.binding.memory.refuse_if_replaced()
+        except ModelError:
+            return False
+        return live.count_slots(self.model, self.adapter_name) == len(self.binding.slots)
+
+    def _is_live(self, target: State) -> bool:
+        if target is self.live:
+            return True
+        return target.entry is not None and target.entry is self.live.entry and not (target.image or self.live.image)
+
+    def _undo_state(self, touched: bool) -> State:
+        """What is live, such that it can be written again."""
+        records = self.binding.capture()
+        unknown = self.live.entry is None and self.live is not self.neutral
+        image = self.binding.memory.image() if touched or unknown else None
+        return State(self.live.entry, image, records)
+
+    def _write(self, target: State, occupied: Mapping[str, int]) -> None:
+        """Put `target` into the model, whose slots may hold values up to the ranks `occupied`."""
+        memory, records = self.binding.memory, target.records
+        if target.image is not None:
+            memory.restore(target.image)
+        elif target.entry is not None:
+            compiled = target.entry.compile(self.binding)
+            memory.write(compiled.writes, compiled.scalings, memory.leftovers(occupied, compiled.block))
+            records = records or compiled.records
+        else:
+            memory.write(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING), memory.leftovers(occupied, None))
+        assert records is not None
+        self.binding.apply(records)
+
+
+def _report(target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
+    tier = "host" if nbytes else "none"
+    seconds = time.perf_counter() - started
+    return SwapReport(target.name, previous.name, target.version, "side", tier, nbytes, seconds, changed)

@@ -1,0 +1,36 @@
+"""The running model: finds the slots, binds their parameters to an arena, writes blocks into it, puts everything back.
+
+Takes a model and Blocks; changes parameters, scalings and PEFT's own records of them, in place. The only package that
+touches a live model, and the first of the line that imports peft.
+"""
+
+from .base import refuse_other_base
+from .binding import Binding
+from .discover import adapter_names, count_slots, is_compiled, unwrap
+from .inject import Injection, inject, remove, slot_shapes
+from .memory import Image, Memory, Writes
+from .slots import Slot, find_slots
+from .state import Records, adapter_records, build_config, neutral_records, refuse_unsupported_resident
+
+__all__ = [
+    "Binding",
+    "Image",
+    "Injection",
+    "Memory",
+    "Records",
+    "Slot",
+    "Writes",
+    "adapter_names",
+    "adapter_records",
+    "build_config",
+    "count_slots",
+    "find_slots",
+    "inject",
+    "is_compiled",
+    "neutral_records",
+    "refuse_other_base",
+    "refuse_unsupported_resident",
+    "remove",
+    "slot_shapes",
+    "unwrap",
+]

@@ -1,0 +1,47 @@
+"""The base model behind PEFT's layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import UnexpectedTargetError, UnsupportedError
+from ..methods import Adapter
+from .discover import base_prefix, canonical_name, lora_layers, unwrap
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Canonical path → base module, PEFT's layers looked through."""
+    model = unwrap(model)
+    prefix = base_prefix(model)
+    wrapped = {name: layer.get_base_layer() for name, layer in lora_layers(model)}
+    found = {canonical_name(name, prefix): module for name, module in model.named_modules()}
+    return found | wrapped
+
+
+def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
+    """Raise unless each base weight that the adapter carries a copy of is the model's own, value for value.
+
+    PEFT saves embedding and output weights along with a LoRA on them, and when the vocabulary was resized. A copy
+    says nothing; other values would have to be swapped as well.
+    """
+    if not adapter.base_copies:
+        return
+    modules = base_modules(model)
+    for fqn, copies in adapter.base_copies.items():
+        if fqn not in modules:
+            raise UnexpectedTargetError(
+                f"{adapter.checkpoint.origin} carries weights of a module that the model does not have.", where=fqn
+            )
+        for name, spec in copies.items():
+            own, carried = getattr(modules[fqn], name, None), adapter.checkpoint.tensor(spec.name)
+            if own is not None and own.is_meta and own.shape == carried.shape:
+                continue  # a plan for a model whose weights are not loaded
+            if own is None or own.shape != carried.shape or not torch.equal(own, carried.to(own.device, own.dtype)):
+                raise UnsupportedError(
+                    f"{adapter.checkpoint.origin} carries the base model's embeddings, resized or retrained.",
+                    where=f"{fqn}.{name}",
+                    found=f"shape {tuple(carried.shape)}, other values than the model's",
+                    expected=f"the model's own, shape {tuple(own.shape) if own is not None else None}",
+                    hint="save it with save_pretrained(…, save_embedding_layers=False) if the embeddings were not trained",
+                )

@@ -1,0 +1,198 @@
+"""A model's slots made ready to be written again and again, and set free without a trace."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..methods import PARTS
+from . import state
+from .corner import band
+from .discover import is_compiled, unwrap
+from .dropout import SlotDropout
+from .memory import bind
+from .scaling import ScalingMap
+from .slots import Slot, part_shape
+from .state import Records
+from .state_dict import TrueRank
+
+
+class Binding:
+    """All slots of one adapter name on one model: their memory, PEFT's records of them, and what was there before.
+
+    Args:
+        model: as the user has it, compiled or not.
+        slots: of `find_slots`.
+        ranks: fqn → rank to make room for, at least the slots' own.
+        arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
+
+    Raises:
+        ModelError: the slots cannot be resized.
+    """
+
+    def __init__(self, model: nn.Module, slots: dict[str, Slot], ranks: Mapping[str, int], *, arena: bool) -> None:
+        self._model = weakref.ref(unwrap(model))
+        self.slots = slots
+        self.arena = arena
+        self.hooks: dict[str, TrueRank] = {}
+        self._originals = {
+            key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
+        }
+        self._scalings = {fqn: slot.layer.scaling for fqn, slot in slots.items()}
+        self._handles: list[Any] = []
+        self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
+        live = {fqn: _live_rank(slot) for fqn, slot in slots.items()}
+        self.memory = bind(slots, live, ranks, arena=arena)
+        self._install(live, compiled=is_compiled(model))
+
+    # -- what PEFT's records say -------------------------------------------------------------------------------------
+
+    @property
+    def live_ranks(self) -> dict[str, int]:
+        """Fqn → rank up to which the slot holds values of the live adapter."""
+        return {fqn: hook.rank for fqn, hook in self.hooks.items()}
+
+    def capture(self) -> Records:
+        """PEFT's records as they are now."""
+        return state.capture(self._model(), self.slots, self.hooks)
+
+    def apply(self, records: Records) -> None:
+        """Make PEFT's records say `records`."""
+        state.apply(records, self._model(), self.slots, self.hooks)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def put_right(self) -> bool:
+        """Bind again if a parameter's memory is no longer ours (`model.to(…)`); whether that was needed.
+
+        Raises:
+            ModelError: a parameter was deleted, replaced, or given another shape.
+        """
+        self.memory.refuse_if_replaced()
+        if not self.memory.moved():
+            return False
+        for (fqn, suffix), place in self.memory.layout.places.items():
+            param = self.slots[fqn].held[suffix].param
+            if tuple(param.shape) != place.shape:
+                raise ModelError(
+                    "A slot's parameter was given another shape.",
+                    where=f"{fqn}.{suffix}",
+                    found=tuple(param.shape),
+                    expected=f"{place.shape}, as bound",
+                    hint="attach again",
+                )
+        self.resize({fqn: slot.rank for fqn, slot in self.slots.items()}, arena=self.arena)
+        return True
+
+    def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
+        """Give the slots room for `ranks`, values kept. Parameters move."""
+        self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
+        self.arena = arena
+
+    @contextmanager
+    def resized(self, ranks: Mapping[str, int]) -> Iterator[None]:
+        """`resize`, taken back to the same memory if the block raises."""
+        memory = self.memory
+        before = [(held.param, held.param.data) for slot in self.slots.values() for held in slot.held.values()]
+        scalings = [(slot.layer, slot.layer.scaling) for slot in self.slots.values()]
+        self.resize(ranks, arena=self.arena)
+        try:
+            yield
+        except BaseException:
+            for param, data in before:
+                param.data = data
+            for layer, scaling in scalings:
+                layer.scaling = scaling
+            self.memory = memory
+            if self.arena:
+                memory.bind_scalings()
+            memory.note_sizes()
+            raise
+
+    # -- on and off ----------------------------------------------------------------------------------------------------
+
+    def _install(self, live: Mapping[str, int], *, compiled: bool) -> None:
+        for fqn, slot in self.slots.items():
+            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, live[fqn])
+            self._handles.append(slot.layer.register_state_dict_post_hook(hook))
+            self._handles.append(slot.layer.register_load_state_dict_pre_hook(hook.on_load))
+            if not compiled:  # compiled code guards which modules there are, and their types
+                self._install_dropout(slot)
+                self._install_attention(slot)
+
+    def _install_dropout(self, slot: Slot) -> None:
+        dropouts = slot.layer.lora_dropout
+        found = dropouts[slot.adapter_name]
+        if type(found) in (nn.Identity, nn.Dropout):
+            replacement = SlotDropout(getattr(found, "p", 0.0))
+            replacement.train(found.training)
+            self._swapped_parts.append((dropouts, slot.adapter_name, found))
+            dropouts[slot.adapter_name] = replacement
+
+    def _install_attention(self, slot: Slot) -> None:
+        from peft.tuners.lora.layer import MultiheadAttention
+
+        if type(slot.layer) is MultiheadAttention:
+            from .attention import use_slot_attention
+
+            self._swapped_parts.append((slot.layer, "__class__", MultiheadAttention))
+            use_slot_attention(slot.layer)
+
+    def release(self) -> None:
+        """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
+        for handle in self._handles:
+            handle.remove()
+        with torch.inference_mode(False), torch.no_grad():
+            for (fqn, suffix), (param, original) in self._originals.items():
+                current, slot = param.data, self.slots[fqn]
+                if current.data_ptr() == original.data_ptr():
+                    continue
+                if original.dtype != current.dtype or original.device != current.device:
+                    original = torch.empty_like(original, dtype=current.dtype, device=current.device)
+                original.copy_(_cut(current, suffix, original.shape, slot.groups))
+                param.data = original
+        for holder, key, found in reversed(self._swapped_parts):
+            if key == "__class__":
+                holder.__class__ = found
+            elif key in holder:
+                holder[key] = found
+        for fqn, slot in self.slots.items():
+            self._release_scaling(slot, self._scalings[fqn])
+
+    def _release_scaling(self, slot: Slot, original: dict[str, Any]) -> None:
+        current = slot.layer.scaling
+        if isinstance(current, ScalingMap):
+            current.release(slot.adapter_name, like=original.get(slot.adapter_name))
+            if not current.bound:
+                slot.layer.scaling = dict(current)
+
+
+def _keyed(slot: Slot) -> list[tuple[tuple[str, str], Any]]:
+    return [((slot.fqn, suffix), held) for suffix, held in slot.held.items()]
+
+
+def _live_rank(slot: Slot) -> int:
+    """The rank that the layer states, if what lies beyond it is empty; else all of it."""
+    stated, room = slot.layer.r[slot.adapter_name], slot.rank
+    if not 0 < stated < room or stated % slot.groups:
+        return room
+    for suffix, held in slot.held.items():
+        if PARTS[suffix].rank_dim is not None and band(held.param.detach(), suffix, stated, room, slot.groups).any():
+            return room
+    return stated
+
+
+def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, groups: int) -> torch.Tensor:
+    if padded.shape == shape:
+        return padded
+    part = PARTS[suffix]
+    assert part.rank_dim is not None
+    rank = shape[part.rank_dim] if part.rank_dim == 0 else shape[part.rank_dim] * groups
+    assert part_shape(suffix, padded.shape, rank, groups) == tuple(shape)
+    return band(padded, suffix, 0, rank, groups).reshape(shape)

@@ -1,0 +1,83 @@
+"""Find PEFT's LoRA layers, however they came onto the model and whatever wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+_COMPILED = "_orig_mod."
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside of `torch.compile(model)`; any other module itself."""
+    while isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it has been given to torch.compile, in any of the three ways.
+
+    A function compiled around the model (`torch.compile(step)`) cannot be seen from here.
+    """
+    optimized = torch._dynamo.eval_frame.OptimizedModule
+    return any(
+        isinstance(module, optimized) or module._compiled_call_impl is not None  # type: ignore[attr-defined]
+        for module in model.modules()
+    )
+
+
+def base_prefix(model: nn.Module) -> str:
+    """What stands before a base module's path in the names of `model`, which PEFT's files never have."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if isinstance(model, PeftModel):
+        return "base_model.model."
+    return "model." if isinstance(model, BaseTuner) else ""
+
+
+def canonical_name(name: str, prefix: str) -> str:
+    """A module's path as PEFT's files have it: without wrappers of torch.compile and of PEFT."""
+    return name.replace(_COMPILED, "").removeprefix(prefix)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(canonical path, layer) of every LoRA layer, each once."""
+    from peft.tuners.lora import LoraLayer
+
+    model = unwrap(model)
+    prefix = base_prefix(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield canonical_name(name, prefix), module
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all LoRA adapters on the model, in the order of the layers."""
+    names: dict[str, Any] = {}
+    for _, layer in lora_layers(model):
+        names.update(dict.fromkeys([*layer.lora_A, *layer.lora_embedding_A]))
+    return list(names)
+
+
+def count_slots(model: nn.Module, adapter_name: str) -> int:
+    """How many LoRA layers of the model have this adapter. Walks the modules without making their names."""
+    from peft.tuners.lora import LoraLayer
+
+    count, stack, seen = 0, [unwrap(model)], set()
+    while stack:
+        module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
+            count += 1
+        stack.extend(child for child in module._modules.values() if child is not None)
+    return count

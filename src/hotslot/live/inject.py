@@ -1,0 +1,231 @@
+"""Give a plain model LoRA layers where adapters will want them, and take them away again."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..block import SlotShape
+from ..errors import UnexpectedTargetError, UnsupportedError
+from ..methods import Adapter
+from .base import base_modules
+from .discover import lora_layers, unwrap
+
+_OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
+_LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True, eq=False)
+class Injection:
+    """What `inject` has done, for `remove`."""
+
+    model: nn.Module
+    adapter_name: str
+    replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]]  # parent, child's name, base layer, LoRA layer
+    joined: list[tuple[nn.Module, Any]]  # LoRA layers that had other adapters, and which of those were active
+    attributes: dict[str, Any]  # of the model, as they were; _ABSENT where there was none
+
+
+_ABSENT = object()
+
+
+def slot_shapes(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, SlotShape]:
+    """The slots that a model needs for all of these adapters: the union of their targets, the largest rank of each.
+
+    Raises:
+        UnexpectedTargetError: a target is no module of the model.
+        UnsupportedError: a target is a module that LoRA does not adapt.
+    """
+    modules = base_modules(model)
+    ranks: dict[str, int] = {}
+    biased: set[str] = set()
+    for adapter in adapters:
+        unknown = [fqn for fqn in adapter.targets if fqn.removesuffix(_OUT_PROJ) not in modules]
+        if unknown:
+            raise UnexpectedTargetError(
+                f"{adapter.checkpoint.origin} targets modules that the model does not have.",
+                where=", ".join(unknown[:8]),
+                found=f"{len(unknown)} of {len(adapter.targets)} targets missing in {type(unwrap(model)).__name__}",
+                expected="the paths of the model that the adapter was trained on",
+                hint="this adapter belongs to another base model, or to a part of this one",
+            )
+        for fqn, target in adapter.targets.items():
+            ranks[fqn] = max(ranks.get(fqn, 0), target.rank)
+            if "lora_B.bias" in target.parts:
+                biased.add(fqn)
+    return {fqn: _slot_shape(fqn, modules, rank, fqn in biased) for fqn, rank in ranks.items()}
+
+
+def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: bool) -> SlotShape:
+    from transformers.pytorch_utils import Conv1D
+
+    root = fqn.removesuffix(_OUT_PROJ)
+    module: Any = modules[root]
+    groups = 1
+    if root != fqn:
+        module = getattr(module, "out_proj", module)
+    if isinstance(module, nn.Embedding):
+        parts = {"lora_embedding_A": (rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, rank)}
+        return SlotShape(fqn, rank, 1, _slot_dtype(module.weight.dtype), parts)
+    if isinstance(module, nn.Linear):
+        down, up = (rank, module.in_features), (module.out_features, rank)
+    elif isinstance(module, Conv1D):
+        down, up = (rank, module.weight.shape[0]), (module.weight.shape[1], rank)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        groups = module.groups
+        down = (rank, module.in_channels, *module.kernel_size)
+        up = (module.out_channels, rank // groups, *(1 for _ in module.kernel_size))
+    elif isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim:
+        down, up = (rank, module.embed_dim), (3 * module.embed_dim, rank)
+        module = module.out_proj
+    else:
+        raise UnsupportedError(
+            "An adapter targets a module that PEFT's LoRA does not adapt.",
+            where=fqn,
+            found=type(module).__name__,
+            expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention with one embedding size",
+        )
+    parts = {"lora_A.weight": tuple(down), "lora_B.weight": tuple(up)}
+    if bias:
+        parts["lora_B.bias"] = (up[0],)
+    return SlotShape(fqn, rank, groups, _slot_dtype(module.weight.dtype), parts)
+
+
+def _slot_dtype(base: torch.dtype) -> torch.dtype:
+    """What a fresh PEFT load gives: the base layer's dtype, but float32 where that is of low precision."""
+    return torch.float32 if base in _LOW_PRECISION or not base.is_floating_point else base
+
+
+def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape]) -> Injection:
+    """Add LoRA layers for `shapes`, at the smallest rank; the base model's own tensors and flags stay as they are.
+
+    PEFT makes the layers; it is told the modules by name, because its rank_pattern of hundreds of regular expressions
+    takes seconds (9 s for 840 modules). `bind` gives them their ranks.
+    """
+    from peft import inject_adapter_in_model
+
+    outer = unwrap(model)
+    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
+    roots = {fqn.removesuffix(_OUT_PROJ) for fqn in shapes}
+    before = _layers_with_parents(inner)
+    active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
+    attributes = {key: inner.__dict__.get(key, _ABSENT) for key in ("peft_config", "_hf_peft_config_loaded")}
+    attention = _plain_attentions(inner)
+    flags = [(param, param.requires_grad) for param in inner.parameters()]
+    with warnings.catch_warnings(), torch.inference_mode(False):
+        # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(
+            _injection_config(shapes),
+            inner,
+            adapter_name,
+            state_dict={f"{root}.lora_A.weight": torch.empty(0) for root in roots},
+        )
+    after = _layers_with_parents(inner)
+    _settle_attention((layer for _, _, layer in after.values()), attention)
+    for param, flag in flags:
+        param.requires_grad_(flag)
+    injection = Injection(inner, adapter_name, [], [], attributes)
+    for name, (parent, child, layer) in after.items():
+        if name in before:
+            if id(layer) in active and adapter_name in layer.r:
+                injection.joined.append((layer, active[id(layer)]))
+        else:
+            injection.replaced.append((parent, child, layer.base_layer, layer))
+    by_name = dict(lora_layers(model))
+    for fqn, shape in shapes.items():
+        _make_neutral(by_name[fqn], adapter_name, shape)
+    if attributes["_hf_peft_config_loaded"] is not _ABSENT or hasattr(inner, "_hf_peft_config_loaded"):
+        inner._hf_peft_config_loaded = True  # transformers' own adapter methods ask it
+    return injection
+
+
+def _plain_attentions(model: nn.Module) -> dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]:
+    """nn.MultiheadAttention → its own parameters and its projection's, for those that PEFT has not wrapped yet."""
+    found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    plain = [module for module in found if isinstance(module.out_proj, nn.Linear)]
+    return {module: (dict(module._parameters), dict(module.out_proj._parameters)) for module in plain}
+
+
+def _settle_attention(
+    layers: Iterable[Any], parameters: Mapping[nn.Module, tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    """Put hotslot's MultiheadAttention in the place of PEFT's, and the base's own Parameters back into it: PEFT's
+    registers others, anew, whenever anybody lists the modules.
+    """
+    from .attention import use_slot_attention
+
+    for layer in layers:
+        base = layer.get_base_layer()
+        if isinstance(base, nn.MultiheadAttention) and base in parameters:
+            use_slot_attention(layer)
+            projection: Any = base.out_proj
+            for module, saved in zip((base, projection.get_base_layer()), parameters[base], strict=True):
+                module._parameters.clear()
+                module._parameters.update(saved)
+
+
+def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
+    from peft import LoraConfig
+
+    rank = math.lcm(*(shape.groups for shape in shapes.values()))
+    # Matches nothing by itself: the modules come by name.
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules="(?!)", init_lora_weights=False, inference_mode=True)
+
+
+def _layers_with_parents(model: nn.Module) -> dict[str, tuple[nn.Module, str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    found: dict[str, tuple[nn.Module, str, Any]] = {}
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            if isinstance(child, LoraLayer):
+                found[f"{name}.{child_name}"] = (module, child_name, child)
+    return found
+
+
+def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
+    """Zero the new slot's parameters, in the dtype and with the bias that the plan wants."""
+    with torch.inference_mode(False), torch.no_grad():
+        if "lora_B.bias" in shape.parts:
+            up = layer.lora_B[name]
+            up.bias = nn.Parameter(torch.zeros(shape.parts["lora_B.bias"], device=up.weight.device))
+        for container in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+            if name in container:
+                held = container[name]
+                for param in [held] if isinstance(held, nn.Parameter) else list(held.parameters()):
+                    param.data = torch.zeros_like(param, dtype=shape.dtype)
+                    param.requires_grad_(False)
+        for container in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            if name in container:
+                container[name].train(layer.get_base_layer().training)
+    layer.training = layer.get_base_layer().training
+
+
+def remove(injection: Injection) -> None:
+    """Undo `inject`: the base layers back in their places, the model's attributes as they were."""
+    name = injection.adapter_name
+    for layer, active in injection.joined:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `active`, at once
+            layer.delete_adapter(name)  # type: ignore[operator]
+        layer._active_adapter = active
+    for parent, child, base, layer in injection.replaced:
+        others = {*layer.lora_A, *layer.lora_embedding_A} - {name}  # type: ignore[misc]
+        if others:
+            layer.delete_adapter(name)  # type: ignore[operator]
+        elif parent._modules.get(child) is layer:
+            setattr(parent, child, base)
+    configs = injection.model.__dict__["peft_config"]
+    configs.pop(name, None)
+    for key, value in injection.attributes.items():
+        if value is not _ABSENT:
+            injection.model.__dict__[key] = configs if key == "peft_config" else value
+        elif not configs:  # users may have added adapters of their own since
+            injection.model.__dict__.pop(key, None)

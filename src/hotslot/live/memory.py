@@ -1,0 +1,398 @@
+"""The memory behind the slots: one arena per device, or the parameters where they are. Binds, writes, clears, restores.
+
+Who owns which bytes of an arena:
+
+    [ part | part | … in the order of their names, each padded to its slot's rank, 64-byte aligned | one scaling per slot ]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..block import Block, Layout, Run, SlotShape, Tile, arrange
+from ..block.layout import ALIGNMENT_BYTES
+from ..errors import ModelError
+from ..methods import PARTS
+from .corner import band, corner, fill
+from .scaling import ScalingMap
+from .slots import Slot
+
+Copy = tuple[torch.Tensor, torch.Tensor]
+
+# A device is reached by one copy of the adapter's bytes and a scatter on the device; only if they go to this few
+# places at most are they copied straight there.
+_DIRECT_COPIES = 8
+
+
+class Image(NamedTuple):
+    """Parts and scalings as they were at one moment."""
+
+    parts: dict[tuple[str, str], torch.Tensor]
+    scalings: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Writes:
+    """A block compiled for one Memory: what remains to be done at a swap.
+
+    Attributes:
+        staged: (buffer on the device, the block's bytes) to be copied before anything else.
+        copies: (target, source) views.
+    """
+
+    staged: list[Copy]
+    copies: list[Copy]
+
+
+class Memory:
+    """Where the parts of `slots` live, and the only code that writes there.
+
+    Made by `bind`. Every write goes through views that share nothing with autograd but the version counters, which
+    each write increments: a backward pass over values that a swap has overwritten raises, and is not wrong in silence.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot], layout: Layout, arenas: Sequence[torch.Tensor | None]) -> None:
+        self.slots = slots
+        self.layout = layout
+        self.arenas = arenas
+        self._params = [held.param for slot in slots.values() for held in slot.held.values()]
+        self._pointers = [param.data_ptr() for param in self._params]
+        self._views = {
+            (fqn, suffix): held.param.detach() for fqn, slot in slots.items() for suffix, held in slot.held.items()
+        }
+        self._regions = {layout.places[key].region: view for key, view in self._views.items()}
+        self._scalings = [
+            _scaling_column(arena, slots, i, layout) for i, arena in enumerate(arenas) if arena is not None
+        ]
+        self.devices = {view.device for view in self._views.values()}
+        self._buffers: dict[torch.device, torch.Tensor] = {}
+        self._versions: list[int] = []
+        self.mark_clean()
+
+    # -- state of the model ------------------------------------------------------------------------------------------
+
+    def refuse_if_replaced(self) -> None:
+        """Raise if the model no longer has one of the parameters."""
+        for slot in self.slots.values():
+            for suffix, held in slot.held.items():
+                if not held.in_place():
+                    raise ModelError(
+                        f"The adapter {slot.adapter_name!r} was deleted from the model, or loaded anew behind hotslot's back.",
+                        where=f"{slot.fqn}.{suffix}",
+                        expected="the Parameter that was there at attach",
+                        hint="attach again",
+                    )
+
+    def moved(self) -> bool:
+        """Whether a parameter's memory is no longer the slot's (`model.to(…)`, `param.data = …`)."""
+        return any(param.data_ptr() != pointer for param, pointer in zip(self._params, self._pointers, strict=True))
+
+    def dirty(self) -> bool:
+        """Whether anybody else has written the parameters or scalings since `mark_clean` (an optimizer, a user).
+
+        Autograd's version counters tell; a write through `.data` leaves no trace there.
+        """
+        return [tensor._version for tensor in self._watched()] != self._versions
+
+    def mark_clean(self) -> None:
+        """Take what is live now as written by hotslot."""
+        self._versions = [tensor._version for tensor in self._watched()]
+
+    def _watched(self) -> Iterable[torch.Tensor]:
+        yield from self._params
+        yield from (arena for arena in self.arenas if arena is not None)  # scalings share its counter
+
+    def bind_scalings(self) -> None:
+        """Let the arena's tail hold the layers' scalings, with the values that they have."""
+        for column, fqns in self._scalings:
+            for i, fqn in enumerate(fqns):
+                layer, name = self.slots[fqn].layer, self.slots[fqn].adapter_name
+                view = column[i]
+                view.fill_(float(layer.scaling[name]))
+                if isinstance(layer.scaling, ScalingMap):
+                    layer.scaling.bind(name, view)
+                else:
+                    layer.scaling = ScalingMap(layer.scaling, name, view)
+        self.mark_clean()
+
+    def note_sizes(self) -> None:
+        """Let the modules that hold the matrices state the padded rank as their size; nothing computes with it."""
+        attributes = {"lora_A": ("out_features", "out_channels"), "lora_B": ("in_features", "in_channels")}
+        for slot in self.slots.values():
+            for container, names in attributes.items():
+                module = getattr(slot.layer, container)._modules.get(slot.adapter_name)
+                for name in names:
+                    if hasattr(module, name):
+                        setattr(module, name, slot.rank)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def compile(self, block: Block, *, stage: bool | None = None) -> Writes:
+        """The copies that put `block` in place; good as long as this memory is.
+
+        Args:
+            block: made for this memory's layout.
+            stage: copy the bytes to the device in one piece first; by default where that is faster.
+        """
+        assert block.layout is self.layout
+        if stage is None:
+            many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
+            stage = any(device.type != "cpu" for device in self.devices) and many
+        with torch.inference_mode(False), torch.no_grad():
+            staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
+            staged = [(buffer, block.data) for buffer in staging.values()]
+            runs = [self._run_copy(block, run, staging) for run in block.runs]
+            return Writes(staged, runs + [self._tile_copy(block, tile, staging) for tile in block.tiles])
+
+    def _staging(self, device: torch.device, size: int) -> torch.Tensor:
+        """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
+        buffer = self._buffers.get(device)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+        return buffer[:size]
+
+    def _run_copy(self, block: Block, run: Run, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
+        arena, region = self.arenas[run.region], self._regions[run.region]
+        source = _bytes(staging.get(region.device, block.data), run.start, run.count, run.source)
+        if arena is None:
+            return region, source.view(region.shape)
+        return arena[run.offset : run.offset + run.count * run.target.itemsize].view(run.target), source
+
+    def _tile_copy(self, block: Block, tile: Tile, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
+        view = self._views[tile.fqn, tile.suffix]
+        source = _bytes(staging.get(view.device, block.data), tile.start, math.prod(tile.shape), tile.source)
+        target = band(view, tile.suffix, 0, block.ranks[tile.fqn], self.slots[tile.fqn].groups)
+        return target, source.view(target.shape)
+
+    def write(self, writes: Writes | None, scalings: Mapping[str, float], clear: Sequence[torch.Tensor]) -> None:
+        """Clear, copy and scale. Not atomic: whoever calls it puts back what was there if it raises.
+
+        Args:
+            writes: of `compile`; None for nothing.
+            scalings: fqn → scaling, for each slot.
+            clear: views that are to be zero.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if clear:
+                torch._foreach_zero_(list(clear))
+            if writes is not None:
+                for buffer, data in writes.staged:
+                    buffer.copy_(data, non_blocking=True)
+                if writes.copies:
+                    targets, sources = zip(*writes.copies, strict=True)
+                    torch._foreach_copy_(targets, sources, non_blocking=True)
+            self._write_scalings(scalings)
+            torch.autograd.graph.increment_version(self._params)
+            self.mark_clean()
+
+    def _write_scalings(self, scalings: Mapping[str, float]) -> None:
+        for column, fqns in self._scalings:
+            column.copy_(torch.tensor([scalings[fqn] for fqn in fqns], dtype=column.dtype))
+        if not self._scalings:
+            for fqn, slot in self.slots.items():
+                _set_scaling(slot.layer.scaling, slot.adapter_name, scalings[fqn])
+
+    def leftovers(self, occupied: Mapping[str, int], block: Block | None) -> list[torch.Tensor]:
+        """Views of what may hold values and `block` does not write: a swap has to clear them.
+
+        Args:
+            occupied: fqn → rank up to which the slot may hold values.
+            block: what will be written; None for nothing.
+        """
+        views: list[torch.Tensor] = []
+        for fqn, rank in occupied.items():
+            slot = self.slots[fqn]
+            kept = block.ranks.get(fqn, 0) if block is not None else 0
+            written = block.adapter.targets[fqn].parts if block is not None and kept else {}
+            if kept >= rank and len(written) == len(slot.held):
+                continue
+            for suffix in slot.held:
+                if PARTS[suffix].rank_dim is None:
+                    if suffix not in written:
+                        views.append(self._views[fqn, suffix])
+                elif kept < rank:
+                    views.append(band(self._views[fqn, suffix], suffix, kept, rank, slot.groups))
+        return views
+
+    # -- images: what is live, value for value -----------------------------------------------------------------------
+
+    def image(self) -> Image:
+        """A copy of all parts and scalings, for `restore`; it outlives this memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            parts = {key: view.clone() for key, view in self._views.items()}
+            scalings = {fqn: _copied(slot.layer.scaling.get(slot.adapter_name)) for fqn, slot in self.slots.items()}
+        return Image(parts, scalings)
+
+    def restore(self, image: Image) -> None:
+        """Put an image back: bit for bit, if shapes and dtypes are as they were."""
+        with torch.inference_mode(False), torch.no_grad():
+            for (fqn, suffix), saved in image.parts.items():
+                view, slot = self._views[fqn, suffix], self.slots[fqn]
+                if view.shape == saved.shape:
+                    view.copy_(saved)
+                else:
+                    view.zero_()
+                    rank = min(slot.rank, saved.shape[0]) if PARTS[suffix].rank_dim == 0 else None
+                    rank = min(slot.rank, saved.shape[1] * slot.groups) if rank is None else rank
+                    fill(view, suffix, corner(saved, suffix, rank, slot.groups), rank, slot.groups)
+            for fqn, value in image.scalings.items():
+                _put_back_scaling(self.slots[fqn], value)
+            torch.autograd.graph.increment_version(self._params)
+            self.mark_clean()
+
+
+def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mapping[str, int], *, arena: bool) -> Memory:
+    """Give every part of every slot room for `ranks`, its values kept. The Parameter objects stay the same.
+
+    Args:
+        slots: all slots of one adapter name.
+        live_ranks: fqn → rank up to which the slot holds values.
+        ranks: fqn → rank to make room for.
+        arena: move all parts into one allocation per device; else a part moves only if its shape changes.
+
+    Raises:
+        ModelError: a parameter that would change its shape has a gradient or an optimizer's state.
+    """
+    shapes = {fqn: slot.shape(ranks[fqn]) for fqn, slot in slots.items()}
+    keys = [(fqn, suffix) for fqn, slot in slots.items() for suffix in slot.held]
+    refuse_padding_while_training(
+        slots[fqn].held[suffix].param
+        for fqn, suffix in keys
+        if tuple(slots[fqn].held[suffix].param.shape) != shapes[fqn].parts[suffix]
+    )
+    devices = {key: slots[key[0]].held[key[1]].param.device for key in keys}
+    order = sorted(set(devices.values()), key=str)
+    region_of = {key: order.index(devices[key]) if arena else i for i, key in enumerate(keys)}
+    layout = arrange(shapes.values(), region_of)
+    with torch.inference_mode(False), torch.no_grad():
+        arenas: list[torch.Tensor | None] = [None] * len(layout.region_bytes)
+        if arena:
+            arenas = [
+                torch.zeros(_with_scalings(size, len(slots)), dtype=torch.uint8, device=device)
+                for size, device in zip(layout.region_bytes, order, strict=True)
+            ]
+        homes = _homes(slots, live_ranks, shapes, layout, arenas)
+        _rebind(homes)
+        memory = Memory(slots, layout, arenas)
+        if arena:
+            memory.bind_scalings()
+    memory.note_sizes()
+    return memory
+
+
+def refuse_padding_while_training(params: Iterable[nn.Parameter]) -> None:
+    """Raise if one of these parameters, whose shapes are to change, has a gradient or an optimizer's state."""
+    changing = list(params)
+    if not changing:
+        return
+    in_optimizer = _held_by_optimizers() if any(param.requires_grad for param in changing) else set()
+    for param in changing:
+        if param.grad is not None or id(param) in in_optimizer:
+            raise ModelError(
+                "A parameter that is being trained cannot be padded: its gradient and optimizer state have its old shape.",
+                found=f"a parameter of shape {tuple(param.shape)} with "
+                + ("a gradient" if param.grad is not None else "an optimizer"),
+                expected="a parameter without gradient that no optimizer holds state for",
+                hint="attach (or prepare) before training, or optimizer.zero_grad(set_to_none=True) and make the optimizer after it",
+            )
+
+
+def _held_by_optimizers() -> set[int]:
+    """Ids of the parameters for which any optimizer of this process keeps state."""
+    import gc
+
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    return {id(param) for optimizer in optimizers for param in optimizer.state}
+
+
+def _homes(
+    slots: Mapping[str, Slot],
+    live_ranks: Mapping[str, int],
+    shapes: Mapping[str, SlotShape],
+    layout: Layout,
+    arenas: Sequence[torch.Tensor | None],
+) -> list[Copy]:
+    """(parameter, its new memory with its values in it) for each that moves."""
+    homes = []
+    for (fqn, suffix), place in layout.places.items():
+        slot = slots[fqn]
+        param, arena = slot.held[suffix].param, arenas[place.region]
+        if arena is None and tuple(param.shape) == place.shape:
+            continue
+        if arena is None:
+            home = torch.zeros(place.shape, dtype=param.dtype, device=param.device)
+        else:
+            size = place.dtype.itemsize * math.prod(place.shape)
+            home = arena[place.offset : place.offset + size].view(place.dtype).view(place.shape)
+        old = param.detach()
+        if old.shape == home.shape:
+            home.copy_(old)
+        elif live_ranks.get(fqn, 0):
+            rank = live_ranks[fqn]
+            fill(home, suffix, corner(old, suffix, rank, slot.groups), rank, slot.groups)
+        homes.append((param, home))
+    return homes
+
+
+def _rebind(homes: Sequence[Copy]) -> None:
+    before = [param.data for param, _ in homes]
+    try:
+        for param, home in homes:
+            param.data = home
+    except BaseException:
+        for (param, _), data in zip(homes, before, strict=True):
+            param.data = data
+        raise
+
+
+def _with_scalings(size: int, slots: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + slots * ALIGNMENT_BYTES
+
+
+def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
+    # A kernel takes a Python float in its own accumulation type: float32 for all but float64.
+    return torch.float64 if any(slot.dtype == torch.float64 for slot in slots.values()) else torch.float32
+
+
+def _scaling_column(
+    arena: torch.Tensor, slots: Mapping[str, Slot], region: int, layout: Layout
+) -> tuple[torch.Tensor, list[str]]:
+    """One scaling in each 64 bytes of the arena's tail as one strided view, and the slots they belong to."""
+    fqns = [
+        fqn for fqn, slot in slots.items() if any(layout.places[fqn, suffix].region == region for suffix in slot.held)
+    ]
+    dtype = _scaling_dtype(slots)
+    tail = arena[arena.numel() - len(slots) * ALIGNMENT_BYTES :].view(dtype)
+    return tail.view(len(slots), -1)[: len(fqns), 0], fqns
+
+
+def _bytes(data: torch.Tensor, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """`count` elements from byte `start` on."""
+    return data[start : start + count * dtype.itemsize].view(dtype)
+
+
+def _set_scaling(scaling: dict[str, Any], name: str, value: float) -> None:
+    """As PEFT would: what is a tensor stays that tensor, and what is equal stays untouched (compiled code may guard it)."""
+    current = scaling[name]
+    if isinstance(current, torch.Tensor):
+        current.fill_(value)
+    elif current != value:
+        scaling[name] = value
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _put_back_scaling(slot: Slot, saved: Any) -> None:
+    current = slot.layer.scaling.get(slot.adapter_name)
+    if isinstance(current, torch.Tensor):
+        current.copy_(torch.as_tensor(saved))
+    elif current != saved:
+        slot.layer.scaling[slot.adapter_name] = saved

@@ -1,0 +1,56 @@
+"""`layer.scaling` whose values live in the arena."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class ScalingMap(dict[str, Any]):
+    """adapter_name → scaling, as PEFT's own dict; the slot's value is a 0-dim view of the arena.
+
+    PEFT assigns floats (`set_scale`) and products (`scale_layer`): to the slot's name they are written into the view,
+    which compiled code reads, so that nothing recompiles and the next swap finds its scaling where it left it.
+
+    A copy or a pickle of the layer gets a plain dict of floats: it is a layer of its own, with no arena behind it.
+    """
+
+    def __init__(self, values: dict[str, Any], adapter_name: str, view: torch.Tensor) -> None:
+        super().__init__(values)
+        super().__setitem__(adapter_name, view)
+        self._views = {adapter_name: view}
+
+    def bind(self, adapter_name: str, view: torch.Tensor) -> None:
+        """Let `view` hold the scaling of one more adapter, or hold it elsewhere."""
+        self._views[adapter_name] = view
+        super().__setitem__(adapter_name, view)
+
+    def release(self, adapter_name: str, *, like: Any) -> None:
+        """Let the dict hold this adapter's scaling itself again: as a tensor if `like` is one, else as a float."""
+        view = self._views.pop(adapter_name)
+        if adapter_name in self:
+            super().__setitem__(adapter_name, view.clone() if isinstance(like, torch.Tensor) else float(view))
+
+    @property
+    def bound(self) -> bool:
+        """Whether any value still lives in an arena."""
+        return bool(self._views)
+
+    def __setitem__(self, adapter_name: str, value: Any) -> None:
+        view = self._views.get(adapter_name)
+        if view is None or adapter_name not in self:
+            super().__setitem__(adapter_name, value)
+        elif value is not view:  # `scaling[name] *= 2` has already multiplied in place
+            with torch.inference_mode(False), torch.no_grad():
+                view.fill_(float(value))
+
+    def plain(self) -> dict[str, Any]:
+        """The same scalings as floats."""
+        return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in self.items()}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (self.plain(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return self.plain()

@@ -1,0 +1,157 @@
+"""A slot: the place of one adapter name in one LoRA layer, and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..block import SlotShape
+from ..errors import MergedError, ModelError, UnsupportedError
+from ..methods import PARTS
+from .discover import lora_layers
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+class Held(NamedTuple):
+    """A parameter and the two dicts through which the model's forward finds it: is it still the one?"""
+
+    owner: dict[str, Any]
+    owner_key: str
+    holder: Any
+    params: dict[str, Any]
+    key: str
+    param: nn.Parameter
+
+    def in_place(self) -> bool:
+        """Whether the model still has this very Parameter object."""
+        return self.owner.get(self.owner_key) is self.holder and self.params.get(self.key) is self.param
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Slot:
+    """One LoRA layer's place for one adapter name.
+
+    Attributes:
+        fqn: the layer's path in the base model, as adapter files spell it.
+        layer: PEFT's layer.
+        adapter_name: PEFT's name for the slot.
+        groups: of a grouped convolution, else 1.
+        held: suffix → parameter.
+    """
+
+    fqn: str
+    layer: LoraLayer
+    adapter_name: str
+    groups: int
+    held: Mapping[str, Held]
+
+    @property
+    def rank(self) -> int:
+        """The rank that the parameters have room for."""
+        for suffix, held in self.held.items():
+            if PARTS[suffix].rank_dim == 0:
+                return held.param.shape[0]
+        raise AssertionError("a slot has an A matrix")
+
+    @property
+    def neutral_rank(self) -> int:
+        """The smallest rank that this base layer takes."""
+        return self.groups
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(iter(self.held.values())).param.dtype
+
+    def shape(self, rank: int | None = None) -> SlotShape:
+        """The shapes of the parts as they are, or as they would be at another rank."""
+        rank = self.rank if rank is None else rank
+        parts = {suffix: part_shape(suffix, held.param.shape, rank, self.groups) for suffix, held in self.held.items()}
+        return SlotShape(self.fqn, rank, self.groups, self.dtype, parts)
+
+    def refuse_if_merged(self) -> None:
+        """Raise if the adapter is merged into the base weights."""
+        if self.adapter_name in self.layer.merged_adapters:
+            raise MergedError(
+                f"Cannot hot-swap adapter '{self.adapter_name}' because it is currently merged into the base weights.",
+                where=self.fqn,
+                hint="unmerge it first: peft_model.unmerge_adapter(), or unfuse_lora() in diffusers",
+            )
+
+
+def part_shape(suffix: str, shape: torch.Size | tuple[int, ...], rank: int, groups: int) -> tuple[int, ...]:
+    """`shape` with its rank dimension at `rank`."""
+    part, sizes = PARTS[suffix], list(shape)
+    if part.rank_dim is not None:
+        sizes[part.rank_dim] = rank if part.rank_dim == 0 else rank // groups
+    return tuple(sizes)
+
+
+def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
+    """The slots of `adapter_name` on the model, by canonical path.
+
+    Raises:
+        UnsupportedError: the adapter uses something on this layer that hotslot does not swap.
+    """
+    slots = {}
+    for fqn, layer in lora_layers(model):
+        held = _held(layer, adapter_name)
+        if held:
+            _refuse_unsupported(fqn, layer, adapter_name, held)
+            slots[fqn] = Slot(fqn, layer, adapter_name, getattr(layer.get_base_layer(), "groups", 1), held)
+    return slots
+
+
+def _held(layer: LoraLayer, name: str) -> dict[str, Held]:
+    held: dict[str, Held] = {}
+    for container_name in ("lora_A", "lora_B"):
+        container = getattr(layer, container_name)
+        if name in container:
+            module = container[name]
+            for key in ("weight", "bias"):
+                param = module._parameters.get(key)
+                if param is not None:
+                    found = Held(container._modules, name, module, module._parameters, key, param)
+                    held[f"{container_name}.{key}"] = found
+    for container_name in ("lora_embedding_A", "lora_embedding_B"):
+        container = getattr(layer, container_name)
+        if name in container:
+            params = container._parameters
+            held[container_name] = Held(params, name, params[name], params, name, params[name])
+    return held
+
+
+_ALLOWED = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
+
+
+def _refuse_unsupported(fqn: str, layer: LoraLayer, name: str, held: Mapping[str, Held]) -> None:
+    from peft.tuners.adalora import AdaLoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    variant = layer.lora_variant.get(name)
+    if isinstance(layer, (AdaLoraLayer, ParamWrapper)) or variant is not None:
+        kind = type(variant or layer).__name__
+        raise UnsupportedError(
+            f"The adapter {name!r} on the model is of a kind that hotslot does not swap.",
+            where=fqn,
+            found=kind,
+            expected="plain LoRA",
+            hint="docs/supported.md lists what hotslot swaps",
+        )
+    if set(held) - {"lora_B.bias"} not in _ALLOWED:
+        raise UnsupportedError(f"The layer has unknown adapter tensors of {name!r}.", where=fqn, found=sorted(held))
+    for suffix, entry in held.items():
+        if entry.param.is_meta:
+            raise ModelError(
+                f"The adapter {name!r} has parameters without memory.",
+                where=f"{fqn}.{suffix}",
+                found="device meta",
+                expected="weights that are loaded",
+                hint="load the model's weights first, or bring back what is offloaded",
+            )

@@ -1,0 +1,46 @@
+"""What a PEFT method's tensors mean: which module each belongs to, which dimension is the rank, how they are scaled.
+
+Takes a Checkpoint, gives an Adapter: targets by module path, with parts that are proved to agree with each other and
+with the config. Knows nothing of a model: whether the adapter fits one is decided against a Layout (`hotslot.block`).
+"""
+
+from __future__ import annotations
+
+from ..checkpoint import Checkpoint
+from ..errors import UnsupportedError
+from . import lora
+from .base import PARTS, Adapter, Part, Target
+from .lora import neutral_config, refuse_unsupported_options, split_key
+
+__all__ = [
+    "PARTS",
+    "Adapter",
+    "Part",
+    "Target",
+    "interpret",
+    "neutral_config",
+    "refuse_unsupported_options",
+    "split_key",
+]
+
+_INTERPRETERS = {"LORA": lora.interpret}
+
+
+def interpret(checkpoint: Checkpoint) -> Adapter:
+    """Find out what each tensor of `checkpoint` is.
+
+    Raises:
+        UnsupportedError: a method or an option that hotslot does not swap.
+        ConfigError: keys or values in the config that it does not know.
+        TensorError: tensors that contradict each other or the config.
+    """
+    method = checkpoint.config.get("peft_type")
+    interpreter = _INTERPRETERS.get(method) if isinstance(method, str) else None
+    if interpreter is None:
+        raise UnsupportedError(
+            f"{checkpoint.origin} is an adapter of another method.",
+            found=f"peft_type {method!r}",
+            expected=f"one of {', '.join(_INTERPRETERS)}",
+            hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
+        )
+    return interpreter(checkpoint)

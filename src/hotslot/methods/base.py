@@ -1,0 +1,74 @@
+"""The contract between a PEFT method and the rest: targets, their parts, and which dimension of a part is the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint import Checkpoint, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One kind of tensor that a target may have.
+
+    Attributes:
+        suffix: what stands behind the module path in a file's key.
+        rank_dim: the dimension that grows with the rank and pads neutrally with zeros; None if there is none.
+        grouped: whether the rank dimension is cut into one block for each group of a grouped convolution. (The
+            up-projection's rank dimension holds one group's ranks only, so it needs no cutting.)
+    """
+
+    suffix: str
+    rank_dim: int | None
+    grouped: bool = False
+
+
+# L: in features or channels, O: out, R: rank, G: groups.  A: [R, L, ...]   B: [O, R / G, ...]
+PARTS: Mapping[str, Part] = {
+    part.suffix: part
+    for part in (
+        Part("lora_A.weight", rank_dim=0, grouped=True),
+        Part("lora_B.weight", rank_dim=1),
+        Part("lora_B.bias", rank_dim=None),
+        Part("lora_embedding_A", rank_dim=0),
+        Part("lora_embedding_B", rank_dim=1),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One module that an adapter adapts.
+
+    Attributes:
+        fqn: the module's path in the base model.
+        rank: R of `PARTS`' legend.
+        alpha: the config's lora_alpha for this module.
+        scaling: the factor on the branch, alpha / R or alpha / sqrt(R) (https://arxiv.org/abs/2312.03732).
+        parts: suffix → where its values are in the checkpoint.
+    """
+
+    fqn: str
+    rank: int
+    alpha: float
+    scaling: float
+    parts: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Adapter:
+    """A checkpoint and what its tensors mean.
+
+    Attributes:
+        base_copies: base module's path → parameter name → where the checkpoint has a copy of it. PEFT saves the weight
+            of an embedding or output layer along with a LoRA on it; such a copy says nothing if it equals the
+            model's own, and otherwise cannot be swapped in as an adapter.
+    """
+
+    checkpoint: Checkpoint
+    targets: Mapping[str, Target]
+    base_copies: Mapping[str, Mapping[str, TensorSpec]]
+    use_rslora: bool
+    lora_bias: bool
+    dropout: float

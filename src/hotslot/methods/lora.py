@@ -1,0 +1,256 @@
+"""LoRA (https://arxiv.org/abs/2106.09685) and rank-stabilised LoRA (https://arxiv.org/abs/2312.03732)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from ..checkpoint import Checkpoint, TensorSpec
+from ..errors import ConfigError, TensorError, UnsupportedError
+from .base import PARTS, Adapter, Target
+
+logger = logging.getLogger(__name__)
+
+# Options that say what the tensors mean or whom they belong to.
+_READ = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "lora_dropout"})
+
+# Options without influence on what a trained adapter computes: they chose the targets (the tensors' names say which),
+# or took part in initialising or training it, or describe its origin.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
+        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
+        "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+    }
+)  # fmt: skip
+
+# Option → why an adapter that uses it is refused.
+_REFUSED = {
+    "use_dora": "DoRA keeps a magnitude per output feature, for which the slot has no part",
+    "modules_to_save": "it carries whole modules of the base model",
+    "trainable_token_indices": "it carries rows of the embedding",
+    "target_parameters": "it adapts bare parameters (mixture-of-experts layers)",
+    "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
+    "layer_replication": "it changes how many layers the base model has",
+    "use_bdlora": "block-diagonal LoRA has another forward pass",
+    "arrow_config": "Arrow routes between several adapters",
+    "use_qalora": "QALoRA pools its input",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "kasa_config": "KaSA removes part of the base weights",
+    "velora_config": "VeLoRA has another forward pass",
+    "megatron_config": "Megatron layers hold a shard of each tensor",
+    "ensure_weight_tying": "it ties tensors of several modules",
+}
+
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them when
+# PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
+_BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+
+_PREFIX = "base_model.model."
+# PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
+_EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
+_BASE_COPY = re.compile(rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:base_layer\.)?(?P<suffix>weight|bias)")
+_Parts: TypeAlias = "dict[str, dict[str, TensorSpec]]"
+
+
+def interpret(checkpoint: Checkpoint) -> Adapter:
+    """See `hotslot.methods.interpret`."""
+    config, origin = checkpoint.config, checkpoint.origin
+    refuse_unsupported_options(config, origin)
+    _refuse_bad_values(config, origin)
+    use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
+    ranks = _Pattern(config, "rank_pattern", "r", origin)
+    alphas = _Pattern(config, "alpha_pattern", "lora_alpha", origin)
+    targets = {}
+    modules, copies = _by_module(checkpoint)
+    for fqn, parts in modules.items():
+        # PEFT gives the output projection inside a MultiheadAttention the rank and alpha of the attention itself.
+        key = fqn.removesuffix(".base_layer.out_proj")
+        rank, alpha = ranks.of(key), alphas.of(key)
+        _check_parts(fqn, parts, rank, lora_bias, origin)
+        targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
+    dropout = float(config.get("lora_dropout") or 0.0)
+    return Adapter(checkpoint, targets, copies, use_rslora, lora_bias, dropout)
+
+
+def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The config of an adapter that adds nothing: as small as these modules allow, and scaled by 1.
+
+    Args:
+        ranks: module path → its smallest rank (1, or the number of groups of a grouped convolution).
+    """
+    odd = {re.escape(fqn): rank for fqn, rank in ranks.items() if rank != 1}
+    return {
+        "peft_type": "LORA",
+        "r": 1,
+        "lora_alpha": 1,
+        "rank_pattern": odd,
+        "alpha_pattern": dict(odd),
+        "target_modules": sorted(ranks),
+        "inference_mode": True,
+    }
+
+
+def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
+    """Raise if `config` uses a LoRA option that hotslot does not swap, or a key that it does not know."""
+    for option, reason in _REFUSED.items():
+        if config.get(option):
+            raise UnsupportedError(
+                f"{origin} uses {option}, which hotslot does not swap: {reason}.",
+                where=option,
+                found=f"{config[option]!r:.200}",
+                expected="the option unused",
+                hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
+            )
+    if config.get("bias", "none") != "none":
+        raise UnsupportedError(
+            f"{origin} carries biases of the base model.", where="bias", found=config["bias"], expected="'none'"
+        )
+    init = config.get("init_lora_weights", True)
+    if init not in _BENIGN_INITS:
+        raise UnsupportedError(
+            f"{origin} rewrites the base weights when it is loaded.",
+            where="init_lora_weights",
+            found=repr(init),
+            expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:6]))}",
+            hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+        )
+    known = _READ | _WITHOUT_EFFECT | _REFUSED.keys() | {"bias", "init_lora_weights"}
+    for key in sorted(config.keys() - known):
+        if config[key]:
+            raise ConfigError(
+                f"{origin} has an option that hotslot does not know.",
+                where=key,
+                found=f"{config[key]!r:.200}",
+                expected="an option of PEFT 0.21's LoraConfig",
+                hint="a newer PEFT wrote it; update hotslot, or remove the key if it has no effect",
+            )
+        logger.warning("%s has the unknown option %s = %r, which is taken as unused", origin, key, config[key])
+
+
+def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
+    dropout = config.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
+        raise ConfigError(
+            f"{origin} has no valid dropout.",
+            where="lora_dropout",
+            found=repr(dropout),
+            expected="a number from 0 to 1",
+        )
+
+
+class _Pattern:
+    """`rank_pattern` over `r`, or `alpha_pattern` over `lora_alpha`, matched as PEFT's `get_pattern_key` does."""
+
+    def __init__(self, config: Mapping[str, Any], pattern_key: str, default_key: str, origin: str) -> None:
+        self._origin = origin
+        self._whole = default_key == "r"
+        self._default = self._number(config.get(default_key, 8), default_key)
+        patterns = config.get(pattern_key) or {}
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"{origin} has a malformed pattern.", where=pattern_key, found=f"{patterns!r:.80}")
+        self._rules = []
+        for pattern, value in patterns.items():
+            number = self._number(value, f"{pattern_key}[{pattern!r}]")
+            try:
+                self._rules.append((re.compile(rf"(.*\.)?({pattern})$"), number))
+            except (re.error, RecursionError) as error:
+                raise ConfigError(
+                    f"{origin} has a pattern that is no regular expression.",
+                    where=pattern_key,
+                    found=f"{pattern!r:.200}: {error}",
+                ) from error
+
+    def of(self, fqn: str) -> Any:
+        """The value for a module path: of the first pattern that matches, else the default."""
+        return next((value for rule, value in self._rules if rule.match(fqn)), self._default)
+
+    def _number(self, value: Any, where: str) -> Any:
+        kinds = (int,) if self._whole else (int, float)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kinds)
+            or not math.isfinite(value)
+            or (self._whole and value < 1)
+        ):
+            expected = "a whole number from 1" if self._whole else "a finite number"
+            raise ConfigError(
+                f"{self._origin} has an invalid value.", where=where, found=repr(value), expected=expected
+            )
+        return value
+
+
+def split_key(name: str) -> tuple[str, str] | None:
+    """(module path in the base model, suffix of `PARTS`) of a tensor's name in a file; None if it is no LoRA tensor."""
+    head, _, last = name.rpartition(".")
+    if last not in PARTS:  # lora_embedding_A has no tensor name behind it, lora_A.weight has
+        head, _, container = head.rpartition(".")
+        last = f"{container}.{last}"
+    if last not in PARTS or not head:
+        return None
+    return head.removeprefix(_PREFIX), last
+
+
+def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
+    """Module path → its LoRA parts, and module path → copies of its base parameters."""
+    modules: _Parts = {}
+    copies: _Parts = {}
+    for name, spec in checkpoint.tensors.items():
+        found, key = modules, split_key(name)
+        if key is None and (match := _BASE_COPY.fullmatch(name)):
+            found, key = copies, (match["fqn"].removeprefix(_PREFIX), match["suffix"])
+        if key is None:
+            raise TensorError(
+                f"{checkpoint.origin} holds a tensor that belongs to no LoRA module.",
+                where=name,
+                expected=f"names that end in one of {', '.join(PARTS)}",
+            )
+        if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
+            raise TensorError(f"{checkpoint.origin} holds a tensor with and without {_PREFIX!r}.", where=name)
+    if not modules:
+        raise TensorError(
+            f"{checkpoint.origin} holds no LoRA tensors.", expected="lora_A and lora_B of a module or more"
+        )
+    return modules, copies
+
+
+_A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
+
+
+def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, lora_bias: bool, origin: str) -> None:
+    have = set(parts)
+    if have - {"lora_B.bias"} not in _A_AND_B:
+        raise TensorError(
+            f"{origin} does not have both matrices of a module.",
+            where=fqn,
+            found=", ".join(sorted(have)),
+            expected="A and B",
+        )
+    if "lora_B.bias" in have and not lora_bias:
+        raise TensorError(f"{origin} has a bias that its config denies.", where=fqn, expected="lora_bias: true")
+    if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
+        raise TensorError(f"{origin} lacks the bias that its config states.", where=fqn, expected="lora_B.bias")
+    a, b = (parts[suffix] for suffix in sorted(have - {"lora_B.bias"}))
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
+        raise TensorError(
+            f"{origin} has matrices that are none.",
+            where=fqn,
+            found=f"A {a.shape}, B {b.shape}",
+            expected="A [R, …], B [O, R]",
+        )
+    # A grouped convolution's B holds the ranks of one group; how many groups there are, the base layer will say.
+    agree = a.shape[0] == b.shape[1] if len(a.shape) == 2 else a.shape[0] % b.shape[1] == 0
+    if not agree or a.shape[0] != rank:
+        raise TensorError(
+            f"{origin} has matrices whose ranks disagree with each other or with the config.",
+            where=fqn,
+            found=f"A {a.shape}, B {b.shape}",
+            expected=f"rank {rank} by the config's r and rank_pattern",
+            hint="the config belongs to another adapter, or the file was edited; save the adapter again",
+        )
+    bias = parts.get("lora_B.bias")
+    if bias is not None and bias.shape != (b.shape[0],):
+        raise TensorError(f"{origin} has a bias of another size.", where=fqn, found=bias.shape, expected=(b.shape[0],))

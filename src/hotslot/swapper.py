@@ -1,0 +1,290 @@
+"""The object that users hold: it loads adapters into host memory and swaps one of them into the live model.
+
+A swap is planned and checked when the adapter is loaded; `activate` only copies. Whatever raises on the way, the model
+is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint as checkpoints
+from . import live
+from .block import Layout, arrange, pack
+from .cache import HostTier
+from .checkpoint import Source
+from .engine import Engine, Entry, State
+from .errors import CheckpointError, DoesNotFitError, ModelError, UnknownAdapterError, UnsupportedError
+from .report import Fit, SwapReport
+
+# Model → PEFT's adapter name → its Swapper: one slot has one writer.
+_attached: weakref.WeakKeyDictionary[nn.Module, dict[str, Swapper]] = weakref.WeakKeyDictionary()
+
+
+class Swapper:
+    """Swaps adapters in one slot of a live model. Made by `hotslot.attach`.
+
+    All methods may be called from any thread; swaps happen one after the other. A forward pass in another thread that
+    overlaps a swap may see parts of two adapters.
+    """
+
+    def __init__(self, engine: Engine, injection: live.Injection | None) -> None:
+        self._engine = engine
+        self._injection = injection
+        self._tier: HostTier[Entry] = HostTier()
+        self._lock = threading.RLock()
+        self._detached = False
+        _attached.setdefault(engine.model, {})[engine.adapter_name] = self
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter_name: str = "default") -> Swapper | None:
+        """The swapper that is attached to this slot of the model, or None."""
+        return _attached.get(live.unwrap(model), {}).get(adapter_name)
+
+    def __repr__(self) -> str:
+        state = "detached" if self._detached else f"{len(self._engine.binding.slots)} slots, active {self.active!r}"
+        return f"<Swapper of slot {self._engine.adapter_name!r}: {state}, {len(self._tier)} loaded>"
+
+    @property
+    def engine(self) -> Engine:
+        """What does the swapping; for hotslot's own integrations."""
+        return self._bound()
+
+    # -- what there is -----------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> str | None:
+        """Name of the live adapter; None for the base model, or for what was on the model before hotslot."""
+        return self._engine.live.name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all loaded adapters, in the order of loading."""
+        return tuple(self._tier)
+
+    @property
+    def version(self) -> str | None:
+        """Digest of the live adapter, as it was loaded; None where `active` is."""
+        return self._engine.live.version
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the loaded adapters hold."""
+        return self._tier.nbytes
+
+    # -- loading: off the hot path -------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: Source, *, config: Any = None, **hub: Any) -> None:
+        """Read, check and hold an adapter in host memory, ready for `activate(name)`. The model is not touched.
+
+        Args:
+            name: yours to choose; a name that is taken gets the new adapter, and what is live stays live.
+            source: a folder, a Hub id, or a dict of tensors with `config`.
+            config: a peft config or a dict like adapter_config.json.
+            **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            CheckpointError, UnsupportedError, DoesNotFitError: what is wrong with it, and where.
+        """
+        entry = self._read(name, source, config, hub)
+        with self._lock:
+            self._compile(entry)
+            self._tier.add(name, entry)
+
+    def unload(self, name: str) -> None:
+        """Let go of a loaded adapter's host memory.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            ModelError: it is live, and a failed swap away from it could not be undone without it.
+        """
+        with self._lock:
+            entry = self._entry(name)
+            if self._engine.live.entry is entry:
+                raise ModelError(
+                    f"The adapter {name!r} is live.", where=name, hint="activate another one or deactivate() before"
+                )
+            self._tier.remove(name)
+
+    def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
+        """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""
+        try:
+            entry = self._read("", source, config, hub)
+        except (CheckpointError, UnsupportedError) as error:
+            return Fit(None, 0, str(error))
+        try:
+            with self._lock:
+                self._compile(entry)
+        except (DoesNotFitError, UnsupportedError) as error:
+            return Fit(None, entry.nbytes, str(error))
+        return Fit("side", entry.nbytes, None)
+
+    # -- swapping ------------------------------------------------------------------------------------------------------
+
+    def activate(self, name: str) -> SwapReport:
+        """Make a loaded adapter the live one, in place: all of it, or none of it if this raises.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name is loaded.
+            MergedError: the slot's adapter is merged into the base weights.
+            ModelError: the slot's layers or parameters were taken from the model.
+        """
+        with self._lock:
+            return self._bound().swap(State(self._entry(name)))
+
+    def deactivate(self) -> SwapReport:
+        """Make the slot neutral: the model computes what its base computes."""
+        with self._lock:
+            engine = self._bound()
+            return engine.swap(engine.neutral)
+
+    def rollback(self) -> SwapReport:
+        """Swap back to what was live before the last swap, weights that were trained then included.
+
+        Raises:
+            ModelError: there was no swap yet.
+        """
+        with self._lock:
+            engine = self._bound()
+            if engine.previous is None:
+                raise ModelError("There is nothing to roll back to.", hint="activate an adapter first")
+            return engine.swap(engine.previous)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[SwapReport]:
+        """Activate an adapter, or the base model with None, for a block; then swap back to what was live before."""
+        with self._lock:
+            engine = self._bound()
+            report = self.deactivate() if name is None else self.activate(name)
+            before = engine.previous if report.changed else engine.live
+        try:
+            yield report
+        finally:
+            assert before is not None
+            with self._lock:
+                self._bound().swap(before)
+
+    def detach(self) -> None:
+        """Give the model back as it was at attach, and forget it.
+
+        Slots that attach made are taken out. On a model that had the adapter before, the parameters get their own
+        memory and shapes back; the adapter that came with it is live again, with whatever training it has had.
+        """
+        with self._lock:
+            engine = self._bound()
+            engine.swap(engine.original if engine.original is not None else engine.live)
+            engine.binding.release()
+            if self._injection is not None:
+                live.remove(self._injection)
+            self._forget()
+
+    # -- inside ----------------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._detached = True
+        _attached[self._engine.model].pop(self._engine.adapter_name, None)
+        for name in self.adapters:
+            self._tier.remove(name)
+
+    def _bound(self) -> Engine:
+        if self._detached:
+            raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
+        return self._engine
+
+    def _compile(self, entry: Entry) -> None:
+        engine = self._bound()
+        live.refuse_other_base(engine.model, entry.adapter)
+        entry.compile(engine.binding)
+
+    def _entry(self, name: str) -> Entry:
+        try:
+            return self._tier[name]
+        except KeyError:
+            raise UnknownAdapterError(
+                f"No adapter {name!r} is loaded.",
+                found=f"loaded: {', '.join(map(repr, self._tier)) or 'none'}",
+                hint=f"swapper.load({name!r}, source) first",
+            ) from None
+
+    def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
+        pinned = any(device.type == "cuda" for device in self._bound().binding.memory.devices)
+        return Entry(name, checkpoints.read(source, config=config, pin_memory=pinned, **hub))
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Source] | None = None,
+    *,
+    adapter_name: str = "default",
+    route: str = "auto",
+) -> Swapper:
+    """Make a model ready for swaps, in place; nothing is activated.
+
+    On a plain model every module that one of `adapters` targets gets a neutral slot of the largest rank that any of
+    them has there: all of them activate later, in any order, without recompilation. On a model that carries PEFT
+    LoRA layers named `adapter_name`, those are the slots; their Parameter objects stay, and are padded if need be.
+
+    Args:
+        model: any nn.Module, PeftModel, or transformers model; best before torch.compile. On a model that is compiled
+            already no parameter moves and none can be padded.
+        adapters: name → source, planned for together and loaded.
+        adapter_name: PEFT's name of the slot that is written.
+        route: "auto" or "side".
+
+    Raises:
+        CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
+        ModelError: the model cannot be prepared.
+    """
+    if route not in ("auto", "side"):
+        raise ValueError(f"route must be 'auto' or 'side', got {route!r}")
+    if Swapper.of(model, adapter_name) is not None:
+        raise ModelError(
+            f"A swapper is attached to the slot {adapter_name!r} of this model already.",
+            hint=f"take it with Swapper.of(model, {adapter_name!r}), or detach() it first",
+        )
+    entries = [Entry(name, checkpoints.read(source)) for name, source in (adapters or {}).items()]
+    compiled = live.is_compiled(model)
+    slots = live.find_slots(model, adapter_name)
+    if slots:
+        live.refuse_unsupported_resident(model, adapter_name)
+    elif not entries:
+        raise ModelError(
+            f"The model has no adapter {adapter_name!r}, and there are no adapters to plan slots for.",
+            found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
+            hint="attach(model, adapters={name: source, …}), or name one of the model's own with adapter_name=",
+        )
+    shapes = live.slot_shapes(model, [entry.adapter for entry in entries])
+    layout = _planned_layout(slots, shapes, resizable=not compiled)
+    for entry in entries:
+        live.refuse_other_base(model, entry.adapter)
+        pack(entry.adapter, layout)  # raises here, before anything is touched
+    missing = {fqn: shape for fqn, shape in shapes.items() if fqn not in slots}
+    injection = live.inject(model, adapter_name, missing) if missing else None
+    try:
+        found = live.find_slots(model, adapter_name)
+        ranks = {fqn: layout.slots[fqn].rank for fqn in found}
+        binding = live.Binding(model, found, ranks, arena=not compiled)
+    except BaseException:
+        if injection is not None:
+            live.remove(injection)
+        raise
+    swapper = Swapper(Engine(model, adapter_name, binding, empty=not slots), injection)
+    for entry in entries:
+        entry.compile(binding)
+        swapper._tier.add(entry.name, entry)
+    return swapper
+
+
+def _planned_layout(slots: Mapping[str, live.Slot], shapes: Mapping[str, Any], *, resizable: bool) -> Layout:
+    """The slots that the model has and those that it will get, each with the larger of its rank and the adapters'."""
+    planned = dict(shapes)
+    for fqn, slot in slots.items():
+        wanted = shapes[fqn].rank if fqn in shapes and resizable else slot.rank
+        planned[fqn] = slot.shape(max(slot.rank, wanted))
+    return arrange(planned.values())

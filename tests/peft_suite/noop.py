@@ -1,0 +1,13 @@
+"""A hotswap that does nothing, in the place of PEFT's functions: the control that PEFT's tests notice."""
+
+
+def hotswap_adapter(*args: object, **kwargs: object) -> None: ...
+
+
+def hotswap_adapter_from_state_dict(*args: object, **kwargs: object) -> None: ...
+
+
+def prepare_model_for_compiled_hotswap(*args: object, **kwargs: object) -> None: ...
+
+
+def check_hotswap_configs_compatible(*args: object, **kwargs: object) -> None: ...
