@@ -217,6 +217,7 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
         entry = _entry(checkpoint, slots, adapter_name)
         live.refuse_other_base(model, entry.adapter)
+        live.refuse_other_parameters(model, adapter_name, entry.adapter)
         wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
         if engine is None:
             room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}

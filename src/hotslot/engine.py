@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import live
-from .block import Block, pack
+from .block import pack
 from .checkpoint import Checkpoint
 from .errors import ModelError
 from .live import Binding, Image, Memory, Records, Writes
@@ -25,12 +25,10 @@ NEUTRAL_SCALING = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """An adapter made ready for one Memory: what remains to be done at a swap."""
+    """An adapter, or none, made ready for one Memory: what remains to be done at a swap."""
 
     memory: Memory
-    block: Block
     writes: Writes
-    scalings: dict[str, float]
     records: Records
 
 
@@ -65,7 +63,7 @@ class Entry:
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
             records = live.adapter_records(self.adapter, binding.slots, self.config)
-            self._compiled = Compiled(memory, block, memory.compile(block), scalings, records)
+            self._compiled = Compiled(memory, memory.compile(block, scalings), records)
         return self._compiled
 
 
@@ -143,14 +141,14 @@ class Engine:
         before = self._undo_state(touched)
         occupied = binding.live_ranks
         try:
-            self._write(target, occupied)
+            self._write(target, occupied, before.records)
             self.live, self.previous = target, before
             if self.original is None:
                 self.original = before
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return _report(target, previous, nbytes, started, changed=True)
         except BaseException:
-            self._write(before, {fqn: slot.rank for fqn, slot in binding.slots.items()})
+            self._write(before, {fqn: slot.rank for fqn, slot in binding.slots.items()}, None)
             self.live = previous
             raise
 
@@ -193,19 +191,19 @@ class Engine:
         image = self.binding.memory.image() if touched or unknown else None
         return State(self.live.entry, image, records)
 
-    def _write(self, target: State, occupied: Mapping[str, int]) -> None:
-        """Put `target` into the model, whose slots may hold values up to the ranks `occupied`."""
+    def _write(self, target: State, occupied: Mapping[str, int], said: Records | None) -> None:
+        """Put `target` into the model, whose slots may hold values up to `occupied` and whose records say `said`."""
         memory, records = self.binding.memory, target.records
         if target.image is not None:
             memory.restore(target.image)
         elif target.entry is not None:
             compiled = target.entry.compile(self.binding)
-            memory.write(compiled.writes, compiled.scalings, memory.leftovers(occupied, compiled.block))
+            memory.write(compiled.writes, occupied)
             records = records or compiled.records
         else:
-            memory.write(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING), memory.leftovers(occupied, None))
+            memory.write(memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING)), occupied)
         assert records is not None
-        self.binding.apply(records)
+        self.binding.apply(records, said)
 
 
 def _report(target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:

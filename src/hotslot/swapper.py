@@ -200,6 +200,7 @@ class Swapper:
     def _compile(self, entry: Entry) -> None:
         engine = self._bound()
         live.refuse_other_base(engine.model, entry.adapter)
+        live.refuse_other_parameters(engine.model, engine.adapter_name, entry.adapter)
         entry.compile(engine.binding)
 
     def _entry(self, name: str) -> Entry:
@@ -263,6 +264,7 @@ def attach(
     layout = _planned_layout(slots, shapes, resizable=not compiled)
     for entry in entries:
         live.refuse_other_base(model, entry.adapter)
+        live.refuse_other_parameters(model, adapter_name, entry.adapter)
         pack(entry.adapter, layout)  # raises here, before anything is touched
     missing = {fqn: shape for fqn, shape in shapes.items() if fqn not in slots}
     injection = live.inject(model, adapter_name, missing) if missing else None

@@ -2,8 +2,8 @@
 
 In the folder `tests`:
 
-    python -m peft_suite.run hotslot                 # or peft.utils.hotswap, or peft_suite.noop
-    python -m peft_suite.run hotslot -x -k conv2d  # what it does not know goes to pytest
+    python -m peft_suite.run hotslot                # or peft.utils.hotswap, or peft_suite.noop
+    python -m peft_suite.run hotslot -x -k conv2d   # what it does not know goes to pytest
 
 It wants a process of its own: the hub's cache is fixed when its library is imported, PEFT's functions are
 replaced for good, and PEFT's tests are a package named `tests`.

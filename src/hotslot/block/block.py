@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,14 +14,14 @@ from .layout import Layout, SlotShape
 
 
 class Run(NamedTuple):
-    """`count` elements that are contiguous both in the block and in the region: one flat copy."""
+    """Elements that are contiguous both in the block and in the region: one flat copy."""
 
     start: int
     source: torch.dtype
     region: int
     offset: int
     target: torch.dtype
-    count: int
+    elements: int
 
 
 class Tile(NamedTuple):
@@ -44,6 +43,7 @@ class Block:
         layout: what it was made for; it is good for this layout only.
         runs, tiles: the copies.
         ranks: module path → rank, for each slot that the block fills.
+        unused: (module path, suffix) of the slots' parts that have no rank and that the block does not write.
     """
 
     adapter: Adapter
@@ -51,6 +51,7 @@ class Block:
     runs: tuple[Run, ...]
     tiles: tuple[Tile, ...]
     ranks: Mapping[str, int]
+    unused: tuple[tuple[str, str], ...]
 
     @property
     def data(self) -> torch.Tensor:
@@ -79,19 +80,19 @@ def pack(adapter: Adapter, layout: Layout) -> Block:
     _refuse_misfits(adapter, layout)
     runs: list[Run] = []
     tiles: list[Tile] = []
-    pieces = [
-        (spec.start, spec, layout.places[target.fqn, suffix], suffix, target.fqn)
-        for target in adapter.targets.values()
-        for suffix, spec in target.parts.items()
-    ]
-    for start, spec, place, suffix, fqn in sorted(pieces, key=lambda piece: piece[0]):
+    pieces = [(spec, fqn, suffix) for fqn, target in adapter.targets.items() for suffix, spec in target.parts.items()]
+    pieces.sort(key=lambda piece: piece[0].start)
+    for spec, fqn, suffix in pieces:
+        place = layout.places[fqn, suffix]
         if spec.shape == place.shape:
-            _append_run(runs, Run(start, spec.dtype, place.region, place.offset, place.dtype, math.prod(spec.shape)))
+            elements = (spec.stop - spec.start) // spec.dtype.itemsize
+            _append_run(runs, Run(spec.start, spec.dtype, place.region, place.offset, place.dtype, elements))
         else:
-            assert PARTS[suffix].rank_dim is not None, "only the rank may differ, by _refuse_misfits"
-            tiles.append(Tile(start, spec.dtype, spec.shape, fqn, suffix))
-    ranks = {target.fqn: target.rank for target in adapter.targets.values()}
-    return Block(adapter, layout, tuple(runs), tuple(tiles), ranks)
+            tiles.append(Tile(spec.start, spec.dtype, spec.shape, fqn, suffix))
+    ranks = {fqn: target.rank for fqn, target in adapter.targets.items()}
+    written = {(fqn, suffix) for _, fqn, suffix in pieces}
+    unused = tuple(key for key in layout.rankless if key not in written)
+    return Block(adapter, layout, tuple(runs), tuple(tiles), ranks, unused)
 
 
 def _append_run(runs: list[Run], run: Run) -> None:
@@ -99,12 +100,13 @@ def _append_run(runs: list[Run], run: Run) -> None:
     if runs:
         last = runs[-1]
         if (
-            last[1:3] == run[1:3]
+            last.source == run.source
+            and last.region == run.region
             and last.target == run.target
-            and last.start + last.count * last.source.itemsize == run.start
-            and last.offset + last.count * last.target.itemsize == run.offset
+            and last.start + last.elements * last.source.itemsize == run.start
+            and last.offset + last.elements * last.target.itemsize == run.offset
         ):
-            runs[-1] = last._replace(count=last.count + run.count)
+            runs[-1] = last._replace(elements=last.elements + run.elements)
             return
     runs.append(run)
 
@@ -145,7 +147,7 @@ def _refuse_shape(target: Target, slot: SlotShape, suffix: str, shape: tuple[int
     rank_dim, full = PARTS[suffix].rank_dim, slot.parts[suffix]
     wanted: list[Any] = list(full)
     if rank_dim is not None:
-        wanted[rank_dim] = target.rank if rank_dim == 0 else target.rank // slot.groups
+        wanted[rank_dim] = slot.experts * (target.rank if rank_dim == 0 else target.rank // slot.groups)
         if target.rank % slot.groups:
             raise DoesNotFitError(
                 f"{origin} has a rank that the base layer's groups do not divide.",

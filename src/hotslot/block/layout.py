@@ -12,6 +12,8 @@ from functools import cached_property
 
 import torch
 
+from ..methods import PARTS
+
 # Inductor assumes 16-byte alignment of what it was compiled with, and a cache line is 64. Sizes of LoRA matrices are
 # multiples of this as a rule, so that the arena and a file of the same shapes have the same bytes in the same order.
 ALIGNMENT_BYTES = 64
@@ -25,6 +27,7 @@ class SlotShape:
         fqn: module path in the base model.
         rank: the rank that the slot is padded to.
         groups: of a grouped convolution, else 1.
+        experts: of a mixture-of-experts parameter, each with a rank of its own; else 1.
         dtype: of the parts.
         parts: suffix → full shape, rank included.
     """
@@ -32,6 +35,7 @@ class SlotShape:
     fqn: str
     rank: int
     groups: int
+    experts: int
     dtype: torch.dtype
     parts: Mapping[str, tuple[int, ...]]
 
@@ -53,6 +57,11 @@ class Layout:
     slots: Mapping[str, SlotShape]
     places: Mapping[tuple[str, str], Place]
     region_bytes: tuple[int, ...]
+
+    @cached_property
+    def rankless(self) -> tuple[tuple[str, str], ...]:
+        """(fqn, suffix) of the parts that have no rank dimension: biases."""
+        return tuple(key for key in self.places if PARTS[key[1]].rank_dim is None)
 
     @cached_property
     def nbytes(self) -> int:

@@ -84,3 +84,29 @@ def check(
         show_check(new_console(), found)
     if not all(verdict.fits for verdict in found.adapters):
         raise typer.Exit(REFUSED)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder, instead of SmolLM2-135M-Instruct.", show_default=False)
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="Folder or Hub id, instead of the demo's own. Repeatable.", show_default=False),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="What to ask, instead of the demo's own. Repeatable.", show_default=False),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each swap that is timed.")] = 9,
+    as_json: AsJson = False,
+) -> None:
+    """Swap real adapters in a real compiled model, and show answers and times."""
+    from .demo import run_demo
+
+    with errors_reported(as_json=as_json):
+        result = run_demo(model, adapters, prompts=prompts, backend=backend, rounds=rounds, as_json=as_json)
+    if not result.ok:
+        raise typer.Exit(REFUSED)

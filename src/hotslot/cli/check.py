@@ -78,7 +78,8 @@ def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | No
     from ..block import arrange
 
     skeleton = _build_on_meta(model, model_class)
-    verdicts, fitting = list[Verdict](), list[Adapter]()
+    verdicts: list[Verdict] = []
+    fitting: list[Adapter] = []
     for source in adapters:
         verdict, adapter = _check_one(skeleton, source)
         verdicts.append(verdict)
@@ -98,32 +99,41 @@ def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
     from ..methods import interpret
 
     known: dict[str, Any] = {"adapter": source}
+    notes: list[str] = []
     try:
         checkpoint = read(source)
         known |= {"version": checkpoint.version, "nbytes": checkpoint.nbytes}
         adapter = interpret(checkpoint)
         ranks = sorted({target.rank for target in adapter.targets.values()})
-        known |= {"slots": len(adapter.targets), "ranks": ranks, "notes": _notes(adapter, skeleton)}
+        known |= {"slots": len(adapter.targets), "ranks": ranks}
+        notes += _copies(adapter)
         live.build_config(checkpoint.config, checkpoint.origin)
         layout = arrange(live.slot_shapes(skeleton, [adapter]).values())
         live.refuse_other_base(skeleton, adapter)
         pack(adapter, layout)
     except (CheckpointError, UnsupportedError, DoesNotFitError) as error:
-        return Verdict(**known, fits=False, error=error), None
-    return Verdict(**known, fits=True, route="side"), adapter
+        if isinstance(error, DoesNotFitError):
+            notes += _other_class(adapter, skeleton)
+        return Verdict(**known, fits=False, notes=notes, error=error), None
+    return Verdict(**known, fits=True, route="side", notes=notes), adapter
 
 
-def _notes(adapter: Adapter, skeleton: Any) -> list[str]:
-    notes = [
-        f"carries a copy of {fqn}.{name}, compared when loaded"
-        for fqn, copies in adapter.base_copies.items()
-        for name in copies
-    ]
+def _copies(adapter: Adapter) -> list[str]:
+    """Without the model's weights, a copy's values cannot be compared; its shape has been."""
+    copies = [f"{fqn}.{name}" for fqn, names in adapter.base_copies.items() for name in names]
+    return [f"carries a copy of {copy}, compared when loaded" for copy in copies]
+
+
+def _other_class(adapter: Adapter, skeleton: Any) -> list[str]:
+    """Why paths may not match: BertModel's begin with `encoder`, those of BertForMaskedLM with `bert.encoder`."""
     mapping = adapter.checkpoint.config.get("auto_mapping")
-    trained_on = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    if trained_on is not None and trained_on != type(skeleton).__name__:
-        notes.append(f"was trained on {trained_on}: --model-class {trained_on}")
-    return notes
+    if not isinstance(mapping, dict):
+        return []
+    name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
+    if name in ("", type(skeleton).__name__):
+        return []
+    advice = f"; try --model-class {name}" if library.startswith("transformers.") else ""
+    return [f"was trained on {name}, and checked on {type(skeleton).__name__}{advice}"]
 
 
 def _build_on_meta(source: str, model_class: str | None) -> Any:
@@ -160,8 +170,8 @@ def _model_class(config: Any, source: str, wanted: str | None) -> Any:
 
     names = [wanted] if wanted is not None else getattr(config, "architectures", None) or []
     if not names:
-        mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        return mapping.get(type(config)) or transformers.MODEL_MAPPING[type(config)]
+        causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        return (causal if type(config) in causal else transformers.MODEL_MAPPING)[type(config)]
     cls = getattr(transformers, names[0], None)
     # The name may be a stranger's: no other attribute of transformers is called.
     if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):

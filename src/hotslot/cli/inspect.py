@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..methods import Adapter, Target
 
-_UNSET = (None, False, "", "none", [], {})
+_UNSET: tuple[object, ...] = (None, False, "", "none", [], {})
 _PREFIX = "base_model.model."
 _SHOWN = 24  # rows of a table; JSON has them all
 # Says nothing of what the adapter computes, or has a row of its own.
@@ -164,7 +164,8 @@ def _all_refusals(checkpoint: Checkpoint, first: HotslotError) -> list[HotslotEr
 
     if checkpoint.config.get("peft_type") != "LORA":
         return [first]
-    options, found = dict(checkpoint.config), list[HotslotError]()
+    options = dict(checkpoint.config)
+    found: list[HotslotError] = []
     while True:
         try:
             refuse_unsupported_options(options, checkpoint.origin)
@@ -219,7 +220,9 @@ def _unusual(adapter: Adapter) -> list[str]:
         if patterns := config.get(key):
             usual = config.get(default, 8)
             others = sum(getattr(target, what) != usual for target in adapter.targets.values())
-            notes.append(f"{key}: {len(patterns)} patterns; {others} of {total} modules have not {default} = {usual}")
+            notes.append(
+                f"{key} ({len(patterns)}): {others} of {total} modules have another {what} than {default} = {usual}"
+            )
     if adapter.lora_bias:
         notes.append("lora_bias: the up-projections have biases")
     for fqn, copies in adapter.base_copies.items():
@@ -244,7 +247,7 @@ def _unusual_layers(adapter: Adapter) -> list[str]:
             kinds.setdefault("embeddings", Counter())[_ending(target.fqn)] += 1
         elif len(target.parts["lora_A.weight"].shape) > 2:
             kinds.setdefault("convolutions", Counter())[_ending(target.fqn)] += 1
-    return [f"adapts {found.total()} {kind}: {_shortened(list(found))}" for kind, found in kinds.items()]
+    return [f"{kind} ({found.total()}): {_shortened(list(found))}" for kind, found in kinds.items()]
 
 
 def _adds_nothing(adapter: Adapter, target: Target) -> bool:

@@ -4,7 +4,7 @@ Takes a model and Blocks; changes parameters, scalings and PEFT's own records of
 touches a live model, and the first of the line that imports peft.
 """
 
-from .base import refuse_other_base
+from .base import refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .discover import adapter_names, count_slots, is_compiled, unwrap
 from .inject import Injection, inject, remove, slot_shapes
@@ -29,6 +29,7 @@ __all__ = [
     "is_compiled",
     "neutral_records",
     "refuse_other_base",
+    "refuse_other_parameters",
     "refuse_unsupported_resident",
     "remove",
     "slot_shapes",

@@ -19,6 +19,22 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found | wrapped
 
 
+def refuse_other_parameters(model: nn.Module, adapter_name: str, adapter: Adapter) -> None:
+    """Raise unless the adapter adapts the same bare parameters as the one on the model, in the same order.
+
+    A file does not say which parameter a tensor belongs to; PEFT nests the layers in the order of the config's list.
+    """
+    configs = getattr(unwrap(model), "peft_config", None) or {}
+    own = tuple(getattr(configs.get(adapter_name), "target_parameters", None) or ())
+    if adapter.target_parameters and adapter.target_parameters != own:
+        raise UnsupportedError(
+            f"{adapter.checkpoint.origin} adapts other bare parameters than the adapter on the model.",
+            where="target_parameters",
+            found=list(adapter.target_parameters),
+            expected=f"{list(own)}, in this order",
+        )
+
+
 def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless each base weight that the adapter carries a copy of is the model's own, value for value.
 

@@ -12,14 +12,12 @@ from torch import nn
 
 from ..errors import ModelError
 from ..methods import PARTS
-from . import state
-from .corner import band
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
 from .memory import bind
 from .scaling import ScalingMap
-from .slots import Slot, part_shape
-from .state import Records
+from .slots import Slot
+from .state import Ledger, Records
 from .state_dict import TrueRank
 
 
@@ -50,6 +48,7 @@ class Binding:
         live = {fqn: _live_rank(slot) for fqn, slot in slots.items()}
         self.memory = bind(slots, live, ranks, arena=arena)
         self._install(live, compiled=is_compiled(model))
+        self._ledger = Ledger(slots, self.hooks)
 
     # -- what PEFT's records say -------------------------------------------------------------------------------------
 
@@ -60,11 +59,11 @@ class Binding:
 
     def capture(self) -> Records:
         """PEFT's records as they are now."""
-        return state.capture(self._model(), self.slots, self.hooks)
+        return self._ledger.capture(self._model())
 
-    def apply(self, records: Records) -> None:
-        """Make PEFT's records say `records`."""
-        state.apply(records, self._model(), self.slots, self.hooks)
+    def apply(self, records: Records, current: Records | None = None) -> None:
+        """Make PEFT's records say `records`; what `current` says is said already."""
+        self._ledger.apply(records, self._model(), current)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class Binding:
 
     def _install(self, live: Mapping[str, int], *, compiled: bool) -> None:
         for fqn, slot in self.slots.items():
-            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, live[fqn])
+            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, slot.experts, live[fqn])
             self._handles.append(slot.layer.register_state_dict_post_hook(hook))
             self._handles.append(slot.layer.register_load_state_dict_pre_hook(hook.on_load))
             if not compiled:  # compiled code guards which modules there are, and their types
@@ -155,7 +154,7 @@ class Binding:
                     continue
                 if original.dtype != current.dtype or original.device != current.device:
                     original = torch.empty_like(original, dtype=current.dtype, device=current.device)
-                original.copy_(_cut(current, suffix, original.shape, slot.groups))
+                original.copy_(_cut(current, suffix, original.shape, slot))
                 param.data = original
         for holder, key, found in reversed(self._swapped_parts):
             if key == "__class__":
@@ -183,16 +182,15 @@ def _live_rank(slot: Slot) -> int:
     if not 0 < stated < room or stated % slot.groups:
         return room
     for suffix, held in slot.held.items():
-        if PARTS[suffix].rank_dim is not None and band(held.param.detach(), suffix, stated, room, slot.groups).any():
+        if PARTS[suffix].rank_dim is not None and slot.band(held.param.detach(), suffix, stated, room).any():
             return room
     return stated
 
 
-def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, groups: int) -> torch.Tensor:
-    if padded.shape == shape:
-        return padded
+def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot) -> torch.Tensor:
+    """The corner of `padded` that has `shape`."""
     part = PARTS[suffix]
-    assert part.rank_dim is not None
-    rank = shape[part.rank_dim] if part.rank_dim == 0 else shape[part.rank_dim] * groups
-    assert part_shape(suffix, padded.shape, rank, groups) == tuple(shape)
-    return band(padded, suffix, 0, rank, groups).reshape(shape)
+    if part.rank_dim is None or padded.shape == shape:
+        return padded
+    rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
+    return slot.corner(padded, suffix, rank)

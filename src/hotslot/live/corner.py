@@ -1,7 +1,8 @@
 """Where in a padded tensor the values of a lower rank are.
 
-R: rank, G: groups.  The rank dimension of A in a grouped convolution is G blocks of R / G, each padded by itself;
-that of its B holds one group's R / G.
+R: rank, G: groups of a grouped convolution, E: experts of a mixture. One of G and E is 1.
+A's rank dimension is G blocks of R / G, or E blocks of R, each padded by itself.
+B's holds the R / G of one group, or E values for each of R: there a lower rank is the head.
 """
 
 from __future__ import annotations
@@ -11,34 +12,31 @@ import torch
 from ..methods import PARTS
 
 
-def corner(padded: torch.Tensor, suffix: str, rank: int, groups: int = 1) -> torch.Tensor:
+def corner(padded: torch.Tensor, suffix: str, rank: int, groups: int = 1, experts: int = 1) -> torch.Tensor:
     """The part of `padded` that a lower rank fills, in the shape of the lower rank.
 
-    A view, but a copy where the groups' blocks leave gaps; to write into those use `fill`.
+    A view, but a copy where the blocks leave gaps; to write into those use `fill`.
     """
-    part = PARTS[suffix]
-    if part.rank_dim is None:
+    if PARTS[suffix].rank_dim is None:
         return padded
-    if part.grouped and groups > 1:
-        head = band(padded, suffix, 0, rank, groups)
-        return head.reshape(rank, *padded.shape[1:])
-    return band(padded, suffix, 0, rank, groups)
+    head = band(padded, suffix, 0, rank, groups, experts)
+    return head if head.dim() == padded.dim() else head.reshape(-1, *padded.shape[1:])
 
 
-def band(padded: torch.Tensor, suffix: str, low: int, high: int, groups: int = 1) -> torch.Tensor:
-    """A view of the ranks from `low` to `high` in `padded`; grouped A's as [G, ranks / G, …]."""
+def band(padded: torch.Tensor, suffix: str, low: int, high: int, groups: int = 1, experts: int = 1) -> torch.Tensor:
+    """A view of the ranks from `low` to `high` in `padded`; A's blocks, if there are several, as a first dimension."""
     part = PARTS[suffix]
     assert part.rank_dim is not None
     low, high = low // groups, high // groups
-    if part.grouped and groups > 1:
-        return padded.view(groups, -1, *padded.shape[1:]).narrow(1, low, high - low)
-    return padded.narrow(part.rank_dim, low, high - low)
+    if part.grouped and groups * experts > 1:
+        return padded.view(groups * experts, -1, *padded.shape[1:]).narrow(1, low, high - low)
+    return padded.narrow(part.rank_dim, low * experts, (high - low) * experts)
 
 
-def fill(padded: torch.Tensor, suffix: str, values: torch.Tensor, rank: int, groups: int = 1) -> None:
+def fill(padded: torch.Tensor, suffix: str, values: torch.Tensor, rank: int, groups: int = 1, experts: int = 1) -> None:
     """Write `values` of `rank` into their corner of `padded`, in place."""
     if PARTS[suffix].rank_dim is None:
         padded.copy_(values)
     else:
-        target = band(padded, suffix, 0, rank, groups)
+        target = band(padded, suffix, 0, rank, groups, experts)
         target.copy_(values.view(target.shape))

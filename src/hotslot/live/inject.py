@@ -72,7 +72,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
         module = getattr(module, "out_proj", module)
     if isinstance(module, nn.Embedding):
         parts = {"lora_embedding_A": (rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, rank)}
-        return SlotShape(fqn, rank, 1, _slot_dtype(module.weight.dtype), parts)
+        return SlotShape(fqn, rank, 1, 1, _slot_dtype(module.weight.dtype), parts)
     if isinstance(module, nn.Linear):
         down, up = (rank, module.in_features), (module.out_features, rank)
     elif isinstance(module, Conv1D):
@@ -94,7 +94,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
     parts = {"lora_A.weight": tuple(down), "lora_B.weight": tuple(up)}
     if bias:
         parts["lora_B.bias"] = (up[0],)
-    return SlotShape(fqn, rank, groups, _slot_dtype(module.weight.dtype), parts)
+    return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype), parts)
 
 
 def _slot_dtype(base: torch.dtype) -> torch.dtype:

@@ -19,7 +19,6 @@ from ..block import Block, Layout, Run, SlotShape, Tile, arrange
 from ..block.layout import ALIGNMENT_BYTES
 from ..errors import ModelError
 from ..methods import PARTS
-from .corner import band, corner, fill
 from .scaling import ScalingMap
 from .slots import Slot
 
@@ -31,10 +30,11 @@ _DIRECT_COPIES = 8
 
 
 class Image(NamedTuple):
-    """Parts and scalings as they were at one moment."""
+    """Parts and scalings as they were at one moment, and the ranks that the slots had room for."""
 
     parts: dict[tuple[str, str], torch.Tensor]
     scalings: dict[str, Any]
+    ranks: dict[str, int]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -43,11 +43,20 @@ class Writes:
 
     Attributes:
         staged: (buffer on the device, the block's bytes) to be copied before anything else.
-        copies: (target, source) views.
+        targets, sources: views to be copied one onto the other.
+        scalings: fqn → scaling, for each slot.
+        columns: (the arena's column of scalings, its new values), where there is an arena.
+        ranks: fqn → rank that is written.
+        unused: (fqn, suffix) of parts without a rank that are not written.
     """
 
     staged: list[Copy]
-    copies: list[Copy]
+    targets: list[torch.Tensor]
+    sources: list[torch.Tensor]
+    scalings: Mapping[str, float]
+    columns: list[Copy]
+    ranks: Mapping[str, int]
+    unused: tuple[tuple[str, str], ...]
 
 
 class Memory:
@@ -80,10 +89,10 @@ class Memory:
     def refuse_if_replaced(self) -> None:
         """Raise if the model no longer has one of the parameters."""
         for slot in self.slots.values():
-            for suffix, held in slot.held.items():
-                if not held.in_place():
+            for suffix, (owner, owner_key, holder, params, key, param) in slot.held.items():
+                if owner.get(owner_key) is not holder or params.get(key) is not param:
                     raise ModelError(
-                        f"The adapter {slot.adapter_name!r} was deleted from the model, or loaded anew behind hotslot's back.",
+                        f"The adapter {slot.adapter_name!r} was deleted from the model, or loaded anew.",
                         where=f"{slot.fqn}.{suffix}",
                         expected="the Parameter that was there at attach",
                         hint="attach again",
@@ -91,7 +100,7 @@ class Memory:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is no longer the slot's (`model.to(…)`, `param.data = …`)."""
-        return any(param.data_ptr() != pointer for param, pointer in zip(self._params, self._pointers, strict=True))
+        return [param.data_ptr() for param in self._params] != self._pointers
 
     def dirty(self) -> bool:
         """Whether anybody else has written the parameters or scalings since `mark_clean` (an optimizer, a user).
@@ -133,22 +142,31 @@ class Memory:
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
-    def compile(self, block: Block, *, stage: bool | None = None) -> Writes:
+    def compile(self, block: Block | None, scalings: Mapping[str, float], *, stage: bool | None = None) -> Writes:
         """The copies that put `block` in place; good as long as this memory is.
 
         Args:
-            block: made for this memory's layout.
+            block: made for this memory's layout; None for nothing, with the slots neutral.
+            scalings: fqn → scaling, for each slot.
             stage: copy the bytes to the device in one piece first; by default where that is faster.
         """
-        assert block.layout is self.layout
-        if stage is None:
-            many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
-            stage = any(device.type != "cpu" for device in self.devices) and many
         with torch.inference_mode(False), torch.no_grad():
+            columns = [
+                (column, torch.tensor([scalings[fqn] for fqn in fqns], dtype=column.dtype))
+                for column, fqns in self._scalings
+            ]
+            if block is None:
+                return Writes([], [], [], scalings, columns, {}, self.layout.rankless)
+            assert block.layout is self.layout
+            if stage is None:
+                many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
+                stage = many and any(device.type != "cpu" for device in self.devices)
             staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
+            copies = [self._run_copy(block, run, staging) for run in block.runs]
+            copies += [self._tile_copy(block, tile, staging) for tile in block.tiles]
             staged = [(buffer, block.data) for buffer in staging.values()]
-            runs = [self._run_copy(block, run, staging) for run in block.runs]
-            return Writes(staged, runs + [self._tile_copy(block, tile, staging) for tile in block.tiles])
+            targets, sources = [target for target, _ in copies], [source for _, source in copies]
+            return Writes(staged, targets, sources, scalings, columns, block.ranks, block.unused)
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
         """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
@@ -159,65 +177,49 @@ class Memory:
 
     def _run_copy(self, block: Block, run: Run, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
         arena, region = self.arenas[run.region], self._regions[run.region]
-        source = _bytes(staging.get(region.device, block.data), run.start, run.count, run.source)
+        source = _bytes(staging.get(region.device, block.data), run.start, run.elements, run.source)
         if arena is None:
             return region, source.view(region.shape)
-        return arena[run.offset : run.offset + run.count * run.target.itemsize].view(run.target), source
+        return arena[run.offset : run.offset + run.elements * run.target.itemsize].view(run.target), source
 
     def _tile_copy(self, block: Block, tile: Tile, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
         view = self._views[tile.fqn, tile.suffix]
         source = _bytes(staging.get(view.device, block.data), tile.start, math.prod(tile.shape), tile.source)
-        target = band(view, tile.suffix, 0, block.ranks[tile.fqn], self.slots[tile.fqn].groups)
+        target = self.slots[tile.fqn].band(view, tile.suffix, 0, block.ranks[tile.fqn])
         return target, source.view(target.shape)
 
-    def write(self, writes: Writes | None, scalings: Mapping[str, float], clear: Sequence[torch.Tensor]) -> None:
+    def write(self, writes: Writes, occupied: Mapping[str, int]) -> None:
         """Clear, copy and scale. Not atomic: whoever calls it puts back what was there if it raises.
 
         Args:
-            writes: of `compile`; None for nothing.
-            scalings: fqn → scaling, for each slot.
-            clear: views that are to be zero.
+            writes: of `compile`.
+            occupied: fqn → rank up to which the slot may hold values; what is not written of them is cleared.
         """
+        clear = self._leftovers(occupied, writes)
         with torch.inference_mode(False), torch.no_grad():
             if clear:
-                torch._foreach_zero_(list(clear))
-            if writes is not None:
-                for buffer, data in writes.staged:
-                    buffer.copy_(data, non_blocking=True)
-                if writes.copies:
-                    targets, sources = zip(*writes.copies, strict=True)
-                    torch._foreach_copy_(targets, sources, non_blocking=True)
-            self._write_scalings(scalings)
+                torch._foreach_zero_(clear)
+            for buffer, data in writes.staged:
+                buffer.copy_(data, non_blocking=True)
+            if writes.targets:
+                torch._foreach_copy_(writes.targets, writes.sources, non_blocking=True)
+            for column, values in writes.columns:
+                column.copy_(values)
+            if not writes.columns:
+                for fqn, slot in self.slots.items():
+                    _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
             torch.autograd.graph.increment_version(self._params)
             self.mark_clean()
 
-    def _write_scalings(self, scalings: Mapping[str, float]) -> None:
-        for column, fqns in self._scalings:
-            column.copy_(torch.tensor([scalings[fqn] for fqn in fqns], dtype=column.dtype))
-        if not self._scalings:
-            for fqn, slot in self.slots.items():
-                _set_scaling(slot.layer.scaling, slot.adapter_name, scalings[fqn])
-
-    def leftovers(self, occupied: Mapping[str, int], block: Block | None) -> list[torch.Tensor]:
-        """Views of what may hold values and `block` does not write: a swap has to clear them.
-
-        Args:
-            occupied: fqn → rank up to which the slot may hold values.
-            block: what will be written; None for nothing.
-        """
-        views: list[torch.Tensor] = []
-        for fqn, rank in occupied.items():
-            slot = self.slots[fqn]
-            kept = block.ranks.get(fqn, 0) if block is not None else 0
-            written = block.adapter.targets[fqn].parts if block is not None and kept else {}
-            if kept >= rank and len(written) == len(slot.held):
-                continue
-            for suffix in slot.held:
-                if PARTS[suffix].rank_dim is None:
-                    if suffix not in written:
-                        views.append(self._views[fqn, suffix])
-                elif kept < rank:
-                    views.append(band(self._views[fqn, suffix], suffix, kept, rank, slot.groups))
+    def _leftovers(self, occupied: Mapping[str, int], writes: Writes) -> list[torch.Tensor]:
+        views = [self._views[key] for key in writes.unused]
+        if occupied != writes.ranks:
+            for fqn, rank in occupied.items():
+                kept, slot = writes.ranks.get(fqn, 0), self.slots[fqn]
+                if kept < rank:
+                    for suffix in slot.held:
+                        if PARTS[suffix].rank_dim is not None:
+                            views.append(slot.band(self._views[fqn, suffix], suffix, kept, rank))
         return views
 
     # -- images: what is live, value for value -----------------------------------------------------------------------
@@ -227,7 +229,7 @@ class Memory:
         with torch.inference_mode(False), torch.no_grad():
             parts = {key: view.clone() for key, view in self._views.items()}
             scalings = {fqn: _copied(slot.layer.scaling.get(slot.adapter_name)) for fqn, slot in self.slots.items()}
-        return Image(parts, scalings)
+        return Image(parts, scalings, {fqn: slot.rank for fqn, slot in self.slots.items()})
 
     def restore(self, image: Image) -> None:
         """Put an image back: bit for bit, if shapes and dtypes are as they were."""
@@ -238,9 +240,8 @@ class Memory:
                     view.copy_(saved)
                 else:
                     view.zero_()
-                    rank = min(slot.rank, saved.shape[0]) if PARTS[suffix].rank_dim == 0 else None
-                    rank = min(slot.rank, saved.shape[1] * slot.groups) if rank is None else rank
-                    fill(view, suffix, corner(saved, suffix, rank, slot.groups), rank, slot.groups)
+                    rank = min(slot.rank, image.ranks[fqn])
+                    slot.fill(view, suffix, slot.corner(saved, suffix, rank), rank)
             for fqn, value in image.scalings.items():
                 _put_back_scaling(self.slots[fqn], value)
             torch.autograd.graph.increment_version(self._params)
@@ -335,7 +336,7 @@ def _homes(
             home.copy_(old)
         elif live_ranks.get(fqn, 0):
             rank = live_ranks[fqn]
-            fill(home, suffix, corner(old, suffix, rank, slot.groups), rank, slot.groups)
+            slot.fill(home, suffix, slot.corner(old, suffix, rank), rank)
         homes.append((param, home))
     return homes
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import PARTS
+from .corner import band, corner, fill
 from .discover import lora_layers
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Slot:
         layer: PEFT's layer.
         adapter_name: PEFT's name for the slot.
         groups: of a grouped convolution, else 1.
+        experts: of a mixture-of-experts parameter, else 1.
         held: suffix → parameter.
     """
 
@@ -49,6 +51,7 @@ class Slot:
     layer: LoraLayer
     adapter_name: str
     groups: int
+    experts: int
     held: Mapping[str, Held]
 
     @property
@@ -56,7 +59,7 @@ class Slot:
         """The rank that the parameters have room for."""
         for suffix, held in self.held.items():
             if PARTS[suffix].rank_dim == 0:
-                return held.param.shape[0]
+                return held.param.shape[0] // self.experts
         raise AssertionError("a slot has an A matrix")
 
     @property
@@ -72,8 +75,26 @@ class Slot:
     def shape(self, rank: int | None = None) -> SlotShape:
         """The shapes of the parts as they are, or as they would be at another rank."""
         rank = self.rank if rank is None else rank
-        parts = {suffix: part_shape(suffix, held.param.shape, rank, self.groups) for suffix, held in self.held.items()}
-        return SlotShape(self.fqn, rank, self.groups, self.dtype, parts)
+        parts = {suffix: self._part_shape(suffix, held.param.shape, rank) for suffix, held in self.held.items()}
+        return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts)
+
+    def _part_shape(self, suffix: str, shape: torch.Size, rank: int) -> tuple[int, ...]:
+        part, sizes = PARTS[suffix], list(shape)
+        if part.rank_dim is not None:
+            sizes[part.rank_dim] = self.experts * (rank if part.rank_dim == 0 else rank // self.groups)
+        return tuple(sizes)
+
+    def band(self, padded: torch.Tensor, suffix: str, low: int, high: int) -> torch.Tensor:
+        """See `corner.band`."""
+        return band(padded, suffix, low, high, self.groups, self.experts)
+
+    def corner(self, padded: torch.Tensor, suffix: str, rank: int) -> torch.Tensor:
+        """See `corner.corner`."""
+        return corner(padded, suffix, rank, self.groups, self.experts)
+
+    def fill(self, padded: torch.Tensor, suffix: str, values: torch.Tensor, rank: int) -> None:
+        """See `corner.fill`."""
+        fill(padded, suffix, values, rank, self.groups, self.experts)
 
     def refuse_if_merged(self) -> None:
         """Raise if the adapter is merged into the base weights."""
@@ -83,14 +104,6 @@ class Slot:
                 where=self.fqn,
                 hint="unmerge it first: peft_model.unmerge_adapter(), or unfuse_lora() in diffusers",
             )
-
-
-def part_shape(suffix: str, shape: torch.Size | tuple[int, ...], rank: int, groups: int) -> tuple[int, ...]:
-    """`shape` with its rank dimension at `rank`."""
-    part, sizes = PARTS[suffix], list(shape)
-    if part.rank_dim is not None:
-        sizes[part.rank_dim] = rank if part.rank_dim == 0 else rank // groups
-    return tuple(sizes)
 
 
 def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
@@ -104,7 +117,8 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         held = _held(layer, adapter_name)
         if held:
             _refuse_unsupported(fqn, layer, adapter_name, held)
-            slots[fqn] = Slot(fqn, layer, adapter_name, getattr(layer.get_base_layer(), "groups", 1), held)
+            groups = getattr(layer.get_base_layer(), "groups", 1)
+            slots[fqn] = Slot(fqn, layer, adapter_name, groups, getattr(layer, "num_experts", 1), held)
     return slots
 
 
@@ -132,10 +146,9 @@ _ALLOWED = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embed
 
 def _refuse_unsupported(fqn: str, layer: LoraLayer, name: str, held: Mapping[str, Held]) -> None:
     from peft.tuners.adalora import AdaLoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
 
     variant = layer.lora_variant.get(name)
-    if isinstance(layer, (AdaLoraLayer, ParamWrapper)) or variant is not None:
+    if isinstance(layer, AdaLoraLayer) or variant is not None:
         kind = type(variant or layer).__name__
         raise UnsupportedError(
             f"The adapter {name!r} on the model is of a kind that hotslot does not swap.",

@@ -36,9 +36,9 @@ class SlotRecord(NamedTuple):
 
 
 class Records(NamedTuple):
-    """All records of one adapter: by slot, and the attributes of its peft config (None where the model has none)."""
+    """All records of one adapter: slot by slot, and the attributes of its peft config (None where there is none)."""
 
-    slots: dict[str, SlotRecord]
+    slots: list[SlotRecord]
     config: dict[str, Any] | None
 
 
@@ -74,14 +74,15 @@ def build_config(options: Mapping[str, Any], origin: str) -> Any:
 
 def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) -> Records:
     """The records that describe `adapter` in these slots."""
-    records = {}
+    records = []
     for fqn, slot in slots.items():
         target = adapter.targets.get(fqn)
         if target is None:
-            records[fqn] = _unused(slot, adapter.dropout)
+            records.append(_unused(slot, adapter.dropout))
         else:
             bias = "lora_B.bias" in target.parts
-            records[fqn] = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, target.rank, adapter.dropout)
+            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, target.rank, adapter.dropout)
+            records.append(record)
     return Records(records, dict(config.__dict__))
 
 
@@ -89,7 +90,7 @@ def neutral_records(slots: Mapping[str, Slot]) -> Records:
     """The records of slots that add nothing."""
     config = build_config(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
     # Shown at its smallest rank, all zeros: what is saved loads again, and adds nothing.
-    records = {fqn: _unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for fqn, slot in slots.items()}
+    records = [_unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
     return Records(records, dict(config.__dict__))
 
 
@@ -97,40 +98,44 @@ def _unused(slot: Slot, dropout: float) -> SlotRecord:
     return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, 0, dropout)
 
 
-def capture(model: nn.Module | None, slots: Mapping[str, Slot], hooks: Mapping[str, TrueRank]) -> Records:
-    """The records as they are now."""
-    records = {}
-    for fqn, slot in slots.items():
-        layer, name = slot.layer, slot.adapter_name
-        records[fqn] = SlotRecord(
-            layer.r[name],
-            layer.lora_alpha[name],
-            layer.use_rslora[name],
-            layer.lora_bias[name],
-            hooks[fqn].rank,
-            getattr(layer.lora_dropout[name], "p", 0.0),
-        )
-    config = peft_config(model, next(iter(slots.values())).adapter_name)
-    return Records(records, dict(config.__dict__) if config is not None else None)
+class Ledger:
+    """Where PEFT keeps its records of one adapter, looked up once."""
 
+    def __init__(self, slots: Mapping[str, Slot], hooks: Mapping[str, TrueRank]) -> None:
+        self._adapter_name = next(iter(slots.values())).adapter_name
+        self._rows = [(slot.layer, hooks[fqn]) for fqn, slot in slots.items()]
 
-def apply(records: Records, model: nn.Module | None, slots: Mapping[str, Slot], hooks: Mapping[str, TrueRank]) -> None:
-    """Make the model's records say `records`. Compiled code guards none of them."""
-    for fqn, record in records.slots.items():
-        slot = slots[fqn]
-        layer, name = slot.layer, slot.adapter_name
-        layer.r[name] = record.r
-        layer.lora_alpha[name] = record.lora_alpha
-        layer.use_rslora[name] = record.use_rslora
-        layer.lora_bias[name] = record.lora_bias
-        hooks[fqn].rank = record.shown_rank
-        # PEFT's own dropout stays as it is where the model was compiled before: compiled code guards its p.
-        dropout = layer.lora_dropout[name]
-        if type(dropout) is SlotDropout:
-            dropout.__dict__["p"] = record.dropout  # a module's own __setattr__ takes a microsecond
-    config = peft_config(model, next(iter(slots.values())).adapter_name)
-    if config is not None and records.config is not None:
-        # The same object: dynamo guards it, and users hold it.
-        mode = config.__dict__.get("inference_mode")
-        config.__dict__.clear()
-        config.__dict__.update(records.config, inference_mode=mode)
+    def capture(self, model: nn.Module | None) -> Records:
+        """The records as they are now."""
+        name, records = self._adapter_name, []
+        for layer, hook in self._rows:
+            dropout = getattr(layer.lora_dropout._modules[name], "p", 0.0)
+            flags = layer.use_rslora[name], layer.lora_bias[name]
+            records.append(SlotRecord(layer.r[name], layer.lora_alpha[name], *flags, hook.rank, dropout))
+        config = peft_config(model, name)
+        return Records(records, dict(config.__dict__) if config is not None else None)
+
+    def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
+        """Make the model's records say `records`, of which `current` is known to be said already.
+
+        Compiled code guards none of them, but for the config object: that stays the same one.
+        """
+        name = self._adapter_name
+        said = current.slots if current is not None else [None] * len(self._rows)
+        for (layer, hook), record, old in zip(self._rows, records.slots, said, strict=True):
+            if record == old:
+                continue
+            layer.r[name] = record.r
+            layer.lora_alpha[name] = record.lora_alpha
+            layer.use_rslora[name] = record.use_rslora
+            layer.lora_bias[name] = record.lora_bias
+            hook.rank = record.shown_rank
+            # PEFT's own dropout stays as it is where the model was compiled before: compiled code guards its p.
+            dropout = layer.lora_dropout._modules[name]
+            if type(dropout) is SlotDropout:
+                dropout.__dict__["p"] = record.dropout  # a module's own __setattr__ takes a microsecond
+        config = peft_config(model, name)
+        if config is not None and records.config is not None:
+            mode = config.__dict__.get("inference_mode")
+            config.__dict__.clear()
+            config.__dict__.update(records.config, inference_mode=mode)

@@ -19,9 +19,10 @@ class TrueRank:
         rank: of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown.
     """
 
-    def __init__(self, adapter_name: str, groups: int, rank: int) -> None:
+    def __init__(self, adapter_name: str, groups: int, experts: int, rank: int) -> None:
         self.adapter_name = adapter_name
         self.groups = groups
+        self.experts = experts
         self.rank = rank
 
     def __call__(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -33,7 +34,7 @@ class TrueRank:
             if self.rank == 0:
                 del state_dict[key]
                 continue
-            cut = corner(value, suffix, self.rank, self.groups)
+            cut = corner(value, suffix, self.rank, self.groups, self.experts)
             if cut.shape != value.shape:
                 state_dict[key] = cut.contiguous()
 
@@ -50,8 +51,8 @@ class TrueRank:
                 state_dict[key] = param.detach()
             elif given is not None and given.shape != param.shape and self.rank:
                 full = torch.zeros_like(param, device=given.device)
-                if corner(full, suffix, self.rank, self.groups).shape == given.shape:
-                    fill(full, suffix, given, self.rank, self.groups)
+                if corner(full, suffix, self.rank, self.groups, self.experts).shape == given.shape:
+                    fill(full, suffix, given, self.rank, self.groups, self.experts)
                     state_dict[key] = full
 
     def _keys(self, prefix: str) -> dict[str, str]:

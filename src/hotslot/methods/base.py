@@ -15,8 +15,8 @@ class Part:
     Attributes:
         suffix: what stands behind the module path in a file's key.
         rank_dim: the dimension that grows with the rank and pads neutrally with zeros; None if there is none.
-        grouped: whether the rank dimension is cut into one block for each group of a grouped convolution. (The
-            up-projection's rank dimension holds one group's ranks only, so it needs no cutting.)
+        grouped: whether the rank dimension is cut into one block for each group of a grouped convolution, or for
+            each expert; see `hotslot.live.corner`.
     """
 
     suffix: str
@@ -24,7 +24,7 @@ class Part:
     grouped: bool = False
 
 
-# L: in features or channels, O: out, R: rank, G: groups.  A: [R, L, ...]   B: [O, R / G, ...]
+# L: in features or channels, O: out, R: rank, G: groups, E: experts.  A: [R, L, ...] or [E R, L]   B: [O, R / G, ...] or [O, R E]
 PARTS: Mapping[str, Part] = {
     part.suffix: part
     for part in (
@@ -64,11 +64,13 @@ class Adapter:
         base_copies: base module's path → parameter name → where the checkpoint has a copy of it. PEFT saves the weight
             of an embedding or output layer along with a LoRA on it; such a copy says nothing if it equals the
             model's own, and otherwise cannot be swapped in as an adapter.
+        target_parameters: bare parameters that are adapted (mixture-of-experts layers), in PEFT's order of nesting.
     """
 
     checkpoint: Checkpoint
     targets: Mapping[str, Target]
     base_copies: Mapping[str, Mapping[str, TensorSpec]]
+    target_parameters: tuple[str, ...]
     use_rslora: bool
     lora_bias: bool
     dropout: float

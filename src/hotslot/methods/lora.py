@@ -15,7 +15,9 @@ from .base import PARTS, Adapter, Target
 logger = logging.getLogger(__name__)
 
 # Options that say what the tensors mean or whom they belong to.
-_READ = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "lora_dropout"})
+_READ = frozenset(
+    {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "lora_dropout", "target_parameters"}
+)
 
 # Options without influence on what a trained adapter computes: they chose the targets (the tensors' names say which),
 # or took part in initialising or training it, or describe its origin.
@@ -32,7 +34,6 @@ _REFUSED = {
     "use_dora": "DoRA keeps a magnitude per output feature, for which the slot has no part",
     "modules_to_save": "it carries whole modules of the base model",
     "trainable_token_indices": "it carries rows of the embedding",
-    "target_parameters": "it adapts bare parameters (mixture-of-experts layers)",
     "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
     "layer_replication": "it changes how many layers the base model has",
     "use_bdlora": "block-diagonal LoRA has another forward pass",
@@ -65,15 +66,16 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     ranks = _Pattern(config, "rank_pattern", "r", origin)
     alphas = _Pattern(config, "alpha_pattern", "lora_alpha", origin)
     targets = {}
+    parameters = _strings(config, "target_parameters", origin)
     modules, copies = _by_module(checkpoint)
     for fqn, parts in modules.items():
         # PEFT gives the output projection inside a MultiheadAttention the rank and alpha of the attention itself.
         key = fqn.removesuffix(".base_layer.out_proj")
         rank, alpha = ranks.of(key), alphas.of(key)
-        _check_parts(fqn, parts, rank, lora_bias, origin)
+        _check_parts(fqn, parts, rank, config, origin)
         targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
     dropout = float(config.get("lora_dropout") or 0.0)
-    return Adapter(checkpoint, targets, copies, use_rslora, lora_bias, dropout)
+    return Adapter(checkpoint, targets, copies, parameters, use_rslora, lora_bias, dropout)
 
 
 def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -140,6 +142,15 @@ def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
             found=repr(dropout),
             expected="a number from 0 to 1",
         )
+
+
+def _strings(config: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...]:
+    values = config.get(key) or ()
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+        raise ConfigError(
+            f"{origin} has an invalid list.", where=key, found=f"{values!r:.200}", expected="a list of names"
+        )
+    return tuple(values)
 
 
 class _Pattern:
@@ -220,8 +231,8 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
 _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
 
 
-def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, lora_bias: bool, origin: str) -> None:
-    have = set(parts)
+def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: Mapping[str, Any], origin: str) -> None:
+    have, lora_bias = set(parts), bool(config.get("lora_bias"))
     if have - {"lora_B.bias"} not in _A_AND_B:
         raise TensorError(
             f"{origin} does not have both matrices of a module.",
@@ -243,7 +254,9 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, lora_bias
         )
     # A grouped convolution's B holds the ranks of one group; how many groups there are, the base layer will say.
     agree = a.shape[0] == b.shape[1] if len(a.shape) == 2 else a.shape[0] % b.shape[1] == 0
-    if not agree or a.shape[0] != rank:
+    # With bare parameters there is one block of that rank for each expert; how many, the base layer will say.
+    stated = a.shape[0] == rank or (config.get("target_parameters") and a.shape[0] % rank == 0)
+    if not agree or not stated:
         raise TensorError(
             f"{origin} has matrices whose ranks disagree with each other or with the config.",
             where=fqn,

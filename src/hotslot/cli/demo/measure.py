@@ -95,9 +95,11 @@ class PeftTwin:
         return lambda: hotswap_adapter_from_state_dict(self._model, weights, "default", self._config)
 
     def refuse_other_logits(self, ids: Any, expected: Tensor) -> None:
-        """Set `refusal` if the swapped model does not compute `expected`."""
+        """Set `refusal` if PEFT made the swap, and the model does not compute `expected`."""
         import torch
 
+        if self.refusal is not None:
+            return
         with torch.no_grad():
             worst = float((self._model(ids).logits - expected).abs().max())
         if worst > _SAME_LOGITS:

@@ -6,10 +6,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..terminal import print_json
 from . import adapters as casting
 from . import show, smollm2
 from .result import AdapterResult, DemoResult, Speaker
@@ -29,7 +29,7 @@ def run_demo(
     adapters: Sequence[str | Path] | None = None,
     *,
     prompts: Sequence[str] | None = None,
-    json: bool = False,
+    as_json: bool = False,
     backend: Any = "inductor",
     rounds: int = 9,
     console: Console | None = None,
@@ -40,25 +40,25 @@ def run_demo(
         model: a Hub id or folder; None for SmolLM2-135M-Instruct.
         adapters: Hub ids or folders; None for the repository's own.
         prompts: to ask; None for those that go with the adapters.
-        json: print one JSON document on standard output, and all else on standard error.
+        as_json: print one JSON document instead of text. Progress goes to standard error.
         backend: of torch.compile.
         rounds: repetitions of each swap that is timed; the table shows medians.
-        console: to print on, instead of the terminal.
+        console: to print the text on, instead of standard output.
 
     Raises:
         HotslotError: model, adapters or compiler are not there, or do not go together.
     """
     started = time.perf_counter()
     cast = casting.choose(model, adapters, prompts)
-    console = console or show.make_console(json=json)
-    with show.Stages(console) as stages, _kept_code():
+    with show.Stages() as stages, _kept_code():
         demo = _Demo(cast, model, backend, stages)
         with _few_threads():
             result = demo.run(rounds)
     result.seconds = time.perf_counter() - started
-    if json:
-        print(dumps(result.as_dict(), indent=2, ensure_ascii=False))
+    if as_json:
+        print_json(result.as_dict())
     else:
+        console = console or show.new_console()
         show.answers(console, result, cast.prompts)
         show.tables(console, result)
         show.summary(console, result, str(smollm2.cache_root()))
@@ -180,9 +180,8 @@ class _Demo:
 
     @property
     def _max_rank(self) -> int:
-        return max(
-            max(found.config["r"], *found.config["rank_pattern"].values()) for found in self.checkpoints.values()
-        )
+        configs = [found.config for found in self.checkpoints.values()]
+        return max(rank for c in configs for rank in map(int, (c["r"], *(c.get("rank_pattern") or {}).values())))
 
 
 @contextmanager

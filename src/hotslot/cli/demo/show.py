@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -11,24 +12,26 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..terminal import printable
 from .result import AdapterResult, DemoResult, SwapTimes
 
 _ONE_TABLE_WIDTH = 125  # of a terminal that holds all columns side by side
-_PIPE_WIDTH = 150
+_PIPED_WIDTH = 160
 
 
-def make_console(*, json: bool) -> Console:
-    """Where the demo speaks: standard output, or standard error if JSON is to be all that goes to the former."""
-    console = Console(stderr=json)
-    return console if console.is_terminal else Console(stderr=json, width=_PIPE_WIDTH)
+def new_console() -> Console:
+    """A console on standard output, wide enough for the whole table where that is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, emoji=False, highlight=False)
 
 
 class Stages:
-    """A progress display; use as a context. Stages follow one another, each is ticked off with its time."""
+    """A progress display on standard error; use as a context. Stages are ticked off with their times."""
 
-    def __init__(self, console: Console) -> None:
-        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, BarColumn(bar_width=24), TimeElapsedColumn(), console=console)
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}", markup=False))
+        self._progress = Progress(
+            *columns, BarColumn(bar_width=24), TimeElapsedColumn(), console=Console(file=sys.stderr)
+        )
 
     def __enter__(self) -> Stages:
         self._progress.start()
@@ -51,15 +54,14 @@ class Stages:
 
 def answers(console: Console, result: DemoResult, prompts: Sequence[str]) -> None:
     """Print what base and adapters said to each prompt."""
-    rows = [("base", result.base, result.base_unexpected)]
-    rows += [(adapter.name, adapter.answers, adapter.unexpected) for adapter in result.adapters]
-    width = max(len(name) for name, _, _ in rows)
+    width = max(len(speaker.name) for speaker in result.speakers)
     for prompt in prompts:
-        console.print(f"\n[bold]{escape(_line(prompt))}[/]")
-        for name, said, unexpected in rows:
-            mark = " [red](not the recorded answer)[/]" if prompt in (unexpected or ()) else ""
-            text = escape(_line(said[prompt].strip()))
-            console.print(f"  [cyan]{name:{width}}[/]  {text}{mark}", overflow="ellipsis", no_wrap=True)
+        console.print(f"[bold]{_safe(prompt)}[/]")
+        for speaker in result.speakers:
+            mark = " [red](not the recorded answer)[/]" if prompt in (speaker.unexpected or ()) else ""
+            said = f"[cyan]{_safe(speaker.name.ljust(width))}[/]  {_safe(speaker.answers[prompt].strip())}{mark}"
+            console.print(f"  {said}", overflow="ellipsis", no_wrap=True)
+        console.print()
 
 
 class _Column(NamedTuple):
@@ -73,11 +75,11 @@ def _swap(cell: Callable[[SwapTimes], str]) -> Callable[[AdapterResult], str]:
 
 
 _WHAT = (
-    _Column("adapter", lambda a: f"[cyan]{escape(a.name)}[/]"),
-    _Column("method", lambda a: a.method),
+    _Column("adapter", lambda a: f"[cyan]{_safe(a.name)}[/]"),
+    _Column("method", lambda a: _safe(a.method)),
     _Column("rank", lambda a: a.rank, right=True),
-    _Column("targets", lambda a: escape(a.targets)),
-    _Column("answer", lambda a: escape(_line(a.answers[a.showcase].strip()))),
+    _Column("targets", lambda a: _safe(a.targets)),
+    _Column("answer", lambda a: _safe(a.answers[a.showcase].strip())),
 )
 _HOW = (
     _Column("swap", _swap(lambda s: _ms(s.seconds)), right=True),
@@ -85,7 +87,7 @@ _HOW = (
     _Column("GB/s", _swap(lambda s: f"{s.gigabytes_per_second:.2f}"), right=True),
     _Column("of a copy", _swap(lambda s: f"{s.share_of_copy:.0%}{'' if s.copy_kind == 'flat' else '*'}"), right=True),
     _Column("recompiled", lambda a: _zero(a.recompilations), right=True),
-    _Column("PEFT, same swap", _swap(lambda s: escape(_peft(s)))),
+    _Column("PEFT, same swap", _swap(lambda s: _safe(_peft(s)))),
 )
 
 
@@ -105,8 +107,8 @@ def summary(console: Console, result: DemoResult, cache: str) -> None:
     """Print the notes below the table, and whether all is well."""
     padded = any(a.swap is not None and a.swap.copy_kind != "flat" for a in result.adapters)
     console.print(
-        "swap: from host memory, from the adapter of the row above (the first: of the last row). PEFT: from host memory "
-        "(from its file), on a model of its own.\nof a copy: the speed of a plain copy of the same bytes is 100%"
+        "swap: from host memory, from the adapter of the row above (the first: of the last row). PEFT: on a model of "
+        "its own, from host memory (from its file).\nof a copy: 100% is the speed of a plain copy of the same bytes"
         + ("; *: copied tensor by tensor, into slots of a larger rank." if padded else "."),
         style="dim",
     )
@@ -117,9 +119,9 @@ def summary(console: Console, result: DemoResult, cache: str) -> None:
         f"The base before and after: {restored}."
     )
     for name, prompt in result.unexpected:
-        console.print(f"[red]not the recorded answer:[/] {escape(name)} to {escape(_line(prompt))}")
+        console.print(f"[red]not the recorded answer:[/] {_safe(name)} to {_safe(prompt)}")
     verdict = "[green]all as it should be[/]" if result.ok else "[red]not all is as it should be[/]"
-    console.print(f"{verdict}, {result.seconds:.0f} s in all. Model and compiled code are kept in {escape(cache)}.")
+    console.print(f"{verdict}, {result.seconds:.0f} s in all. Model and compiled code are kept in {_safe(cache)}.")
 
 
 def _peft(swap: SwapTimes) -> str:
@@ -137,5 +139,6 @@ def _zero(count: int, one: int | None = None) -> str:
     return f"[green]{text}[/]" if count == 0 else f"[red]{text}[/]"
 
 
-def _line(text: str) -> str:
-    return text.replace("\n", "⏎")
+def _safe(text: str) -> str:
+    """One line that neither markup nor control characters in `text` can change."""
+    return escape(printable(text.replace("\n", "⏎")))

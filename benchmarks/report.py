@@ -1,0 +1,190 @@
+"""The swap benchmark's rows, and how they are told: a table, a JSON document, a plot, and which goals were met."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import hotslot
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender in one case.
+
+    Attributes:
+        size: name of the adapters' size.
+        slot_rank: rank that the slots have room for.
+        case: what is done.
+        contender: who does it, and how.
+        ms: median of the rounds.
+        min_ms: the fastest round.
+        times_peft: how many times faster than PEFT at the same case (than the first of PEFT's rows of it).
+        percent_of_copy: how near to the plain copy of the same bytes by the same path; 100 is as fast.
+        nbytes: of the adapter.
+        gigabytes_per_second: adapter bytes over the median.
+        error: largest difference of the outputs to a fresh PeftModel's, as a part of what a swap changes in them.
+    """
+
+    size: str
+    slot_rank: int
+    case: str
+    contender: str
+    ms: float
+    min_ms: float
+    times_peft: float
+    percent_of_copy: float
+    nbytes: int
+    gigabytes_per_second: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What the project wants of one row, and what the row has. Ratios are of times: `found` has to be at least `wanted`."""
+
+    text: str
+    found: float
+    wanted: float
+
+    @property
+    def met(self) -> bool:
+        return self.found >= self.wanted
+
+
+def goals(rows: Sequence[Row]) -> list[Goal]:
+    """The goals for slots of the adapters' own rank, as far as their rows are there. Known only on the CPU."""
+    ms = {(row.size, row.case.partition(":")[0], row.contender): row.ms for row in reversed(rows)}
+    drop_in, activate = "hotslot hotswap_adapter", "hotslot Swapper.activate"
+    theirs, read = "PEFT hotswap_adapter", "plain read into a kept buffer + copy"
+    wanted = [
+        ("9MB: drop-in cold, times faster than PEFT's", "9MB", ("cold", theirs), ("cold", drop_in), 5.0),
+        ("9MB: warm activate, times faster than PEFT's hotswap_adapter", "9MB", ("cold", theirs), ("warm", activate), 20.0),
+        ("9MB: warm activate, part of the plain copy's speed", "9MB", ("warm", "plain copy"), ("warm", activate), 0.5),
+        ("84MB: drop-in cold, part of plain read + copy's speed", "84MB", ("cold", read), ("cold", drop_in), 0.5),
+        ("84MB: warm activate, part of the plain copy's speed", "84MB", ("warm", "plain copy"), ("warm", activate), 0.5),
+    ]
+    return [
+        Goal(text, ms[size, *peer] / ms[size, *ours], least)
+        for text, size, peer, ours, least in wanted
+        if (size, *peer) in ms and (size, *ours) in ms
+    ]
+
+
+def describe(device: str | None, **settings: Any) -> dict[str, Any]:
+    """Where and how the rows were made: all that a reader needs to make them again."""
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    hardware: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    versions = {"python": platform.python_version(), "hotslot": hotslot.__version__}
+    return {
+        "benchmark": "swap",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": hardware,
+        "versions": versions | {package: version(package) for package in PACKAGES},
+        "settings": settings,
+    }
+
+
+def document(rows: Sequence[Row], conditions: dict[str, Any]) -> str:
+    """The JSON document."""
+    told = [asdict(goal) | {"met": goal.met} for goal in goals(rows)]
+    return json.dumps(conditions | {"rows": [asdict(row) for row in rows], "goals": told}, indent=1)
+
+
+def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) -> None:
+    """Print the table, the goals, and where it was made."""
+    table = Table(title="Swaps of LoRA adapters", title_justify="left")
+    for heading in ("case", "contender"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ms", "min", "× PEFT", "% of a plain copy", "bytes", "GB/s", "outputs"):
+        table.add_column(heading, justify="right")
+    for (size, slot_rank, case), group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case)):
+        label = f"{size}, slots of rank {slot_rank}\n{case}"
+        for row in group:
+            table.add_row(label, *_cells(row))
+            label = ""
+        table.add_section()
+    console.print(table)
+    for goal in goals(rows):
+        console.print(f"{'met   ' if goal.met else 'MISSED'} {goal.text}: {goal.found:.2f}, wanted {goal.wanted:g}")
+    hardware = conditions["hardware"]
+    console.print(", ".join(f"{key} {value}" for key, value in (hardware | conditions["versions"]).items()))
+    console.print(f"{conditions['date']}: {conditions['command']}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.contender,
+        f"{row.ms:.2f}",
+        f"{row.min_ms:.2f}",
+        f"{row.times_peft:.2f}",
+        f"{row.percent_of_copy:.0f}",
+        f"{row.nbytes:,}",
+        f"{row.gigabytes_per_second:.2f}",
+        "equal" if row.error == 0 else f"±{row.error:.0e}",
+    )
+
+
+def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
+    """Write the medians as bars on a logarithmic axis, one panel for each case."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = [
+        (key, list(group)) for key, group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case))
+    ]
+    heights = [len(group) + 2 for _, group in groups]
+    figure, panels = plt.subplots(
+        len(groups), 1, figsize=(11, 0.32 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    colours = {"hotslot": "tab:blue", "PEFT": "tab:gray", "plain": "tab:green"}
+    for panel, ((size, slot_rank, case), group) in zip(panels[:, 0], groups, strict=True):
+        names = [row.contender for row in group]
+        bars = panel.barh(names, [row.ms for row in group], color=[colours[name.split()[0]] for name in names])
+        panel.bar_label(bars, [f" {row.ms:.2f} ms, {row.times_peft:.1f} × PEFT" for row in group], fontsize=8)
+        panel.set_title(f"{size}, slots of rank {slot_rank} – {case}", loc="left", fontsize=9)
+        panel.set_xscale("log")
+        panel.margins(x=0.25)
+        panel.invert_yaxis()
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    hardware, versions = conditions["hardware"], conditions["versions"]
+    place = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
+    panels[-1, 0].set_xlabel(
+        f"milliseconds, median – {place}, torch {versions['torch']}, peft {versions['peft']}, {conditions['date']}"
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
