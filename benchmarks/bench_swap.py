@@ -29,7 +29,6 @@ CASES = (COLD, INSTEAD, WARM, HOT)
 DEFAULT_SIZES = ("9MB", "84MB")
 DEFAULT_ROUNDS = 20
 SLOT_FACTORS = (1, 4)  # slots of the adapters' own rank, and of four times that
-_CHECKED = 2  # rounds before the timed ones: each adapter once in each model
 _TABLE_COLUMNS = 150
 
 Progress = Callable[[str], None]
@@ -76,18 +75,17 @@ def _time(
 ) -> tuple[dict[Contender, list[float]], dict[Contender, float]]:
     """Seconds of each swap, and the largest error of each contender's outputs."""
     seconds: dict[Contender, list[float]] = {contender: [] for contender in taking_part}
-    errors = dict.fromkeys(taking_part, 0.0)
+    errors: dict[Contender, float] = {}
     order, shuffled = Random(0), list(taking_part)
     with _only_own_garbage():
-        for index in range(_CHECKED + rounds + 1):
-            timed = _CHECKED <= index < _CHECKED + rounds
+        for contender in taking_part:
+            errors[contender] = max(_checked_swap(contender, device) for _ in range(2))  # to each of the adapters
+        for _ in range(rounds):
             order.shuffle(shuffled)
             for contender in shuffled:
-                taken = _swap(contender, device)
-                if timed:
-                    seconds[contender].append(taken)
-                else:
-                    errors[contender] = max(errors[contender], contender.twin.error())
+                seconds[contender].append(_swap(contender, device))
+        for contender in taking_part:
+            errors[contender] = max(errors[contender], _checked_swap(contender, device))
     return seconds, errors
 
 
@@ -101,6 +99,12 @@ def _swap(contender: Contender, device: torch.device) -> float:
     taken = time.perf_counter() - started
     twin.live = other
     return taken
+
+
+def _checked_swap(contender: Contender, device: torch.device) -> float:
+    """The error of the outputs after a swap."""
+    _swap(contender, device)
+    return contender.twin.error()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -7,25 +7,24 @@ in hotslot's engine or live package, the other before, after or in the middle of
 from __future__ import annotations
 
 import functools
-import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
+from peft import LoraConfig
+from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hotslot
-from adapters import make_adapter
+from adapters import make_adapter, random_peft_model
 from hotslot.engine import Engine
-from oracle import Snapshot, assert_same_output, assert_unchanged, fresh, fresh_output, snapshot
+from oracle import Snapshot, TensorFacts, assert_same_output, assert_unchanged, fresh, fresh_output, snapshot
 from zoo import ZOO, Entry
 
 SOURCES = Path(hotslot.__file__).parent
@@ -44,7 +43,7 @@ class LineFault:
 
     def __init__(self, k: int, kind: type[BaseException]) -> None:
         self.k, self.kind, self.where = k, kind, ""
-        self._count = 0
+        self.steps: list[str] = []
 
     def __enter__(self) -> LineFault:
         self._before = sys.gettrace()
@@ -60,9 +59,9 @@ class LineFault:
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
-            self._count += 1
-            if self._count == self.k:  # Python stops tracing when a trace function raises: the undoing runs free
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+            self.steps.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}")
+            if len(self.steps) == self.k:  # Python stops tracing when a trace function raises: the undoing runs free
+                self.where = self.steps[-1]
                 raise self.kind(self.where)
         return self._line
 
@@ -79,13 +78,13 @@ class OpFault(TorchDispatchMode):
     def __init__(self, k: int, kind: type[BaseException], when: str) -> None:
         super().__init__()
         self.k, self.kind, self.when, self.where = k, kind, when, ""
-        self._count = 0
+        self.steps: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._count += 1
-        if self._count != self.k:
+        self.steps.append(f"{self.when} {func}")
+        if len(self.steps) != self.k:
             return func(*args, **(kwargs or {}))
-        self.where = f"{self.when} {func}"
+        self.where = self.steps[-1]
         if self.when == "after":
             func(*args, **(kwargs or {}))
         elif self.when == "amid" and "_foreach" in str(func):
@@ -95,6 +94,7 @@ class OpFault(TorchDispatchMode):
 
 
 Injector = Callable[[int], Any]
+Folders = dict[str, dict[str, Path]]
 INJECTORS: dict[str, Injector] = {
     "interrupted at a line": lambda k: LineFault(k, KeyboardInterrupt),
     "failing before an operation": lambda k: OpFault(k, Fault, "before"),
@@ -116,13 +116,23 @@ class Everything:
     rest: dict[str, Any]
 
 
-def everything(model: nn.Module, swapper: hotslot.Swapper | None) -> Everything:
+def everything(stage: Stage) -> Everything:
+    model = stage.model
     rest: dict[str, Any] = {"hooks": sum(len(m._state_dict_hooks) for m in model.modules())}
-    rest["configs"] = {name: id(config) for name, config in getattr(model, "peft_config", {}).items()}
-    if swapper is not None:
-        rest["swapper"] = (swapper.active, swapper.version, swapper.adapters, swapper.host_bytes)
+    rest["configs"] = {name: id(config) for name, config in (getattr(model, "peft_config", None) or {}).items()}
+    swapper = hotslot.Swapper.of(model)
+    rest["swapper"] = swapper and (swapper.active, swapper.version, swapper.adapters, swapper.host_bytes)
     saved = {key: value.detach().numpy().tobytes() for key, value in model.state_dict().items()}
-    return Everything(snapshot(model), saved, rest)
+    facts = snapshot(model)
+    if (
+        stage.moved
+    ):  # whoever moved the parameters gets them back in the slot's memory, whether the swap succeeds or not
+        for name, fact in facts.facts.items():
+            if isinstance(fact, TensorFacts):
+                facts.facts[name] = replace(
+                    fact, data_ptr=0, object_id=fact.object_id if "scaling" not in name else None
+                )
+    return Everything(facts, saved, rest)
 
 
 def assert_nothing_changed(before: Everything, after: Everything) -> None:
@@ -143,13 +153,16 @@ class Stage:
     act: Callable[[], object]
     then: Callable[[], object]  # after a failure: a swap that must succeed …
     expected: Path | None  # … and what is live after it; None: the base
-    swapper: hotslot.Swapper | None = None
+    moved: bool = False  # whether the user has rebound the parameters' memory
+
+
+Make = Callable[[Entry, dict[str, Path]], Stage]
 
 
 FOLDERS = {
     "mlp": {
         "a": {"r": 4, "target_modules": ["up", "inner.2"], "lora_alpha": 6, "lora_bias": True},
-        "b": {"r": 2, "target_modules": ["inner.0", "inner.2"], "lora_alpha": 3, "use_rslora": True, "lora_dropout": 0.5},
+        "b": {"r": 2, "target_modules": ["inner.0", "inner.2"], "use_rslora": True, "lora_dropout": 0.5},
         "same": {"r": 4, "target_modules": ["up", "inner.2"], "lora_alpha": 5, "lora_bias": True},
         "smaller": {"r": 2, "target_modules": ["up", "inner.2"], "lora_alpha": 5, "lora_bias": True},
         "larger": {"r": 7, "target_modules": ["up", "inner.2"], "rank_pattern": {"up": 3}, "lora_bias": True},
@@ -166,7 +179,7 @@ FOLDERS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("adapters")
     return {
         name: {
@@ -185,88 +198,139 @@ def train(model: nn.Module) -> None:
                 param.mul_(1.25)
 
 
-def attached(entry: Entry, folders: dict[str, Path], model: nn.Module | None = None) -> tuple[nn.Module, hotslot.Swapper]:
-    model = entry.build() if model is None else model
-    return model, hotslot.attach(model, adapters={"a": folders["a"], "b": folders["b"]})
+def attached(entry: Entry, folders: dict[str, Path], model: nn.Module) -> hotslot.Swapper:
+    return hotslot.attach(model, adapters={"a": folders["a"], "b": folders["b"]})
+
+
+def staged(entry: Entry, folders: dict[str, Path]) -> tuple[nn.Module, hotslot.Swapper]:
+    model = entry.build()
+    return model, attached(entry, folders, model)
 
 
 def live_to_other(entry: Entry, folders: dict[str, Path]) -> Stage:
     """From a live adapter that was trained on to one of other targets and ranks."""
-    model, swapper = attached(entry, folders)
+    model, swapper = staged(entry, folders)
     swapper.activate("a")
     train(model)
-    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"], swapper)
+    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"])
 
 
 def base_to_first(entry: Entry, folders: dict[str, Path]) -> Stage:
-    model, swapper = attached(entry, folders)
-    return Stage(entry, model, lambda: swapper.activate("a"), lambda: swapper.activate("b"), folders["b"], swapper)
+    model, swapper = staged(entry, folders)
+    return Stage(entry, model, lambda: swapper.activate("a"), lambda: swapper.activate("b"), folders["b"])
 
 
 def deactivation(entry: Entry, folders: dict[str, Path]) -> Stage:
-    model, swapper = attached(entry, folders)
+    model, swapper = staged(entry, folders)
     swapper.activate("a")
-    return Stage(entry, model, swapper.deactivate, lambda: swapper.activate("b"), folders["b"], swapper)
+    return Stage(entry, model, swapper.deactivate, lambda: swapper.activate("b"), folders["b"])
 
 
 def rollback(entry: Entry, folders: dict[str, Path]) -> Stage:
     """Back to weights that were trained, and so are in no file."""
-    model, swapper = attached(entry, folders)
+    model, swapper = staged(entry, folders)
     swapper.activate("a")
     train(model)
     swapper.activate("b")
-    return Stage(entry, model, swapper.rollback, swapper.deactivate, None, swapper)
+    return Stage(entry, model, swapper.rollback, swapper.deactivate, None)
 
 
 def rolled_back(entry: Entry, folders: dict[str, Path]) -> Stage:
     """From trained weights that a rollback has brought back."""
-    model, swapper = attached(entry, folders)
+    model, swapper = staged(entry, folders)
     swapper.activate("a")
     train(model)
     swapper.activate("b")
     swapper.rollback()
-    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"], swapper)
+    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"])
 
 
 def resident_to_other(entry: Entry, folders: dict[str, Path]) -> Stage:
     """From the adapter that came with a PEFT model, trained on, beside another adapter."""
     model = fresh(entry, folders["a"])
     model.load_adapter(str(folders["b"]), adapter_name="default_2")
-    attached(entry, folders, model)
+    swapper = attached(entry, folders, model)
     train(model)
-    swapper = hotslot.Swapper.of(model)
-    assert swapper is not None
-    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"], swapper)
+    return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"])
 
 
 def without_arena(entry: Entry, folders: dict[str, Path]) -> Stage:
     """On a model that was compiled before: no parameter may move, each is written where it is."""
     model = fresh(entry, folders["a"])
-    model.load_adapter(str(folders["b"]), adapter_name="other")
-    swapper = hotslot.attach(torch.compile(model, backend="eager"), adapters={"same": folders["same"]})
+    swapper = hotslot.attach(
+        torch.compile(model, backend="eager"), adapters={"smaller": folders["smaller"], "a": folders["a"]}
+    )
     train(model)
-    swapper.load("a", folders["a"])
-    return Stage(entry, model, lambda: swapper.activate("same"), lambda: swapper.activate("a"), folders["a"], swapper)
+    return Stage(entry, model, lambda: swapper.activate("smaller"), lambda: swapper.activate("a"), folders["a"])
 
 
 def moved_by_the_user(entry: Entry, folders: dict[str, Path]) -> Stage:
-    """After `model.to(dtype)` and back the parameters have other memory, which a swap puts right."""
+    """After `model.double().float()` the parameters have other memory, which a swap puts right."""
     stage = live_to_other(entry, folders)
     stage.model.double().float()
+    stage.moved = True
     return stage
 
 
-SCENARIOS: dict[str, tuple[Callable[[Entry, dict[str, Path]], Stage], str]] = {
-    "live to other, mlp": (live_to_other, "mlp"),
-    "live to other, conv2d": (live_to_other, "conv2d"),
-    "live to other, embedding": (live_to_other, "embedding"),
-    "base to first": (base_to_first, "conv2d"),
-    "deactivation": (deactivation, "mlp"),
-    "rollback": (rollback, "embedding"),
-    "rolled back": (rolled_back, "embedding"),
-    "resident to other": (resident_to_other, "mlp"),
-    "without arena": (without_arena, "mlp"),
-    "moved by the user": (moved_by_the_user, "embedding"),
+def drop_in(
+    new: str, *, earlier: bool = False, target_rank: int | None = None
+) -> Callable[[Entry, dict[str, Path]], Stage]:
+    """`hotswap_adapter` on a PEFT model: the first call or a later one, prepared or not."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = fresh(entry, folders["a"])
+        if target_rank is not None:
+            hotslot.prepare_model_for_compiled_hotswap(model, target_rank=target_rank, config=model.peft_config)
+        if earlier:
+            hotslot.hotswap_adapter(model, folders["same"], "default")
+        train(model)
+        swap = functools.partial(hotslot.hotswap_adapter, model, adapter_name="default")
+        return Stage(entry, model, lambda: swap(folders[new]), lambda: swap(folders["a"]), folders["a"])
+
+    return make
+
+
+def attaching(came_with: str | None) -> Make:
+    """`attach` itself, to a plain model or one that has a smaller adapter, whose parameters get padded."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build() if came_with is None else fresh(entry, folders[came_with])
+        attach = functools.partial(attached, entry, folders, model)
+        return Stage(entry, model, attach, lambda: attach().activate("b"), folders["b"])
+
+    return make
+
+
+def preparing(entry: Entry, folders: dict[str, Path]) -> Stage:
+    model = fresh(entry, folders["a"])
+    act = functools.partial(hotslot.prepare_model_for_compiled_hotswap, model, target_rank=8, config=model.peft_config)
+    return Stage(entry, model, act, lambda: hotslot.hotswap_adapter(model, folders["b"], "default"), folders["b"])
+
+
+Scenario = tuple[Make, str]
+SWAPS: dict[str, Scenario] = {
+    "from a trained adapter to another": (live_to_other, "mlp"),
+    "in a grouped convolution": (live_to_other, "conv2d"),
+    "from the base": (base_to_first, "embedding"),
+    "deactivate": (deactivation, "mlp"),
+    "rollback to trained weights": (rollback, "embedding"),
+    "from rolled back weights": (rolled_back, "embedding"),
+    "from the adapter that came with the model": (resident_to_other, "embedding"),
+    "in a compiled model": (without_arena, "mlp"),
+    "after the user moved the parameters": (moved_by_the_user, "embedding"),
+    "drop-in, same rank": (drop_in("same"), "mlp"),
+    "drop-in, again": (drop_in("a", earlier=True), "mlp"),
+    "drop-in, smaller rank": (drop_in("smaller"), "mlp"),
+    "drop-in, growing rank": (drop_in("larger"), "mlp"),
+    "drop-in, growing rank, again": (drop_in("larger", earlier=True), "mlp"),
+    "drop-in, prepared": (drop_in("larger", target_rank=8), "mlp"),
+    "drop-in, growing beyond what was prepared": (drop_in("larger", target_rank=5), "mlp"),
+}
+PREPARATIONS: dict[str, Scenario] = {
+    "attach to a plain model": (attaching(None), "embedding"),
+    "attach to a grouped convolution": (attaching(None), "conv2d"),
+    "attach to a PEFT model": (attaching("b"), "embedding"),
+    "prepare_model_for_compiled_hotswap": (preparing, "embedding"),
 }
 
 
@@ -274,49 +338,129 @@ SCENARIOS: dict[str, tuple[Callable[[Entry, dict[str, Path]], Stage], str]] = {
 
 
 def run_over_all_steps(make: Callable[[], Stage], injector: Injector) -> int:
-    """Break off at each step, compare; at every seventh on a new stage, which must then swap. How many steps failed."""
+    """Break off at each step and compare; after every seventh the next swap must succeed. Returns how many failed."""
     stage, k, failed = make(), 1, 0
-    before = everything(stage.model, stage.swapper)
+    before = everything(stage)
     while True:
         fault = injector(k)
-        renewed = k % STRIDE == 1
-        if renewed:
-            stage = make()
-            before = everything(stage.model, stage.swapper)
-        try:
-            with fault:
-                stage.act()
-        except (Fault, KeyboardInterrupt):
-            pass
+        completed = attempt(stage.act, fault)
         if not fault.where:
+            assert completed
             return failed
         failed += 1
         try:
-            assert_nothing_changed(before, everything(stage.model, stage.swapper))
-            if renewed:
+            assert not completed, "the swap went on as if nothing had happened"
+            assert_nothing_changed(before, everything(stage))
+            if k % STRIDE == 1:
                 assert_swaps(stage)
+                stage = make()
+                before = everything(stage)
         except Exception as error:
             raise AssertionError(f"after a fault at step {k}, {fault.where}: {error}") from error
-        if renewed:
-            stage = make()
-            before = everything(stage.model, stage.swapper)
         k += 1 if k < EXHAUSTIVE else STRIDE
+
+
+def attempt(act: Callable[[], object], fault: Any) -> bool:
+    """Whether it went through."""
+    try:
+        with fault:
+            act()
+    except (Fault, KeyboardInterrupt):
+        return False
+    return True
 
 
 def assert_swaps(stage: Stage) -> None:
     """The next swap succeeds, and what comes out is what a fresh load gives."""
     stage.then()
     inputs = stage.entry.inputs()
-    if stage.expected is None:
-        expected = stage.entry.output(stage.entry.build(), inputs)
-    else:
-        expected = fresh_output(stage.entry, stage.expected)
+    expected = (
+        fresh_output(stage.entry, stage.expected) if stage.expected else stage.entry.output(stage.entry.build(), inputs)
+    )
     assert_same_output(stage.entry.output(stage.model, inputs), expected)
 
 
 @injected
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_a_swap_that_breaks_off_changes_nothing(name: str, injector: Injector, folders: dict[str, Any]) -> None:
-    make, entry = SCENARIOS[name]
-    steps = run_over_all_steps(lambda: make(ZOO[entry], folders[entry]), injector)
-    assert steps >= 3
+@pytest.mark.parametrize("name", SWAPS)
+def test_a_swap_that_breaks_off_changes_nothing(name: str, injector: Injector, folders: Folders) -> None:
+    make, entry = SWAPS[name]
+    assert run_over_all_steps(lambda: make(ZOO[entry], folders[entry]), injector) >= 3
+
+
+@injected
+@pytest.mark.parametrize("name", PREPARATIONS)
+def test_a_preparation_that_breaks_off_changes_nothing(name: str, injector: Injector, folders: Folders) -> None:
+    make, entry = PREPARATIONS[name]
+    assert run_over_all_steps(lambda: make(ZOO[entry], folders[entry]), injector) >= 3
+
+
+@injected
+@pytest.mark.parametrize("came_with", [None, "a"], ids=["plain-model", "peft-model"])
+def test_a_detach_that_breaks_off_can_be_repeated(came_with: str | None, injector: Injector, folders: Folders) -> None:
+    """It is no swap: what counts is that a second detach() finishes it, and leaves the model as it was."""
+    entry, k = ZOO["embedding"], 1
+    while True:
+        model = entry.build() if came_with is None else fresh(entry, folders["embedding"][came_with])
+        before = snapshot(model)
+        swapper = attached(entry, folders["embedding"], model)
+        swapper.activate("b")
+        fault = injector(k)
+        if not attempt(swapper.detach, fault):
+            swapper.detach()
+        try:
+            assert_unchanged(before, snapshot(model))
+            assert hotslot.Swapper.of(model) is None
+        except AssertionError as error:
+            raise AssertionError(f"after a fault at step {k}, {fault.where}: {error}") from error
+        if not fault.where:
+            return
+        k += 5  # a model each
+
+
+# --- controls: the tests above notice a writer that breaks off half-way ---------------------------------------------
+
+
+def test_control_peft_leaves_a_swap_half_done(folders: Folders) -> None:
+    tensors = random_peft_model(ZOO["mlp"], seed=2, **FOLDERS["mlp"]["same"]).state_dict()
+    tensors = {key: value for key, value in tensors.items() if "lora_" in key}
+
+    def make() -> Stage:
+        model = fresh(ZOO["mlp"], folders["mlp"]["a"])
+        swap = functools.partial(
+            peft_hotswap_from_state_dict,
+            model,
+            tensors,
+            adapter_name="default",
+            config=LoraConfig(**FOLDERS["mlp"]["same"]),
+        )
+        return Stage(ZOO["mlp"], model, swap, swap, folders["mlp"]["same"])
+
+    with pytest.raises(AssertionError, match=r"facts changed:(.|\n)*lora_A"):
+        run_over_all_steps(make, INJECTORS["failing before an operation"])
+
+
+@injected
+def test_control_an_engine_that_does_not_undo(
+    injector: Injector, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Engine._write
+
+    def write_unless_undoing(self: Engine, *args: Any) -> None:
+        if sys.exc_info()[0] is None:
+            write(self, *args)
+
+    monkeypatch.setattr(Engine, "_write", write_unless_undoing)
+    with pytest.raises(AssertionError, match="facts changed"):
+        run_over_all_steps(lambda: live_to_other(ZOO["mlp"], folders["mlp"]), injector)
+
+
+def test_control_faults_come_at_every_step(folders: Folders) -> None:
+    """The injectors do reach the code that writes, the code that records, and each write."""
+    steps: list[str] = []
+    for make in INJECTORS.values():
+        fault = make(0)
+        assert attempt(live_to_other(ZOO["conv2d"], folders["conv2d"]).act, fault)
+        steps += fault.steps
+    assert {"engine.py", "memory.py", "state.py"} <= {step.partition(":")[0] for step in steps}
+    for op in ("clone.default", "_foreach_zero_.default", "_foreach_copy_.default"):
+        assert {f"{when} aten.{op}" for when in ("before", "after", "amid")} <= set(steps)

@@ -11,24 +11,25 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import hotslot
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+import hotslot
+from adapters import expected_peft_warnings, make_adapter, random_config
 from hotslot.checkpoint import read
 from hotslot.cli import demo, terminal
 from hotslot.cli.app import app
 from hotslot.errors import HotslotError, ModelError, UnsupportedError
-from peft import IA3Config, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, LlamaConfig
-from typer.testing import CliRunner, Result
-
-from adapters import expected_peft_warnings, make_adapter, random_config
 from oracle import fresh
 from zoo import ZOO, Entry
 
 LLAMA = ZOO["llama"]
+WEIGHTS_NAME = "adapter_model.safetensors"
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -114,7 +115,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 
 def test_inspect_shows_an_adapter(tmp_path: Path) -> None:
     folder = plain(tmp_path / "adapter", file_dtype=torch.bfloat16, layers_to_transform=[0, 2])
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_file(folder / WEIGHTS_NAME)
     found = ask("inspect", folder)
     layers = {"model.layers": [0, 2]}
     assert found == {
@@ -142,7 +143,15 @@ def test_inspect_shows_an_adapter(tmp_path: Path) -> None:
     result = run("inspect", folder)
     assert result.exit_code == 0
     assert result.stderr == ""
-    for text in (str(folder), "LORA", found["version"], "8 of bfloat16", "1.5", "self_attn.q_proj", "model.layers 0, 2"):
+    for text in (
+        str(folder),
+        "LORA",
+        found["version"],
+        "8 of bfloat16",
+        "1.5",
+        "self_attn.q_proj",
+        "model.layers 0, 2",
+    ):
         assert text in result.stdout
     assert f"{found['nbytes']:,} bytes" in result.stdout
 
@@ -167,6 +176,10 @@ def test_ranks_and_scalings_are_those_of_peft(name: str, tmp_path: Path) -> None
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern (1): 3 of 6 modules have another rank than r = 4"),
         ({"alpha_pattern": {"0.self_attn.v_proj": 2}}, "alpha_pattern (1): 1 of 6 modules"),
         ({"lora_bias": True}, "lora_bias"),
+        (
+            {"target_modules": [], "target_parameters": ["model.layers.0.mlp.up_proj.weight"]},
+            "target_parameters: adapts bare parameters, model.layers.0.mlp.up_proj.weight",
+        ),
         ({"lora_dropout": 0.1}, "lora_dropout 0.1"),
         ({"target_modules": ["lm_head"]}, "copy of the base model's lm_head.weight (3,072 bytes)"),
         ({"target_modules": ["embed_tokens"]}, "embeddings (1): model.embed_tokens"),
@@ -178,6 +191,25 @@ def test_inspect_says_what_is_unusual(config: dict[str, Any], note: str, tmp_pat
     assert note in run("inspect", folder).stdout
 
 
+def test_targets_are_grouped_by_what_stands_behind_the_numbers(tmp_path: Path) -> None:
+    names = {
+        "up_blocks.0.attentions.1.attn1.to_out.0": "attn1.to_out.0",
+        "up_blocks.2.attentions.0.attn1.to_out.0": "attn1.to_out.0",
+        "mid_block.attentions.0.attn1.to_out.0": "attn1.to_out.0",
+        "up_blocks.1.attentions.0.attn1.to_q": "attn1.to_q",
+        "inner.0": "inner.0",
+        "head": "head",
+    }
+    ab = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(8, 2)}
+    save_file({f"{name}.{part}.weight": t.clone() for name in names for part, t in ab.items()}, tmp_path / WEIGHTS_NAME)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    groups = {one["ending"]: one for one in ask("inspect", tmp_path)["targets"]}
+    assert {ending: one["modules"] for ending, one in groups.items()} == Counter(names.values())
+    assert groups["attn1.to_out.0"]["layers"] == {"mid_block.attentions": [0], "up_blocks": [0, 2]}
+    assert groups["inner.0"]["layers"] == groups["head"]["layers"] == {}
+    assert "mid_block.attentions 0; up_blocks 0, 2" in run("inspect", tmp_path).stdout
+
+
 def test_inspect_says_where_convolutions_are(tmp_path: Path) -> None:
     folder = make_adapter(tmp_path, ZOO["conv2d"], seed=0, r=4, target_modules=["stem", "head"])
     assert ask("inspect", folder)["unusual"] == ["convolutions (1): stem"]
@@ -185,7 +217,7 @@ def test_inspect_says_where_convolutions_are(tmp_path: Path) -> None:
 
 def test_inspect_notices_an_untrained_adapter(tmp_path: Path) -> None:
     folder = plain(tmp_path)
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS_NAME
     tensors = load_file(file)
     save_file({name: t.zero_() if "q_proj.lora_B" in name else t for name, t in tensors.items()}, file)
     assert ask("inspect", folder)["unusual"] == [
@@ -248,14 +280,14 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def make_pickle_only(folder: Path) -> Path:
-    file = plain(folder) / "adapter_model.safetensors"
+    file = plain(folder) / WEIGHTS_NAME
     torch.save(load_file(file), folder / "adapter_model.bin")
     file.unlink()
     return folder
 
 
 def make_truncated(folder: Path) -> Path:
-    file = plain(folder) / "adapter_model.safetensors"
+    file = plain(folder) / WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:-100])
     return folder
 
@@ -268,7 +300,7 @@ def make_empty(folder: Path) -> Path:
 UNREADABLE = [
     (make_pickle_only, "PickleRefusedError", "torch.load(path, weights_only=True)"),
     (make_truncated, "CorruptFileError", "is not a sound safetensors file"),
-    (make_empty, "AdapterNotFoundError", "adapter_model.safetensors"),
+    (make_empty, "AdapterNotFoundError", WEIGHTS_NAME),
 ]
 
 
@@ -289,7 +321,7 @@ def test_errors_are_printed_as_they_are(make: Any, kind: str, words: str, tmp_pa
 
 def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> None:
     folder = plain(tmp_path)
-    file = folder / "adapter_model.safetensors"
+    file = folder / WEIGHTS_NAME
     save_file({**load_file(file), "evil\x1b]0;owned\x07\u202e.weight": torch.zeros(2)}, file)
     result = run("inspect", folder)
     assert result.exit_code == 1
@@ -311,12 +343,13 @@ def test_check_tells_fits_from_misfits(model: Path, tmp_path: Path) -> None:
     narrow = narrow_adapter(tmp_path / "narrow")
     elsewhere = make_adapter(tmp_path / "elsewhere", ZOO["gpt2"], seed=0, r=2, target_modules=["c_attn"])
     dora = plain(tmp_path / "dora", use_dora=True)
+    bare = plain(tmp_path / "bare", target_modules=[], target_parameters=["model.layers.0.mlp.up_proj.weight"])
     absent = tmp_path / "absent"
-    sources = [fitting, large, narrow, elsewhere, dora, absent]
+    sources = [fitting, large, narrow, elsewhere, dora, bare, absent]
     found = ask("check", model, *sources, exit_code=1)
     assert found["model_class"] == "LlamaForCausalLM"
-    assert [one["fits"] for one in found["adapters"]] == [True, True, False, False, False, False]
-    assert [one["route"] for one in found["adapters"]] == ["side", "side", None, None, None, None]
+    assert [one["fits"] for one in found["adapters"]] == [True, True] + 5 * [False]
+    assert [one["route"] for one in found["adapters"]] == ["side", "side"] + 5 * [None]
     for source, verdict in zip(sources, found["adapters"], strict=True):
         assert_agrees_with_attach(source, verdict)
     assert [one["ranks"] for one in found["adapters"][:2]] == [[4], [3, 6]]
@@ -329,26 +362,26 @@ def test_check_tells_fits_from_misfits(model: Path, tmp_path: Path) -> None:
 def narrow_adapter(folder: Path) -> Path:
     """For a Llama of half the width, and otherwise the zoo's."""
     config = LLAMA.build().config.to_dict() | {"hidden_size": 8, "head_dim": 4}
-    from peft import LoraConfig
-    from transformers import LlamaForCausalLM
-
     with expected_peft_warnings():
         get_peft_model(LlamaForCausalLM(LlamaConfig(**config)), LoraConfig(**PLAIN)).save_pretrained(folder)
     return folder
 
 
 def assert_agrees_with_attach(source: Path, verdict: dict[str, Any]) -> None:
-    try:
-        swapper = hotslot.attach(LLAMA.build(), {"it": str(source)})
-    except HotslotError as error:
-        assert verdict["error"]["message"] == str(error)
-        assert verdict["error"]["type"] == type(error).__name__
-        assert not verdict["fits"]
-        return
-    report = swapper.activate("it")
-    assert verdict["fits"]
-    assert verdict["error"] is None
-    assert (verdict["version"], verdict["nbytes"], verdict["route"]) == (report.version, report.nbytes, report.route)
+    base = LLAMA.build()
+    if verdict["fits"]:
+        report = hotslot.attach(base, {"it": str(source)}).activate("it")
+        assert verdict["error"] is None
+        assert (verdict["version"], verdict["nbytes"], verdict["route"]) == (
+            report.version,
+            report.nbytes,
+            report.route,
+        )
+    else:
+        with pytest.raises(HotslotError) as refused:
+            hotslot.attach(base, {"it": str(source)})
+        assert verdict["error"]["message"] == str(refused.value)
+        assert verdict["error"]["type"] == type(refused.value).__name__
 
 
 def test_check_as_text(model: Path, tmp_path: Path) -> None:
@@ -438,11 +471,8 @@ def test_demo_is_given_its_options(ok: bool, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(demo, "run_demo", fake)
     assert run("demo").exit_code == (0 if ok else 1)
-    result = run(
-        "demo", "--model", "m", "--adapter", "a", "--adapter", "b", "--prompt", "p", "--rounds", 2, "--backend", "eager",
-        "--json",
-    )  # fmt: skip
-    assert result.exit_code == (0 if ok else 1)
+    options = "--model m --adapter a --adapter b --prompt p --rounds 2 --backend eager --json"
+    assert run("demo", *options.split()).exit_code == (0 if ok else 1)
     none = {"prompts": None, "backend": "inductor", "rounds": 9, "as_json": False}
     all_options = {"prompts": ["p"], "backend": "eager", "rounds": 2, "as_json": True}
     assert calls == [((None, None), none), (("m", ["a", "b"]), all_options)]

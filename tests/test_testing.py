@@ -197,8 +197,9 @@ def _thirty_layers(backend: Backend) -> Callable[[], Tensor]:
     for layer in layers:
         layer.compile(backend=backend)
 
+    @torch.no_grad()
     def forward() -> Tensor:
-        x = torch.ones(2, 3, requires_grad=True)
+        x = torch.ones(2, 3)
         for layer in layers:
             x = layer(x)
         return x
@@ -278,9 +279,16 @@ def _replace(model: nn.Module) -> None:
     model[0].weight = nn.Parameter(model[0].weight.data)  # the same memory
 
 
-def _replace_again_and_again(model: nn.Module) -> None:
-    for _ in range(4):  # the ids of freed objects come back
-        _replace(model)
+def _replace_by_one_of_the_same_id(model: nn.Module) -> None:
+    """The ids of freed objects are given again, sooner or later."""
+    data, old = model[0].weight.data, id(model[0].weight)
+    model[0].weight = None
+    tried = []
+    while len(tried) < 10_000:
+        tried.append(nn.Parameter(data))
+        if id(tried[-1]) == old:
+            break
+    model[0].weight = tried[-1]
 
 
 def _rebind_data(model: nn.Module) -> None:
@@ -297,7 +305,7 @@ def _swap_tensors(model: nn.Module) -> None:
 
 MOVES: dict[str, Callable[[nn.Module], object]] = {
     "parameter replaced": _replace,
-    "parameter replaced again and again": _replace_again_and_again,
+    "parameter replaced by one of the same id": _replace_by_one_of_the_same_id,
     "data rebound": _rebind_data,
     "data of a buffer rebound": _rebind_data_of_a_buffer,
     "tensors swapped": _swap_tensors,

@@ -24,7 +24,7 @@ from torch import nn
 from . import checkpoint as checkpoints
 from . import live
 from .block import arrange, pack
-from .engine import Engine, Entry
+from .engine import Engine, Entry, State
 from .errors import ModelError, UnexpectedTargetError, UnsupportedError
 from .methods import PARTS, refuse_unsupported_options, split_key
 from .swapper import Swapper
@@ -214,6 +214,12 @@ def unpatch_peft() -> None:
 def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
     with _lock:
         engine = _known_engine(model, adapter_name)
+        if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
+            entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
+            live.refuse_other_base(model, entry.adapter)
+            live.refuse_other_parameters(model, adapter_name, entry.adapter)
+            engine.swap(State(entry))
+            return
         slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
         entry = _entry(checkpoint, slots, adapter_name)
         live.refuse_other_base(model, entry.adapter)
@@ -275,7 +281,7 @@ def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:
 
 def _new_engine(model: nn.Module, adapter_name: str, slots: dict[str, live.Slot]) -> Engine:
     binding = live.Binding(model, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
-    engine = Engine(model, adapter_name, binding, empty=False)
+    engine = Engine(model, adapter_name, binding, empty=False, keeps_history=False)
     _engines.setdefault(live.unwrap(model), {})[adapter_name] = engine
     return engine
 

@@ -38,7 +38,7 @@ class Entry:
     def __init__(self, name: str, checkpoint: Checkpoint) -> None:
         self.name = name
         self.adapter: Adapter = interpret(checkpoint)
-        self.config = live.build_config(checkpoint.config, checkpoint.origin)
+        live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
 
     @property
@@ -62,7 +62,7 @@ class Entry:
             block = pack(self.adapter, memory.layout)
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
-            records = live.adapter_records(self.adapter, binding.slots, self.config)
+            records = binding.records(self.adapter)
             self._compiled = Compiled(memory, memory.compile(block, scalings), records)
         return self._compiled
 
@@ -100,11 +100,15 @@ class Engine:
         adapter_name: PEFT's name of the slot.
         binding: of all its slots.
         empty: whether the slots are hotslot's own and hold nothing yet, and not an adapter that came with the model.
+        keeps_history: whether `previous` and `original` are wanted; they hold memory.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, binding: Binding, *, empty: bool) -> None:
+    def __init__(
+        self, model: nn.Module, adapter_name: str, binding: Binding, *, empty: bool, keeps_history: bool = True
+    ) -> None:
         self.adapter_name = adapter_name
         self.binding = binding
+        self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
         self.neutral = State(None, records=live.neutral_records(binding.slots))
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
@@ -130,27 +134,34 @@ class Engine:
         """
         started = time.perf_counter()
         binding, previous = self.binding, self.live
-        for slot in binding.slots.values():
-            slot.refuse_if_merged()
+        self._refuse_if_merged()
         moved = binding.put_right()
         touched = binding.memory.dirty()
         if self._is_live(target) and not touched and not moved:
             return _report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
             target.entry.compile(binding)
+        history = self.previous, self.original
         before = self._undo_state(touched)
-        occupied = binding.live_ranks
         try:
-            self._write(target, occupied, before.records)
-            self.live, self.previous = target, before
-            if self.original is None:
-                self.original = before
+            # Others may have written anything anywhere, the padding included.
+            known = not (touched or moved or before.image is not None)
+            self._write(target, binding.live_ranks if known else binding.room, before.records)
+            self.live = target
+            if self.keeps_history:
+                self.previous, self.original = before, self.original or before
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return _report(target, previous, nbytes, started, changed=True)
         except BaseException:
-            self._write(before, {fqn: slot.rank for fqn, slot in binding.slots.items()}, None)
-            self.live = previous
+            self._write(before, binding.room, None)
+            self.live = before if before.image is not None else previous
+            self.previous, self.original = history
             raise
+
+    def _refuse_if_merged(self) -> None:
+        for slot in self.binding.slots.values():
+            if slot.layer.merged_adapters:
+                slot.refuse_if_merged()
 
     def swap_in(self, entry: Entry, ranks: Mapping[str, int]) -> SwapReport:
         """`swap` to an adapter that may need more room than the slots have: they get `ranks`.
@@ -159,8 +170,7 @@ class Engine:
         """
         if all(self.binding.slots[fqn].rank >= rank for fqn, rank in ranks.items()):
             return self.swap(State(entry))
-        for slot in self.binding.slots.values():
-            slot.refuse_if_merged()
+        self._refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
         with self.binding.resized(room):
             entry.compile(self.binding)
@@ -188,7 +198,7 @@ class Engine:
         """What is live, such that it can be written again."""
         records = self.binding.capture()
         unknown = self.live.entry is None and self.live is not self.neutral
-        image = self.binding.memory.image() if touched or unknown else None
+        image = self.binding.memory.image() if touched or unknown else self.live.image
         return State(self.live.entry, image, records)
 
     def _write(self, target: State, occupied: Mapping[str, int], said: Records | None) -> None:

@@ -39,6 +39,19 @@ def no_recompile() -> Iterator[None]:
             "  next step: raise torch._dynamo.config.recompile_limit (30 layers compiled one by one need 30), "
             "torch._dynamo.reset(), and torch._dynamo.utils.counters.clear()"
         )
+    skipped = [str(reason).partition("\n")[0] for reason in counters["unimplemented"]]
+    if skipped:
+        raise RecompiledError(
+            f"dynamo left a frame to eager before this block, where nothing can recompile: {'; '.join(skipped)}\n"
+            "  next step: torch.compile(…, fullgraph=True) shows where; then torch._dynamo.reset() and "
+            "torch._dynamo.utils.counters.clear()"
+        )
+    stance = torch._dynamo.eval_frame._stance.stance
+    if stance in ("force_eager", "eager_on_recompile"):
+        raise RecompiledError(
+            f"torch.compiler.set_stance({stance!r}) is in force: what needs another graph runs in eager in silence.\n"
+            "  next step: leave it for this block, or use 'fail_on_recompile'"
+        )
     before = _frames(counters)
     with torch._dynamo.config.patch(error_on_recompile=True, fail_on_recompile_limit_hit=True):
         try:
@@ -70,17 +83,18 @@ def same_addresses(model: nn.Module) -> Iterator[None]:
     Raises:
         AssertionError: naming the first few.
     """
-    before = _addresses(model)
+    before = _tensors(model)  # held: the id of an object that is gone would be given again
+    addresses = {name: tensor.data_ptr() for name, tensor in before.items()}
     yield
-    after = _addresses(model)
-    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    after = _tensors(model)
+    kept = {name for name in before if after.get(name) is before[name] and after[name].data_ptr() == addresses[name]}
+    changed = (before.keys() | after.keys()) - kept
     if changed:
         raise AssertionError(f"{len(changed)} tensors were moved or replaced, among them {sorted(changed)[:5]}")
 
 
-def _addresses(model: nn.Module) -> dict[str, tuple[int, int]]:
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors}
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 def matches_fresh_load(

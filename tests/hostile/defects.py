@@ -30,6 +30,8 @@ RANK = 4
 
 ALL = frozenset({"load", "attach", "hotswap_adapter", "load_dict", "state_dict"})
 FILES = frozenset({"load", "attach", "hotswap_adapter"})
+CONFIGS = FILES | {"load_dict"}  # what JSON can say and PEFT's own class may not take
+SWAPPER = ALL - {"hotswap_adapter", "state_dict"}  # where PEFT's function is more lenient, so is its drop-in
 
 
 @dataclass
@@ -86,7 +88,7 @@ def sound(entry: str = "mlp") -> Draft:
     return Draft(load(weights), json.loads(config))
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------------
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 
 def _resize(name: str, dim: int, by: int, draft: Draft) -> None:
@@ -155,26 +157,28 @@ _SHAPES = [
            partial(_replace, f"{P}stem.lora_B.weight", torch.ones(8, 4))), errors.ShapeError, "stem.lora_A",
            entry="conv2d"),
     Defect("a rank that the groups do not divide", partial(_rank, 3), errors.DoesNotFitError, "multiple of 2",
-           entry="grouped"),
+           entry="conv2d"),
 ]  # fmt: skip
 
 _TENSORS = [
     Defect("no tensors", _clear, errors.TensorError, "no LoRA tensors"),
     Defect("A of rank 4, B of rank 3", partial(_resize, UP_B, 1, -1), errors.TensorError, r"\bup\b(?s:.*)ranks? 4"),
     Defect("A of rank 3, B of rank 4", partial(_resize, UP_A, 0, -1), errors.TensorError, r"\bup\b(?s:.*)rank 4"),
-    Defect("A with one dimension", partial(_replace, UP_A, torch.ones(12)), errors.TensorError, r"\bup\b(?s:.*)\(12,\)"),
-    Defect("B with one dimension", partial(_replace, UP_B, torch.ones(32)), errors.TensorError, r"\bup\b(?s:.*)\(32,\)"),
+    Defect("A with one dimension", partial(_replace, UP_A, torch.ones(12)), errors.TensorError,
+           r"\bup\b(?s:.*)\(12,\)"),
+    Defect("B with one dimension", partial(_replace, UP_B, torch.ones(32)), errors.TensorError,
+           r"\bup\b(?s:.*)\(32,\)"),
     Defect("A of no dimension", partial(_replace, UP_A, torch.tensor(1.0)), errors.TensorError, r"\bup\b"),
-    Defect("both of one dimension", _both(partial(_replace, UP_A, torch.ones(12)), partial(_replace, UP_B, torch.ones(32))),
-           errors.TensorError, r"\bup\b"),
-    Defect("both of rank 0", _both(partial(_replace, UP_A, torch.ones(0, 12)), partial(_replace, UP_B, torch.ones(32, 0))),
-           errors.TensorError, r"\bup\b"),
-    Defect("a hundred dimensions", partial(_replace, UP_A, torch.ones([4, 12] + [1] * 98)), errors.TensorError, r"\bup\b"),
-    Defect("A without B", partial(_drop, UP_B), errors.TensorError, r"\bup\b(?s:.*)lora_A",
-           ways=frozenset({"load", "attach", "load_dict"})),
-    Defect("B without A", partial(_drop, UP_A), errors.TensorError, r"\bup\b(?s:.*)lora_B",
-           ways=frozenset({"load", "attach", "load_dict"})),
-    Defect("a key of no module", partial(_replace, f"{P}up.weight_norm", torch.ones(3)), errors.TensorError, "weight_norm",
+    Defect("both of one dimension",
+           _both(partial(_replace, UP_A, torch.ones(12)), partial(_replace, UP_B, torch.ones(32))), errors.TensorError, r"\bup\b"),
+    Defect("both of rank 0",
+           _both(partial(_replace, UP_A, torch.ones(0, 12)), partial(_replace, UP_B, torch.ones(32, 0))), errors.TensorError, r"\bup\b"),
+    Defect("a hundred dimensions", partial(_replace, UP_A, torch.ones([4, 12] + [1] * 98)), errors.TensorError,
+           r"\bup\b"),
+    Defect("A without B", partial(_drop, UP_B), errors.TensorError, r"\bup\b(?s:.*)lora_A", ways=SWAPPER),
+    Defect("B without A", partial(_drop, UP_A), errors.TensorError, r"\bup\b(?s:.*)lora_B", ways=SWAPPER),
+    Defect("a key of no module", partial(_replace, f"{P}up.weight_norm", torch.ones(3)), errors.TensorError,
+           "weight_norm",
            otherwise={"state_dict": (errors.UnexpectedTargetError, "unexpected keys found: .*weight_norm")}),
     Defect("an empty name", partial(_replace, "", torch.ones(3)), errors.TensorError, "no LoRA module",
            otherwise={"state_dict": (errors.UnexpectedTargetError, "unexpected keys found")}),
@@ -184,7 +188,7 @@ _TENSORS = [
     Defect("a module that the model lacks", _both(partial(_replace, f"{P}side.lora_A.weight", torch.ones(4, 12)),
            partial(_replace, f"{P}side.lora_B.weight", torch.ones(32, 4))), errors.UnexpectedTargetError, "side"),
     Defect("a bias that the config denies", partial(_replace, f"{P}up.lora_B.bias", torch.ones(32)), errors.TensorError,
-           r"\bup\b(?s:.*)lora_bias", ways=frozenset({"load", "attach", "load_dict"})),
+           r"\bup\b(?s:.*)lora_bias", ways=SWAPPER),
     Defect("integers", partial(_replace, UP_A, torch.ones(4, 12, dtype=torch.int32)), errors.TensorError, "lora_A"),
     Defect("booleans", partial(_replace, UP_A, torch.ones(4, 12, dtype=torch.bool)), errors.TensorError, "lora_A"),
     Defect("complex numbers", partial(_replace, UP_A, torch.ones(4, 12, dtype=torch.complex64)), errors.TensorError,
@@ -206,13 +210,13 @@ _TENSORS = [
 _RESIZED = [
     Defect(f"a resized {module}", partial(_replace, f"{P}{path}", torch.full((VOCAB + by, 16), 0.5)),
            errors.UnsupportedError, f"{module}(?s:.*)save_embedding_layers=False", entry="llama",
-           ways=frozenset({"load", "attach", "hotswap_adapter", "load_dict"}))
+           ways=CONFIGS)
     for module, path in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight"))
     for by in (8, 0, -8)
 ]  # fmt: skip
 
 
-# -- config --------------------------------------------------------------------------------------------------------------
+# -- config ------------------------------------------------------------------------------------------------------------
 
 
 def _set(key: str, value: Any, draft: Draft) -> None:
@@ -224,10 +228,7 @@ def _unset(key: str, draft: Draft) -> None:
 
 
 def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = "", name: str = "") -> Defect:
-    """Only as JSON and as a dict like it: PEFT's own class may not take such a value."""
-    shown = name or f"{key} = {json.dumps(value)[:40]}"
-    ways = frozenset({"load", "attach", "hotswap_adapter", "load_dict"})
-    return Defect(shown, partial(_set, key, value), error, says or key, ways=ways)
+    return Defect(name or f"{key} = {value!r}", partial(_set, key, value), error, says or key, ways=CONFIGS)
 
 
 _REFUSED_OPTIONS = {
@@ -246,17 +247,17 @@ _REFUSED_OPTIONS = {
     "megatron_config": {"tensor_model_parallel_size": 2},
     "ensure_weight_tying": True,
     "bias": "all",
-    **{"init_lora_weights": "pissa"},
+    "init_lora_weights": "pissa",
 }
 _OTHER_INITS = ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something new")
 
 _METHODS = [
     Defect(f"peft_type = {method!r}", partial(_set, "peft_type", method), errors.UnsupportedError, "(?i)peft.type",
-           ways=frozenset({"load", "attach", "hotswap_adapter", "load_dict"}))
+           ways=CONFIGS)
     for method in ("IA3", "LOHA", "PROMPT_TUNING", "lora", "SOMETHING_NEW", "", None, 5, ["LORA"])
 ] + [
     Defect("no peft_type", partial(_unset, "peft_type"), errors.UnsupportedError, "(?i)peft.type",
-           ways=frozenset({"load", "attach", "hotswap_adapter", "load_dict"})),
+           ways=CONFIGS),
 ]  # fmt: skip
 
 _NUMBERS = [
@@ -269,7 +270,7 @@ _NUMBERS = [
     *(_option("lora_dropout", value, errors.ConfigError) for value in (-0.1, 1.5, "0.1", [0.1])),
     Defect("r = 64, rank 4 in the file", partial(_set, "r", 64), errors.TensorError, r"rank 64"),
     Defect("no r, rank 4 in the file", partial(_unset, "r"), errors.TensorError, r"rank 8",
-           ways=frozenset({"load", "attach", "hotswap_adapter", "load_dict"})),
+           ways=CONFIGS),
     Defect("rank_pattern says 2, rank 4 in the file", partial(_set, "rank_pattern", {"up": 2}), errors.TensorError,
            r"\bup\b(?s:.*)rank 2"),
     Defect("lora_bias without biases", partial(_set, "lora_bias", True), errors.TensorError, r"lora_B\.bias"),
@@ -296,19 +297,13 @@ _CONFIG_VALUES = [
     *(_option(key, value, errors.UnsupportedError) for key, value in _REFUSED_OPTIONS.items()),
     *(_option("init_lora_weights", value, errors.UnsupportedError) for value in _OTHER_INITS),
     *(_option("some_new_option", value, errors.ConfigError) for value in (True, 1, 0.5, "x", [0], {"a": 0})),
-    _option("target_modules", 5, errors.ConfigError, "PEFT", name="PEFT refuses target_modules = 5"),
-    _option("layers_to_transform", [0], errors.ConfigError, "PEFT", name="PEFT refuses layers of a pattern"),
-]
-_CONFIG_VALUES[-1] = Defect(
-    "PEFT refuses the combination",
-    _both(partial(_set, "target_modules", ".*up"), partial(_set, "layers_to_transform", [0])),
-    errors.ConfigError,
-    "layers_to_transform",
-    ways=frozenset({"load", "attach", "hotswap_adapter", "load_dict"}),
-)
+    Defect("options that PEFT does not take together",
+           _both(partial(_set, "target_modules", ".*up"), partial(_set, "layers_to_transform", [0])),
+           errors.ConfigError, "layers_to_transform", ways=CONFIGS),
+]  # fmt: skip
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _bytes_of_file(change: Callable[[bytes], bytes], folder: Path) -> None:

@@ -77,7 +77,15 @@ def pack(adapter: Adapter, layout: Layout) -> Block:
         ShapeError: it was made for other base dimensions.
         RankError: a rank is beyond its slot's.
     """
-    _refuse_misfits(adapter, layout)
+    schema = adapter.checkpoint.schema
+    if schema not in layout.packed:
+        _refuse_misfits(adapter, layout)
+        layout.packed[schema] = _recipe(adapter, layout)
+    return Block(adapter, layout, *layout.packed[schema])
+
+
+def _recipe(adapter: Adapter, layout: Layout) -> tuple[Any, ...]:
+    """All of a Block that does not depend on values."""
     runs: list[Run] = []
     tiles: list[Tile] = []
     pieces = [(spec, fqn, suffix) for fqn, target in adapter.targets.items() for suffix, spec in target.parts.items()]
@@ -92,7 +100,7 @@ def pack(adapter: Adapter, layout: Layout) -> Block:
     ranks = {fqn: target.rank for fqn, target in adapter.targets.items()}
     written = {(fqn, suffix) for _, fqn, suffix in pieces}
     unused = tuple(key for key in layout.rankless if key not in written)
-    return Block(adapter, layout, tuple(runs), tuple(tiles), ranks, unused)
+    return tuple(runs), tuple(tiles), ranks, unused
 
 
 def _append_run(runs: list[Run], run: Run) -> None:

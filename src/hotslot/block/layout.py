@@ -6,12 +6,15 @@ A *region* is one contiguous piece of memory: an arena, or, where nothing may mo
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from ..checkpoint import Schema
 from ..methods import PARTS
 
 # Inductor assumes 16-byte alignment of what it was compiled with, and a cache line is 64. Sizes of LoRA matrices are
@@ -52,11 +55,15 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Slots by module path, and the place of each of their parts."""
+    """Slots by module path, and the place of each of their parts.
+
+    `packed` remembers what `pack` made of a schema for this layout.
+    """
 
     slots: Mapping[str, SlotShape]
     places: Mapping[tuple[str, str], Place]
     region_bytes: tuple[int, ...]
+    packed: weakref.WeakKeyDictionary[Schema, Any] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
 
     @cached_property
     def rankless(self) -> tuple[tuple[str, str], ...]:

@@ -4,7 +4,7 @@ Takes whatever a user calls an adapter; gives names, shapes, dtypes and values t
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
 """
 
-from .checkpoint import Checkpoint, TensorSpec
+from .checkpoint import Checkpoint, Schema, TensorSpec
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from .sources import Source, config_dict, from_tensors, read
 
@@ -14,6 +14,7 @@ __all__ = [
     "MAX_NAME_LENGTH",
     "MAX_TENSORS",
     "Checkpoint",
+    "Schema",
     "Source",
     "TensorSpec",
     "config_dict",

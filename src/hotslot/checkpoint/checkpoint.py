@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,8 +14,10 @@ import xxhash
 
 from ..errors import NonFiniteError
 
-# Pieces of this size are hashed by several threads; xxhash lets go of the interpreter lock while it reads one.
+# Pieces of this size are hashed by several threads; xxhash lets go of the interpreter lock while it reads one. Below
+# the second size starting threads takes longer than hashing.
 DIGEST_CHUNK_BYTES = 4 << 20
+_THREADS_FROM_BYTES = 32 << 20
 _HASH_THREADS = 4
 
 
@@ -29,37 +31,69 @@ class TensorSpec(NamedTuple):
     stop: int
 
 
+class Schema:
+    """All of an adapter but its values. Adapters of one family, saved alike, share one; so does what is made of it.
+
+    Attributes:
+        config: the content of adapter_config.json, read-only.
+        tensors: name → TensorSpec, in the order of the bytes.
+        runs: the same bytes as few long pieces of equal dtype.
+        digest: of all of it.
+    """
+
+    def __init__(self, config: dict[str, Any], specs: Iterable[TensorSpec]) -> None:
+        specs = list(specs)
+        self.config: Mapping[str, Any] = MappingProxyType(config)
+        self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in specs})
+        self.runs = _runs_of_one_dtype(specs)
+        names = [[spec.name, str(spec.dtype), spec.shape, spec.start] for spec in specs]
+        self.digest = xxhash.xxh3_128_digest(json.dumps([config, names], sort_keys=True, default=str).encode())
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An adapter as it was saved; immutable, on the host, independent of any model.
 
     Attributes:
-        config: the content of adapter_config.json, read-only.
-        tensors: name → TensorSpec, in the order of the bytes.
+        schema: names, shapes, dtypes and config.
         data: 1-D uint8 tensor, all tensors' bytes. Nobody writes into it.
         version: digest of config, names, shapes, dtypes and values: 32 hexadecimal digits. Equal versions are equal
             adapters, whether they came from a file or from memory.
         origin: what the user called it, for messages.
     """
 
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorSpec]
+    schema: Schema
     data: torch.Tensor
     version: str
     origin: str
 
     @classmethod
-    def checked(cls, config: dict[str, Any], specs: list[TensorSpec], data: torch.Tensor, origin: str) -> Checkpoint:
+    def checked(cls, schema: Schema, data: torch.Tensor, origin: str) -> Checkpoint:
         """Digest the bytes, prove every value finite, and seal both into a Checkpoint.
 
         Raises:
             NonFiniteError: naming the first tensor with a NaN or an infinity.
         """
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            hashing = [pool.submit(_hash, chunk) for chunk in _chunks(data)]
-            _refuse_non_finite(specs, data, origin)  # in this thread, while the others hash
-            version = _version(config, specs, [future.result() for future in hashing])
-        return cls(MappingProxyType(config), MappingProxyType({s.name: s for s in specs}), data, version, origin)
+        chunks = _chunks(data)
+        if data.numel() < _THREADS_FROM_BYTES:
+            _refuse_non_finite(schema, data, origin)
+            digests = [_hash(chunk) for chunk in chunks]
+        else:
+            with ThreadPoolExecutor(_HASH_THREADS) as pool:
+                hashing = [pool.submit(_hash, chunk) for chunk in chunks]
+                _refuse_non_finite(schema, data, origin)  # in this thread, while the others hash
+                digests = [future.result() for future in hashing]
+        return cls(schema, data, xxhash.xxh3_128_hexdigest(schema.digest + b"".join(digests)), origin)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The content of adapter_config.json, read-only."""
+        return self.schema.config
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Name → TensorSpec, in the order of the bytes."""
+        return self.schema.tensors
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +111,7 @@ def view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _chunks(data: torch.Tensor) -> list[memoryview]:
-    whole = memoryview(data.numpy())
+    whole = data.numpy().data
     return [whole[i : i + DIGEST_CHUNK_BYTES] for i in range(0, len(whole), DIGEST_CHUNK_BYTES)]
 
 
@@ -85,24 +119,19 @@ def _hash(chunk: memoryview) -> bytes:
     return xxhash.xxh3_128_digest(chunk)
 
 
-def _version(config: Mapping[str, Any], specs: list[TensorSpec], chunk_digests: list[bytes]) -> str:
-    names = [[s.name, str(s.dtype), s.shape, s.start] for s in specs]
-    head = json.dumps([dict(config), names], sort_keys=True, default=str).encode()
-    return xxhash.xxh3_128_hexdigest(head + b"".join(chunk_digests))
-
-
-def _refuse_non_finite(specs: list[TensorSpec], data: torch.Tensor, origin: str) -> None:
+def _refuse_non_finite(schema: Schema, data: torch.Tensor, origin: str) -> None:
     # One aminmax over each run of equal dtype: it reads once and carries NaN and infinity through, where isfinite
     # would write a mask (30 times slower), and 448 calls would cost more than the reading.
-    for run in _runs_of_one_dtype(specs):
+    for run in schema.runs:
         if _finite(view(data, run)):
             continue
-        culprit = next(s for s in specs if not _finite(view(data, s)))
+        culprit = next(spec for spec in schema.tensors.values() if not _finite(view(data, spec)))
         values = view(data, culprit).float()
+        nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
         raise NonFiniteError(
             f"{origin} holds values that are not finite.",
             where=culprit.name,
-            found=f"{int(values.isnan().sum())} NaN and {int(values.isinf().sum())} infinite of {values.numel()} values",
+            found=f"{nans} NaN and {infinities} infinite of {values.numel()} values",
             expected="finite values only",
             hint="the training run diverged, or the file was damaged: use an earlier checkpoint of this adapter",
         )

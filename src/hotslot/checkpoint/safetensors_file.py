@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import CorruptFileError, PickleRefusedError, TensorError
+from .buffers import host_buffer
 from .checkpoint import TensorSpec
 from .limits import MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 
@@ -32,28 +34,78 @@ _OTHER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64"
 # One thread reads the page cache at 4-5 GB/s, eight at 25; below this size starting them costs more than it saves.
 _READ_CHUNK_BYTES = 8 << 20
 _READ_THREADS = 8
+_THREADS_FROM_BYTES = 32 << 20
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read_safetensors(path: Path, *, pin_memory: bool = False) -> tuple[list[TensorSpec], torch.Tensor]:
-    """The tensors' specs in byte order, and their bytes in one 1-D uint8 tensor.
+def read_header(path: Path) -> bytes:
+    """The JSON header of the file, as it stands there: equal headers are equal names, dtypes, shapes and places.
 
     Raises:
-        CorruptFileError: not a whole and well-formed safetensors file.
+        CorruptFileError: it does not lie within the file.
         PickleRefusedError: a pickle under another name.
-        TensorError: a dtype that is no adapter's.
     """
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        specs, start = _read_header(file, size, path)
-        data = torch.empty(size - start, dtype=torch.uint8, pin_memory=pin_memory)
-        _read_into(file.fileno(), memoryview(data.numpy()), start, path)
-    return _aligned(specs, data)
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            if prefix.startswith(_PICKLE_MAGIC):  # asked only now: a header may well be 0x280 bytes long
+                raise pickle_refused(path)
+            found = f"a header of {length:,} bytes in a file of {size:,}"
+            raise _corrupt(path, found, "a header that lies within the file")
+        return bytes(file.read(length))
 
 
-def _aligned(specs: list[TensorSpec], data: torch.Tensor) -> tuple[list[TensorSpec], torch.Tensor]:
+def read_data(path: Path, header: bytes, specs: list[TensorSpec], *, pin_memory: bool = False) -> torch.Tensor:
+    """The bytes of all tensors behind `header`, each at its spec's place, in one 1-D uint8 tensor.
+
+    Raises:
+        CorruptFileError: the file is longer or shorter than its header says, or has another header by now.
+    """
+    start = 8 + len(header)
+    size = start + sum(spec.stop - spec.start for spec in specs)
+    with open(path, "rb", buffering=0) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
+        if file.read(start)[8:] != header:
+            raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
+        data = host_buffer(size - start, pin_memory=pin_memory)
+        _read_into(file.fileno(), data.numpy().data, start, path)
+    return data
+
+
+def parse_header(header: bytes, path: Path) -> list[TensorSpec]:
+    """The tensors' specs in the order of the bytes.
+
+    Raises:
+        CorruptFileError: not a well-formed header.
+        TensorError: a dtype that is no adapter's.
+    """
+    try:
+        entries = json.loads(header, object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise _corrupt(path, f"a header that is no JSON ({error})", "a JSON object") from error
+    if not isinstance(entries, dict):
+        raise _corrupt(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
+    entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise _corrupt(path, f"{len(entries):,} tensors", f"at most {MAX_TENSORS:,}")
+    specs = [_spec(name, entry, path) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.start, spec.stop))
+    end = 0
+    for spec in specs:
+        if spec.start != end:
+            found = f"bytes {spec.start:,} to {spec.stop:,}, where the tensor before ends at {end:,}"
+            raise _corrupt(path, found, "ranges that neither overlap nor leave holes", where=spec.name)
+        end = spec.stop
+    return specs
+
+
+def aligned(specs: list[TensorSpec], data: torch.Tensor) -> tuple[list[TensorSpec], torch.Tensor]:
     """The same tensors, each at a multiple of its item size: safetensors writes files so, but need not."""
-    if all(spec.start % spec.dtype.itemsize == 0 for spec in specs):
+    if is_aligned(specs):
         return specs, data
     moved, end = [], 0
     for spec in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
@@ -64,36 +116,9 @@ def _aligned(specs: list[TensorSpec], data: torch.Tensor) -> tuple[list[TensorSp
     return moved, torch.cat(pieces)
 
 
-def _read_header(file: Any, size: int, path: Path) -> tuple[list[TensorSpec], int]:
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        if prefix.startswith(_PICKLE_MAGIC):  # asked only now: a header may well be 0x280 bytes long
-            raise pickle_refused(path)
-        raise _corrupt(
-            path, f"a header of {length:,} bytes in a file of {size:,}", "a header that lies within the file"
-        )
-    try:
-        entries = json.loads(file.read(length), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise _corrupt(path, f"a header that is no JSON ({error})", "a JSON object") from error
-    if not isinstance(entries, dict):
-        raise _corrupt(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
-    entries.pop("__metadata__", None)
-    if len(entries) > MAX_TENSORS:
-        raise _corrupt(path, f"{len(entries):,} tensors", f"at most {MAX_TENSORS:,}")
-    specs = sorted(
-        (_spec(name, entry, path) for name, entry in entries.items()), key=lambda spec: (spec.start, spec.stop)
-    )
-    end = 0
-    for spec in specs:
-        if spec.start != end:
-            found = f"bytes {spec.start:,} to {spec.stop:,}, where the tensor before ends at {end:,}"
-            raise _corrupt(path, found, "ranges that neither overlap nor leave holes", where=spec.name)
-        end = spec.stop
-    if 8 + length + end != size:
-        raise _corrupt(path, f"{size:,} bytes", f"{8 + length + end:,} bytes by its header")
-    return specs, 8 + length
+def is_aligned(specs: Iterable[TensorSpec]) -> bool:
+    """Whether each tensor starts at a multiple of its item size."""
+    return all(spec.start % spec.dtype.itemsize == 0 for spec in specs)
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
@@ -134,7 +159,7 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    return type(values) is list and all([type(n) is int and n >= 0 for n in values])
 
 
 def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
@@ -147,7 +172,7 @@ def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> 
             start += count
 
     starts = range(0, len(target), _READ_CHUNK_BYTES)
-    if len(starts) <= 1:
+    if len(target) < _THREADS_FROM_BYTES:
         for start in starts:
             read(start)
         return

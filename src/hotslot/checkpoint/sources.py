@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -13,9 +15,10 @@ from typing import Any, TypeAlias
 import torch
 
 from ..errors import AdapterNotFoundError, ConfigError, TensorError
-from .checkpoint import Checkpoint, TensorSpec
+from .buffers import host_buffer
+from .checkpoint import Checkpoint, Schema, TensorSpec, view
 from .limits import MAX_CONFIG_BYTES
-from .safetensors_file import FLOAT_DTYPES, pickle_refused, read_safetensors
+from .safetensors_file import FLOAT_DTYPES, aligned, is_aligned, parse_header, pickle_refused, read_data, read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -58,15 +61,58 @@ def read(
     hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     folder = Path(source, subfolder or "")
     if folder.is_dir():
-        weights = _local_weights(folder)
-        parsed = config_dict(config) if config is not None else _read_config(folder / CONFIG_NAME)
-    elif folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
+        return _read_folder(folder, config, str(folder), pin_memory=pin_memory)
+    if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
         raise _not_found(str(folder), "a folder" if not folder.exists() else f"a folder, found a file ({folder.name})")
-    else:
-        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
-        parsed = config_dict(config) if config is not None else _read_config(_from_hub(str(source), CONFIG_NAME, **hub))
-    specs, data = read_safetensors(weights, pin_memory=pin_memory)
-    return Checkpoint.checked(parsed, specs, data, str(folder) if folder.is_dir() else str(source))
+    weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
+    if config is None:
+        _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
+    return _read_folder(weights.parent, config, str(source), pin_memory=pin_memory)
+
+
+def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) -> Checkpoint:
+    weights = _local_weights(folder)
+    text = _config_text(folder / CONFIG_NAME) if config is None else json.dumps(config_dict(config)).encode()
+    header = read_header(weights)
+    schema = _schemas.get(header, text)
+    if schema is not None:
+        specs = list(schema.tensors.values())
+        return Checkpoint.checked(schema, read_data(weights, header, specs, pin_memory=pin_memory), origin)
+    specs = parse_header(header, weights)
+    parsed = _parse_config(text, folder / CONFIG_NAME)
+    data = read_data(weights, header, specs, pin_memory=pin_memory)
+    in_order = is_aligned(specs)
+    specs, data = aligned(specs, data)
+    schema = Schema(parsed, specs)
+    if in_order:
+        _schemas.put(header, text, schema)
+    return Checkpoint.checked(schema, data, origin)
+
+
+class _Schemas:
+    """The schemas of the last few families of files: (header, config) → Schema."""
+
+    KEPT = 16
+
+    def __init__(self) -> None:
+        self._schemas: OrderedDict[tuple[bytes, bytes], Schema] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, header: bytes, config: bytes) -> Schema | None:
+        with self._lock:
+            schema = self._schemas.get((header, config))
+            if schema is not None:
+                self._schemas.move_to_end((header, config))
+            return schema
+
+    def put(self, header: bytes, config: bytes, schema: Schema) -> None:
+        with self._lock:
+            self._schemas[header, config] = schema
+            if len(self._schemas) > self.KEPT:
+                self._schemas.popitem(last=False)
+
+
+_schemas = _Schemas()
 
 
 def from_tensors(
@@ -100,10 +146,10 @@ def from_tensors(
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape), start, end))
     with torch.inference_mode(False), torch.no_grad():
-        data = torch.empty(end, dtype=torch.uint8)
+        data = host_buffer(end)
         for spec in specs:
-            data[spec.start : spec.stop].view(spec.dtype).view(spec.shape).copy_(tensors[spec.name])
-    return Checkpoint.checked(config_dict(config), specs, data, origin)
+            view(data, spec).copy_(tensors[spec.name])
+    return Checkpoint.checked(Schema(config_dict(config), specs), data, origin)
 
 
 def _local_weights(folder: Path) -> Path:
@@ -146,15 +192,19 @@ def _not_found(source: str, expected: str, cause: Exception | None = None) -> Ad
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _config_text(path: Path) -> bytes:
     if not path.is_file():
         raise _not_found(str(path.parent), f"{path.name} in it")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(
-            f"{path} is too large.", found=f"{path.stat().st_size:,} bytes", expected=f"{MAX_CONFIG_BYTES:,}"
+            f"{path} is too large.", found=f"{path.stat().st_size:,} bytes", expected=f"at most {MAX_CONFIG_BYTES:,}"
         )
+    return path.read_bytes()
+
+
+def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(path.read_bytes())
+        parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON.", found=str(error), expected="what save_pretrained wrote") from error
     if not isinstance(parsed, dict):

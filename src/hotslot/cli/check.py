@@ -96,20 +96,20 @@ def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
     from .. import live
     from ..block import arrange, pack
     from ..checkpoint import read
-    from ..methods import interpret
+    from ..engine import Entry
 
     known: dict[str, Any] = {"adapter": source}
     notes: list[str] = []
     try:
         checkpoint = read(source)
         known |= {"version": checkpoint.version, "nbytes": checkpoint.nbytes}
-        adapter = interpret(checkpoint)
+        adapter = Entry(source, checkpoint).adapter
         ranks = sorted({target.rank for target in adapter.targets.values()})
         known |= {"slots": len(adapter.targets), "ranks": ranks}
         notes += _copies(adapter)
-        live.build_config(checkpoint.config, checkpoint.origin)
         layout = arrange(live.slot_shapes(skeleton, [adapter]).values())
         live.refuse_other_base(skeleton, adapter)
+        live.refuse_other_parameters(skeleton, "default", adapter)
         pack(adapter, layout)
     except (CheckpointError, UnsupportedError, DoesNotFitError) as error:
         if isinstance(error, DoesNotFitError):

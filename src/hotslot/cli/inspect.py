@@ -223,6 +223,8 @@ def _unusual(adapter: Adapter) -> list[str]:
             notes.append(
                 f"{key} ({len(patterns)}): {others} of {total} modules have another {what} than {default} = {usual}"
             )
+    if adapter.target_parameters:
+        notes.append(f"target_parameters: adapts bare parameters, {_shortened(list(adapter.target_parameters))}")
     if adapter.lora_bias:
         notes.append("lora_bias: the up-projections have biases")
     for fqn, copies in adapter.base_copies.items():

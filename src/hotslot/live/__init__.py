@@ -10,7 +10,7 @@ from .discover import adapter_names, count_slots, is_compiled, unwrap
 from .inject import Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .slots import Slot, find_slots
-from .state import Records, adapter_records, build_config, neutral_records, refuse_unsupported_resident
+from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 
 __all__ = [
     "Binding",
@@ -21,7 +21,6 @@ __all__ = [
     "Slot",
     "Writes",
     "adapter_names",
-    "adapter_records",
     "build_config",
     "count_slots",
     "find_slots",

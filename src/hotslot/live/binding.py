@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import Schema
 from ..errors import ModelError
-from ..methods import PARTS
+from ..methods import PARTS, Adapter
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
-from .memory import bind
+from .memory import Homes, Memory, bind
 from .scaling import ScalingMap
 from .slots import Slot
-from .state import Ledger, Records
+from .state import Ledger, Records, adapter_records, build_config
 from .state_dict import TrueRank
 
 
@@ -39,6 +40,7 @@ class Binding:
         self.slots = slots
         self.arena = arena
         self.hooks: dict[str, TrueRank] = {}
+        self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()
         self._originals = {
             key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
         }
@@ -46,9 +48,15 @@ class Binding:
         self._handles: list[Any] = []
         self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
         live = {fqn: _live_rank(slot) for fqn, slot in slots.items()}
-        self.memory = bind(slots, live, ranks, arena=arena)
-        self._install(live, compiled=is_compiled(model))
-        self._ledger = Ledger(slots, self.hooks)
+        homes = Homes(slots)
+        try:
+            self.memory = bind(slots, live, ranks, arena=arena)
+            self._install(live, compiled=is_compiled(model))
+            self._ledger = Ledger(slots, self.hooks)
+        except BaseException:
+            self._uninstall()
+            homes.put_back()
+            raise
 
     # -- what PEFT's records say -------------------------------------------------------------------------------------
 
@@ -56,6 +64,18 @@ class Binding:
     def live_ranks(self) -> dict[str, int]:
         """Fqn → rank up to which the slot holds values of the live adapter."""
         return {fqn: hook.rank for fqn, hook in self.hooks.items()}
+
+    @property
+    def room(self) -> dict[str, int]:
+        """fqn → rank that the slot has room for."""
+        return {fqn: slot.rank for fqn, slot in self.slots.items()}
+
+    def records(self, adapter: Adapter) -> Records:
+        """PEFT's records that describe `adapter`; made once for all checkpoints of its schema."""
+        schema = adapter.checkpoint.schema
+        if schema not in self._records:
+            self._records[schema] = adapter_records(adapter, self.slots, build_config(adapter.checkpoint))
+        return self._records[schema]
 
     def capture(self) -> Records:
         """PEFT's records as they are now."""
@@ -90,27 +110,27 @@ class Binding:
         return True
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
-        """Give the slots room for `ranks`, values kept. Parameters move."""
-        self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
-        self.arena = arena
+        """Give the slots room for `ranks`, values kept; parameters move. If that raises, they are where they were."""
+        with self._put_back_on_error():
+            self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
+            self.arena = arena
 
     @contextmanager
     def resized(self, ranks: Mapping[str, int]) -> Iterator[None]:
         """`resize`, taken back to the same memory if the block raises."""
-        memory = self.memory
-        before = [(held.param, held.param.data) for slot in self.slots.values() for held in slot.held.values()]
-        scalings = [(slot.layer, slot.layer.scaling) for slot in self.slots.values()]
-        self.resize(ranks, arena=self.arena)
+        with self._put_back_on_error():
+            self.resize(ranks, arena=self.arena)
+            yield
+
+    @contextmanager
+    def _put_back_on_error(self) -> Iterator[None]:
+        memory, arena = self.memory, self.arena
+        homes = Homes(self.slots)
         try:
             yield
         except BaseException:
-            for param, data in before:
-                param.data = data
-            for layer, scaling in scalings:
-                layer.scaling = scaling
-            self.memory = memory
-            if self.arena:
-                memory.bind_scalings()
+            homes.put_back()
+            self.memory, self.arena = memory, arena
             memory.note_sizes()
             raise
 
@@ -145,8 +165,7 @@ class Binding:
 
     def release(self) -> None:
         """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
-        for handle in self._handles:
-            handle.remove()
+        self._uninstall()
         with torch.inference_mode(False), torch.no_grad():
             for (fqn, suffix), (param, original) in self._originals.items():
                 current, slot = param.data, self.slots[fqn]
@@ -156,13 +175,17 @@ class Binding:
                     original = torch.empty_like(original, dtype=current.dtype, device=current.device)
                 original.copy_(_cut(current, suffix, original.shape, slot))
                 param.data = original
+        for fqn, slot in self.slots.items():
+            self._release_scaling(slot, self._scalings[fqn])
+
+    def _uninstall(self) -> None:
+        for handle in self._handles:
+            handle.remove()
         for holder, key, found in reversed(self._swapped_parts):
             if key == "__class__":
                 holder.__class__ = found
             elif key in holder:
                 holder[key] = found
-        for fqn, slot in self.slots.items():
-            self._release_scaling(slot, self._scalings[fqn])
 
     def _release_scaling(self, slot: Slot, original: dict[str, Any]) -> None:
         current = slot.layer.scaling

@@ -72,12 +72,18 @@ def count_slots(model: nn.Module, adapter_name: str) -> int:
     from peft.tuners.lora import LoraLayer
 
     count, stack, seen = 0, [unwrap(model)], set()
+    is_layer: dict[type, bool] = {}  # LoraLayer is an abstract class, and asking one costs a microsecond
     while stack:
         module = stack.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, LoraLayer) and (adapter_name in module.lora_A or adapter_name in module.lora_embedding_A):
-            count += 1
-        stack.extend(child for child in module._modules.values() if child is not None)
+        children = module._modules
+        kind = type(module)
+        if kind not in is_layer:
+            is_layer[kind] = issubclass(kind, LoraLayer)
+        if is_layer[kind]:
+            count += adapter_name in module.lora_A._modules or adapter_name in module.lora_embedding_A._parameters
+            children = {"base_layer": module.base_layer}  # nothing of interest is in its own matrices
+        stack.extend(child for child in children.values() if child is not None)
     return count

@@ -8,8 +8,11 @@ Who owns which bytes of an arena:
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +20,11 @@ from torch import nn
 
 from ..block import Block, Layout, Run, SlotShape, Tile, arrange
 from ..block.layout import ALIGNMENT_BYTES
+from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS
 from .scaling import ScalingMap
-from .slots import Slot
+from .slots import Held, Slot
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 
@@ -70,7 +74,11 @@ class Memory:
         self.slots = slots
         self.layout = layout
         self.arenas = arenas
-        self._params = [held.param for slot in slots.values() for held in slot.held.values()]
+        # The fields of all parts' Held as lists: a swap looks at each of hundreds.
+        self._held = Held(
+            *map(list, zip(*(held for slot in slots.values() for held in slot.held.values()), strict=True))
+        )
+        self._params: list[nn.Parameter] = self._held.param  # type: ignore[assignment]
         self._pointers = [param.data_ptr() for param in self._params]
         self._views = {
             (fqn, suffix): held.param.detach() for fqn, slot in slots.items() for suffix, held in slot.held.items()
@@ -81,6 +89,9 @@ class Memory:
         ]
         self.devices = {view.device for view in self._views.values()}
         self._buffers: dict[torch.device, torch.Tensor] = {}
+        self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        # Scalings share the counter of their arena.
+        self._watched = [*self._params, *(arena for arena in arenas if arena is not None)]
         self._versions: list[int] = []
         self.mark_clean()
 
@@ -88,9 +99,13 @@ class Memory:
 
     def refuse_if_replaced(self) -> None:
         """Raise if the model no longer has one of the parameters."""
+        held, owners = self._held, map(dict.get, self._held.owner, self._held.owner_key)
+        params = map(dict.get, held.params, held.key)
+        if all(map(is_, owners, held.holder)) and all(map(is_, params, self._params)):
+            return
         for slot in self.slots.values():
-            for suffix, (owner, owner_key, holder, params, key, param) in slot.held.items():
-                if owner.get(owner_key) is not holder or params.get(key) is not param:
+            for suffix, entry in slot.held.items():
+                if not entry.in_place():
                     raise ModelError(
                         f"The adapter {slot.adapter_name!r} was deleted from the model, or loaded anew.",
                         where=f"{slot.fqn}.{suffix}",
@@ -100,22 +115,21 @@ class Memory:
 
     def moved(self) -> bool:
         """Whether a parameter's memory is no longer the slot's (`model.to(…)`, `param.data = …`)."""
-        return [param.data_ptr() for param in self._params] != self._pointers
+        return list(map(torch.Tensor.data_ptr, self._params)) != self._pointers
 
     def dirty(self) -> bool:
         """Whether anybody else has written the parameters or scalings since `mark_clean` (an optimizer, a user).
 
         Autograd's version counters tell; a write through `.data` leaves no trace there.
         """
-        return [tensor._version for tensor in self._watched()] != self._versions
+        return self._current_versions() != self._versions
 
     def mark_clean(self) -> None:
         """Take what is live now as written by hotslot."""
-        self._versions = [tensor._version for tensor in self._watched()]
+        self._versions = self._current_versions()
 
-    def _watched(self) -> Iterable[torch.Tensor]:
-        yield from self._params
-        yield from (arena for arena in self.arenas if arena is not None)  # scalings share its counter
+    def _current_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._watched]
 
     def bind_scalings(self) -> None:
         """Let the arena's tail hold the layers' scalings, with the values that they have."""
@@ -162,10 +176,13 @@ class Memory:
                 many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
                 stage = many and any(device.type != "cpu" for device in self.devices)
             staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
-            copies = [self._run_copy(block, run, staging) for run in block.runs]
-            copies += [self._tile_copy(block, tile, staging) for tile in block.tiles]
+            schema = block.adapter.checkpoint.schema
+            if schema not in self._targets:
+                self._targets[schema] = [self._run_target(run) for run in block.runs]
+                self._targets[schema] += [self._tile_target(block, tile) for tile in block.tiles]
+            targets = self._targets[schema]
+            sources = _sources(block, targets, staging)
             staged = [(buffer, block.data) for buffer in staging.values()]
-            targets, sources = [target for target, _ in copies], [source for _, source in copies]
             return Writes(staged, targets, sources, scalings, columns, block.ranks, block.unused)
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
@@ -175,18 +192,16 @@ class Memory:
             buffer = self._buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         return buffer[:size]
 
-    def _run_copy(self, block: Block, run: Run, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
-        arena, region = self.arenas[run.region], self._regions[run.region]
-        source = _bytes(staging.get(region.device, block.data), run.start, run.elements, run.source)
+    def _run_target(self, run: Run) -> torch.Tensor:
+        arena = self.arenas[run.region]
         if arena is None:
-            return region, source.view(region.shape)
-        return arena[run.offset : run.offset + run.elements * run.target.itemsize].view(run.target), source
+            region = self._regions[run.region]
+            return region.view(-1) if region.is_contiguous() else region
+        return arena[run.offset : run.offset + run.elements * run.target.itemsize].view(run.target)
 
-    def _tile_copy(self, block: Block, tile: Tile, staging: Mapping[torch.device, torch.Tensor]) -> Copy:
+    def _tile_target(self, block: Block, tile: Tile) -> torch.Tensor:
         view = self._views[tile.fqn, tile.suffix]
-        source = _bytes(staging.get(view.device, block.data), tile.start, math.prod(tile.shape), tile.source)
-        target = self.slots[tile.fqn].band(view, tile.suffix, 0, block.ranks[tile.fqn])
-        return target, source.view(target.shape)
+        return self.slots[tile.fqn].band(view, tile.suffix, 0, block.ranks[tile.fqn])
 
     def write(self, writes: Writes, occupied: Mapping[str, int]) -> None:
         """Clear, copy and scale. Not atomic: whoever calls it puts back what was there if it raises.
@@ -201,7 +216,9 @@ class Memory:
                 torch._foreach_zero_(clear)
             for buffer, data in writes.staged:
                 buffer.copy_(data, non_blocking=True)
-            if writes.targets:
+            if len(writes.targets) == 1:  # a call of its own costs less than a list of one
+                writes.targets[0].copy_(writes.sources[0], non_blocking=True)
+            elif writes.targets:
                 torch._foreach_copy_(writes.targets, writes.sources, non_blocking=True)
             for column, values in writes.columns:
                 column.copy_(values)
@@ -248,6 +265,27 @@ class Memory:
             self.mark_clean()
 
 
+class Homes:
+    """Where the parts, sizes and scalings of `slots` are now, to be put back there."""
+
+    def __init__(self, slots: Mapping[str, Slot]) -> None:
+        self._data = [(held.param, held.param.data) for slot in slots.values() for held in slot.held.values()]
+        self._scalings = [
+            (slot.layer, slot.adapter_name, slot.layer.scaling, slot.layer.scaling.get(slot.adapter_name))
+            for slot in slots.values()
+        ]
+
+    def put_back(self) -> None:
+        """Parameters and scalings at their memory again; what was written there since stays written."""
+        with torch.inference_mode(False), torch.no_grad():
+            for param, data in self._data:
+                param.data = data
+            for layer, name, scaling, value in self._scalings:
+                layer.scaling = scaling
+                if isinstance(scaling, ScalingMap) and isinstance(value, torch.Tensor):
+                    scaling.bind(name, value)
+
+
 def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mapping[str, int], *, arena: bool) -> Memory:
     """Give every part of every slot room for `ranks`, its values kept. The Parameter objects stay the same.
 
@@ -279,7 +317,8 @@ def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mappin
                 for size, device in zip(layout.region_bytes, order, strict=True)
             ]
         homes = _homes(slots, live_ranks, shapes, layout, arenas)
-        _rebind(homes)
+        for param, home in homes:
+            param.data = home
         memory = Memory(slots, layout, arenas)
         if arena:
             memory.bind_scalings()
@@ -341,17 +380,6 @@ def _homes(
     return homes
 
 
-def _rebind(homes: Sequence[Copy]) -> None:
-    before = [param.data for param, _ in homes]
-    try:
-        for param, home in homes:
-            param.data = home
-    except BaseException:
-        for (param, _), data in zip(homes, before, strict=True):
-            param.data = data
-        raise
-
-
 def _with_scalings(size: int, slots: int) -> int:
     return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + slots * ALIGNMENT_BYTES
 
@@ -373,9 +401,30 @@ def _scaling_column(
     return tail.view(len(slots), -1)[: len(fqns), 0], fqns
 
 
-def _bytes(data: torch.Tensor, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """`count` elements from byte `start` on."""
-    return data[start : start + count * dtype.itemsize].view(dtype)
+def _sources(
+    block: Block, targets: Sequence[torch.Tensor], staging: Mapping[torch.device, torch.Tensor]
+) -> list[torch.Tensor]:
+    """The block's bytes as views that match `targets`, which are of its runs and then of its tiles."""
+    pieces: list[Run | Tile] = [*block.runs, *block.tiles]
+    lengths = [run.elements * run.source.itemsize for run in block.runs]
+    lengths += [math.prod(tile.shape) * tile.source.itemsize for tile in block.tiles]
+    sources = []
+    for start, stop in pairwise([*_breaks(pieces, lengths), len(pieces)]):
+        first = pieces[start]
+        device = next(iter(staging)) if len(staging) == 1 else targets[start].device
+        data = staging.get(device, block.data)[first.start : first.start + sum(lengths[start:stop])]
+        # One call for all that lie one behind the other: 448 slices would take a millisecond.
+        sizes = [length // first.source.itemsize for length in lengths[start:stop]]
+        sources += data.view(first.source).split(sizes)
+    matched = zip(sources, targets, strict=True)
+    return [source if target.dim() == 1 else source.view(target.shape) for source, target in matched]
+
+
+def _breaks(pieces: Sequence[Run | Tile], lengths: Sequence[int]) -> list[int]:
+    """Indices of the pieces that do not follow the one before them in the same dtype."""
+    ends = [piece.start + length for piece, length in zip(pieces, lengths, strict=True)]
+    follows = [a.source == b.source and end == b.start for (a, b), end in zip(pairwise(pieces), ends, strict=False)]
+    return [0, *(i + 1 for i, yes in enumerate(follows) if not yes)] if pieces else []
 
 
 def _set_scaling(scaling: dict[str, Any], name: str, value: float) -> None:

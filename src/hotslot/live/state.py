@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..checkpoint import config_dict
+from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError
 from ..methods import Adapter, neutral_config, refuse_unsupported_options
 from .discover import unwrap
@@ -36,10 +38,17 @@ class SlotRecord(NamedTuple):
 
 
 class Records(NamedTuple):
-    """All records of one adapter: slot by slot, and the attributes of its peft config (None where there is none)."""
+    """All records of one adapter, and the attributes of its peft config (None where the model has none).
 
-    slots: list[SlotRecord]
+    `values` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on.
+    """
+
+    values: tuple[Any, ...]
     config: dict[str, Any] | None
+
+
+def _columns(records: list[SlotRecord]) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(zip(*records, strict=True)))
 
 
 def peft_config(model: nn.Module | None, adapter_name: str) -> Any:
@@ -55,12 +64,22 @@ def refuse_unsupported_resident(model: nn.Module, adapter_name: str) -> None:
         refuse_unsupported_options(config_dict(config), f"the adapter {adapter_name!r} on the model")
 
 
-def build_config(options: Mapping[str, Any], origin: str) -> Any:
-    """A peft LoraConfig of the content of an adapter_config.json.
+_configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
+
+
+def build_config(checkpoint: Checkpoint) -> Any:
+    """A peft LoraConfig of the checkpoint's config.
 
     Raises:
         ConfigError: PEFT does not take these values.
     """
+    schema = checkpoint.schema
+    if schema not in _configs:
+        _configs[schema] = _lora_config(schema.config, checkpoint.origin)
+    return _configs[schema]
+
+
+def _lora_config(options: Mapping[str, Any], origin: str) -> Any:
     from peft import LoraConfig
 
     known = {key: copy.deepcopy(value) for key, value in options.items() if key in LoraConfig.__dataclass_fields__}
@@ -83,15 +102,15 @@ def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) ->
             bias = "lora_B.bias" in target.parts
             record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, target.rank, adapter.dropout)
             records.append(record)
-    return Records(records, dict(config.__dict__))
+    return Records(_columns(records), dict(config.__dict__))
 
 
 def neutral_records(slots: Mapping[str, Slot]) -> Records:
     """The records of slots that add nothing."""
-    config = build_config(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
+    config = _lora_config(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
     # Shown at its smallest rank, all zeros: what is saved loads again, and adds nothing.
     records = [_unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
-    return Records(records, dict(config.__dict__))
+    return Records(_columns(records), dict(config.__dict__))
 
 
 def _unused(slot: Slot, dropout: float) -> SlotRecord:
@@ -99,43 +118,54 @@ def _unused(slot: Slot, dropout: float) -> SlotRecord:
 
 
 class Ledger:
-    """Where PEFT keeps its records of one adapter, looked up once."""
+    """Where PEFT keeps its records of one adapter: the dicts and keys, looked up once, in the order of `Records.values`.
+
+    Module attributes and per-slot objects would cost a swap a millisecond for 224 slots; this takes a twentieth.
+    """
 
     def __init__(self, slots: Mapping[str, Slot], hooks: Mapping[str, TrueRank]) -> None:
-        self._adapter_name = next(iter(slots.values())).adapter_name
-        self._rows = [(slot.layer, hooks[fqn]) for fqn, slot in slots.items()]
+        name = self._adapter_name = next(iter(slots.values())).adapter_name
+        layers = [slot.layer for slot in slots.values()]
+        columns: list[tuple[list[dict[str, Any]], str]] = [
+            ([layer.r for layer in layers], name),
+            ([layer.lora_alpha for layer in layers], name),
+            ([layer.use_rslora for layer in layers], name),
+            ([layer.lora_bias for layer in layers], name),
+            ([hooks[fqn].__dict__ for fqn in slots], "rank"),
+            ([_dropout_record(layer.lora_dropout[name]) for layer in layers], "p"),
+        ]
+        self._dicts = [holder for holders, _ in columns for holder in holders]
+        self._keys = [key for holders, key in columns for _ in holders]
 
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
-        name, records = self._adapter_name, []
-        for layer, hook in self._rows:
-            dropout = getattr(layer.lora_dropout._modules[name], "p", 0.0)
-            flags = layer.use_rslora[name], layer.lora_bias[name]
-            records.append(SlotRecord(layer.r[name], layer.lora_alpha[name], *flags, hook.rank, dropout))
-        config = peft_config(model, name)
-        return Records(records, dict(config.__dict__) if config is not None else None)
+        config = peft_config(model, self._adapter_name)
+        values = tuple(map(dict.__getitem__, self._dicts, self._keys))
+        return Records(values, dict(config.__dict__) if config is not None else None)
 
     def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
         """Make the model's records say `records`, of which `current` is known to be said already.
 
         Compiled code guards none of them, but for the config object: that stays the same one.
         """
-        name = self._adapter_name
-        said = current.slots if current is not None else [None] * len(self._rows)
-        for (layer, hook), record, old in zip(self._rows, records.slots, said, strict=True):
-            if record == old:
-                continue
-            layer.r[name] = record.r
-            layer.lora_alpha[name] = record.lora_alpha
-            layer.use_rslora[name] = record.use_rslora
-            layer.lora_bias[name] = record.lora_bias
-            hook.rank = record.shown_rank
-            # PEFT's own dropout stays as it is where the model was compiled before: compiled code guards its p.
-            dropout = layer.lora_dropout._modules[name]
-            if type(dropout) is SlotDropout:
-                dropout.__dict__["p"] = record.dropout  # a module's own __setattr__ takes a microsecond
-        config = peft_config(model, name)
+        if current is None or current.values != records.values:
+            for holder, key, value in zip(self._dicts, self._keys, records.values, strict=True):
+                holder[key] = value
+        config = peft_config(model, self._adapter_name)
         if config is not None and records.config is not None:
-            mode = config.__dict__.get("inference_mode")
-            config.__dict__.clear()
-            config.__dict__.update(records.config, inference_mode=mode)
+            # The model's copy: who edits it must not edit the adapter's.
+            said = {
+                key: copy.copy(value) if isinstance(value, _MUTABLE) else value for key, value in records.config.items()
+            }
+            said["inference_mode"] = config.__dict__["inference_mode"]
+            for key in config.__dict__.keys() - said.keys():
+                del config.__dict__[key]
+            config.__dict__.update(said)
+
+
+_MUTABLE = (list, dict, set)
+
+
+def _dropout_record(dropout: nn.Module) -> dict[str, Any]:
+    """Where the dropout's p is kept. PEFT's own stays as it is, where the model was compiled before: that guards it."""
+    return dropout.__dict__ if type(dropout) is SlotDropout else {"p": getattr(dropout, "p", 0.0)}

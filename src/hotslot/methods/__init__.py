@@ -6,10 +6,12 @@ with the config. Knows nothing of a model: whether the adapter fits one is decid
 
 from __future__ import annotations
 
-from ..checkpoint import Checkpoint
+import weakref
+
+from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
 from . import lora
-from .base import PARTS, Adapter, Part, Target
+from .base import PARTS, Adapter, Meaning, Part, Target
 from .lora import neutral_config, refuse_unsupported_options, split_key
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 _INTERPRETERS = {"LORA": lora.interpret}
+# What was found out about a schema holds for every checkpoint that has it.
+_known: weakref.WeakKeyDictionary[Schema, Meaning] = weakref.WeakKeyDictionary()
 
 
 def interpret(checkpoint: Checkpoint) -> Adapter:
@@ -34,6 +38,9 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
         ConfigError: keys or values in the config that it does not know.
         TensorError: tensors that contradict each other or the config.
     """
+    known = _known.get(checkpoint.schema)
+    if known is not None:
+        return Adapter(checkpoint, *known)
     method = checkpoint.config.get("peft_type")
     interpreter = _INTERPRETERS.get(method) if isinstance(method, str) else None
     if interpreter is None:
@@ -43,4 +50,6 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
             expected=f"one of {', '.join(_INTERPRETERS)}",
             hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
         )
-    return interpreter(checkpoint)
+    adapter = interpreter(checkpoint)
+    _known[checkpoint.schema] = adapter.meaning
+    return adapter

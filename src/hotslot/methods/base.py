@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..checkpoint import Checkpoint, TensorSpec
 
@@ -56,6 +57,12 @@ class Target:
     parts: Mapping[str, TensorSpec]
 
 
+# All of an Adapter but its checkpoint, in the order of the fields.
+Meaning: TypeAlias = (
+    "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], tuple[str, ...], bool, bool, float]"
+)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Adapter:
     """A checkpoint and what its tensors mean.
@@ -74,3 +81,9 @@ class Adapter:
     use_rslora: bool
     lora_bias: bool
     dropout: float
+
+    @property
+    def meaning(self) -> Meaning:
+        """What holds for every checkpoint of the same schema."""
+        parts = self.targets, self.base_copies, self.target_parameters
+        return *parts, self.use_rslora, self.lora_bias, self.dropout
