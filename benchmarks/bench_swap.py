@@ -15,10 +15,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
 import torch
+from hotslot import HotslotError
 from rich.console import Console
 
 from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
@@ -53,7 +55,7 @@ def run(
         progress: is told what is being done.
 
     Raises:
-        AssertionError: a contender's output is not that of a fresh PeftModel.
+        HotslotError: a contender's outputs are not those of a fresh PeftModel.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
@@ -65,46 +67,59 @@ def run(
             for factor in SLOT_FACTORS:
                 progress(f"{name}: into slots of rank {size.rank * factor}")
                 taking_part = contenders(bench, size.rank * factor)
-                seconds, errors = _time(taking_part, rounds, chosen)
-                rows += _rows(size, size.rank * factor, taking_part, seconds, errors)
+                times = _time(taking_part, rounds, chosen)
+                rows += _rows(size, size.rank * factor, times)
     return rows
 
 
-def _time(
-    taking_part: Sequence[Contender], rounds: int, device: torch.device
-) -> tuple[dict[Contender, list[float]], dict[Contender, float]]:
-    """Seconds of each swap, and the largest error of each contender's outputs."""
-    seconds: dict[Contender, list[float]] = {contender: [] for contender in taking_part}
-    errors: dict[Contender, float] = {}
+@dataclass(slots=True)
+class Times:
+    """Of one contender: the wall time and the process's CPU time of each swap, and its largest error."""
+
+    wall_seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    error: float = 0.0
+
+
+def _time(taking_part: Sequence[Contender], rounds: int, device: torch.device) -> dict[Contender, Times]:
+    times = {contender: Times() for contender in taking_part}
     order, shuffled = Random(0), list(taking_part)
     with _only_own_garbage():
         for contender in taking_part:
-            errors[contender] = max(_checked_swap(contender, device) for _ in range(2))  # to each of the adapters
+            for _ in range(2):  # to each of the adapters
+                _checked_swap(contender, times[contender], device)
         for _ in range(rounds):
             order.shuffle(shuffled)
             for contender in shuffled:
-                seconds[contender].append(_swap(contender, device))
+                wall, cpu = _swap(contender, device)
+                times[contender].wall_seconds.append(wall)
+                times[contender].cpu_seconds.append(cpu)
         for contender in taking_part:
-            errors[contender] = max(errors[contender], _checked_swap(contender, device))
-    return seconds, errors
+            _checked_swap(contender, times[contender], device)
+    return times
 
 
-def _swap(contender: Contender, device: torch.device) -> float:
+def _swap(contender: Contender, device: torch.device) -> tuple[float, float]:
+    """Bring the adapter that is not live; (wall, CPU) seconds."""
     twin = contender.twin
     other = 1 - twin.live
     _synchronize(device)
-    started = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     contender.swap(other)
     _synchronize(device)
-    taken = time.perf_counter() - started
+    taken = time.perf_counter() - wall, time.process_time() - cpu
     twin.live = other
     return taken
 
 
-def _checked_swap(contender: Contender, device: torch.device) -> float:
-    """The error of the outputs after a swap."""
+def _checked_swap(contender: Contender, times: Times, device: torch.device) -> None:
     _swap(contender, device)
-    return contender.twin.error()
+    times.error = max(times.error, contender.twin.error())
+    if times.error == float("inf"):
+        raise HotslotError(
+            "A contender's outputs after a swap are not those of a fresh PeftModel: its times would mean nothing.",
+            where=f"{contender.case}, {contender.name}",
+        )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -133,19 +148,13 @@ def _torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _rows(
-    size: Size,
-    slot_rank: int,
-    taking_part: Sequence[Contender],
-    seconds: dict[Contender, list[float]],
-    errors: dict[Contender, float],
-) -> list[Row]:
-    ms = {contender: statistics.median(taken) * 1e3 for contender, taken in seconds.items()}
+def _rows(size: Size, slot_rank: int, times: dict[Contender, Times]) -> list[Row]:
+    ms = {contender: statistics.median(taken.wall_seconds) * 1e3 for contender, taken in times.items()}
 
     def measure(contender: Contender, kind: str) -> float:
         """The time of the first of this kind that does the same job."""
         case = COLD if contender.case == INSTEAD else contender.case
-        return next(ms[other] for other in taking_part if other.case == case and other.name.startswith(kind))
+        return next(ms[other] for other in times if other.case == case and other.name.startswith(kind))
 
     rows = [
         Row(
@@ -154,14 +163,15 @@ def _rows(
             case=contender.case,
             contender=contender.name,
             ms=ms[contender],
-            min_ms=min(seconds[contender]) * 1e3,
+            min_ms=min(taken.wall_seconds) * 1e3,
+            cpu_ms=statistics.median(taken.cpu_seconds) * 1e3,
             times_peft=measure(contender, "PEFT") / ms[contender],
             percent_of_copy=100 * measure(contender, "plain") / ms[contender],
             nbytes=size.adapter_bytes,
             gigabytes_per_second=size.adapter_bytes / ms[contender] / 1e6,
-            error=errors[contender],
+            error=taken.error,
         )
-        for contender in taking_part
+        for contender, taken in times.items()
     ]
     return sorted(rows, key=lambda row: (CASES.index(row.case), row.contender.startswith("plain")))
 
@@ -173,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed swaps of each contender")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--json", action="store_true", help="print one JSON document in place of the table")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document in place of the table")
     parser.add_argument("--plot", type=Path, help="draw the table into this image file")
     command(**vars(parser.parse_args(arguments)))
 
@@ -184,7 +194,7 @@ def command(
     rounds: int = DEFAULT_ROUNDS,
     device: str | None = None,
     threads: int = 1,
-    json: bool = False,
+    as_json: bool = False,
     plot: Path | None = None,
 ) -> None:
     """Run, and print the table or the JSON document on stdout; progress goes to stderr."""
@@ -196,7 +206,7 @@ def command(
         )
     if plot is not None:
         draw(rows, conditions, plot)
-    if json:
+    if as_json:
         print(document(rows, conditions))
     else:
         # Piped, rich takes a terminal of 80 columns, and would cut the names.

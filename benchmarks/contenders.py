@@ -40,7 +40,7 @@ class Twin(ABC):
 
     @abstractmethod
     def error(self) -> float:
-        """How far it is from having adapter `live`, and nothing else, in it; 0: bit for bit."""
+        """How far it is from having adapter `live`, and nothing else, in it. 0: bit for bit; infinite: too far."""
 
 
 class Model(Twin):
@@ -62,9 +62,7 @@ class Model(Twin):
             return 0.0
         scale = (self.bench.expected[0].float() - self.bench.expected[1].float()).abs().max()
         found = float((got.float() - want.float()).abs().max() / scale)
-        if self.exact or not found < TOLERANCE[want.dtype]:
-            raise AssertionError(f"outputs differ from a fresh PeftModel's by {found:.2g} of what a swap changes")
-        return found
+        return float("inf") if self.exact or not found < TOLERANCE[want.dtype] else found
 
 
 class Bytes(Twin):
@@ -106,7 +104,7 @@ class Bytes(Twin):
         sources = self.sources(self.host[self.live])
         for target, source in zip(self._targets or [self._flat], sources, strict=True):
             if not torch.equal(target, source.to(target.device)):
-                raise AssertionError("a plain copy copied something else")
+                return float("inf")
         return 0.0
 
 

@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import groupby
@@ -34,6 +34,7 @@ class Row:
         contender: who does it, and how.
         ms: median of the rounds.
         min_ms: the fastest round.
+        cpu_ms: median of the CPU time of all threads. Where other work takes the cores away, compare this.
         times_peft: how many times faster than PEFT at the same case (than the first of PEFT's rows of it).
         percent_of_copy: how near to the plain copy of the same bytes by the same path; 100 is as fast.
         nbytes: of the adapter.
@@ -47,6 +48,7 @@ class Row:
     contender: str
     ms: float
     min_ms: float
+    cpu_ms: float
     times_peft: float
     percent_of_copy: float
     nbytes: int
@@ -118,7 +120,7 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
     table = Table(title="Swaps of LoRA adapters", title_justify="left")
     for heading in ("case", "contender"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "min", "× PEFT", "% of a plain copy", "bytes", "GB/s", "outputs"):
+    for heading in ("ms", "min", "CPU ms", "× PEFT", "% of a plain copy", "bytes", "GB/s", "outputs"):
         table.add_column(heading, justify="right")
     for (size, slot_rank, case), group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case)):
         label = f"{size}, slots of rank {slot_rank}\n{case}"
@@ -139,6 +141,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.contender,
         f"{row.ms:.2f}",
         f"{row.min_ms:.2f}",
+        f"{row.cpu_ms:.2f}",
         f"{row.times_peft:.2f}",
         f"{row.percent_of_copy:.0f}",
         f"{row.nbytes:,}",

@@ -22,6 +22,9 @@ class Backend:
         self.graphs += 1
         return graph.forward
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self  # transformers copies what it hands to torch.compile
+
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """(parent, name, layer) of what is compiled one by one."""

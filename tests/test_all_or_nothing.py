@@ -435,7 +435,7 @@ def test_control_peft_leaves_a_swap_half_done(folders: Folders) -> None:
         )
         return Stage(ZOO["mlp"], model, swap, swap, folders["mlp"]["same"])
 
-    with pytest.raises(AssertionError, match=r"facts changed:(.|\n)*lora_A"):
+    with pytest.raises(AssertionError, match="facts changed"):
         run_over_all_steps(make, INJECTORS["failing before an operation"])
 
 

@@ -14,20 +14,10 @@ from torch import Tensor, nn
 
 import hotslot
 from adapters import make_adapter
+from compiling import Backend
 from hotslot.testing import RecompiledError, matches_fresh_load, no_recompile, same_addresses
 from oracle import fresh
 from zoo import ZOO
-
-
-class Backend:
-    """Runs graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-        return graph.forward
 
 
 class Scaled(nn.Module):

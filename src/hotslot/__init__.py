@@ -1,4 +1,6 @@
-"""hotslot changes the adapter of a running PyTorch model in place: same addresses, no recompilation, all of it or none of it.
+"""hotslot changes the adapter of a running PyTorch model in place.
+
+Same addresses, no recompilation, all of it or none of it.
 
     swapper = hotslot.attach(model, adapters={"sql": "path/or/hub-id", "chat": "another"})
     model = torch.compile(model)

@@ -11,7 +11,6 @@ import logging
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,8 +28,6 @@ from .errors import ModelError, UnexpectedTargetError, UnsupportedError
 from .methods import PARTS, refuse_unsupported_options, split_key
 from .swapper import Swapper
 
-# Model → adapter name → its Engine, for models that no Swapper is attached to. They go when the model goes.
-_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
 
@@ -45,7 +42,9 @@ class PaddedLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config with the adapter's own ranks."""
-        return super().to_dict() | self.__dict__.get("_true_ranks", {})
+        stated: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        stated.update(self.__dict__.get("_true_ranks", {}))
+        return stated
 
 
 def hotswap_adapter(
@@ -150,9 +149,18 @@ def prepare_model_for_compiled_hotswap(
             for slot in by_fqn.values():
                 _refuse_target_rank(slot, target_rank)
     with _lock:
-        for name in names:
-            engine = _known_engine(model, name) or _new_engine(model, name, slots[name])
-            engine.resize({fqn: target_rank or slot.rank for fqn, slot in slots[name].items()}, arena=True)
+        created: list[Engine] = []
+        try:
+            for name in names:
+                engine = _known_engine(model, name)
+                if engine is None:
+                    engine = _new_engine(model, name, slots[name])
+                    created.append(engine)
+                engine.resize({fqn: target_rank or slot.rank for fqn, slot in slots[name].items()}, arena=True)
+        except BaseException:
+            for engine in created:
+                engine.release()
+            raise
     if config is not None and target_rank is not None:
         for entry in config.values() if isinstance(config, dict) else [config]:
             _state_padding(entry, target_rank)
@@ -169,7 +177,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         refuse_unsupported_options(checkpoints.config_dict(config), "the config")
 
 
-# -- patching PEFT -------------------------------------------------------------------------------------------------------
+# -- patching PEFT -------------------------------------------------------------------------------------------------
 
 _REPLACED = (
     check_hotswap_configs_compatible,
@@ -208,12 +216,12 @@ def unpatch_peft() -> None:
             setattr(module, key, original)
 
 
-# -- inside --------------------------------------------------------------------------------------------------------------
+# -- inside --------------------------------------------------------------------------------------------------------
 
 
 def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
     with _lock:
-        engine = _known_engine(model, adapter_name)
+        engine, created = _known_engine(model, adapter_name), False
         if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
             entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
             live.refuse_other_base(model, entry.adapter)
@@ -227,19 +235,24 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
         if engine is None:
             room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}
-            pack(entry.adapter, arrange(slot.shape(room[fqn]) for fqn, slot in slots.items()))
-            engine = _new_engine(model, adapter_name, slots)
+            pack(entry.adapter, arrange(slot.shape(room[fqn], bias=True) for fqn, slot in slots.items()))
+            engine, created = _new_engine(model, adapter_name, slots), True
         if engine.binding.arena and any(slots[fqn].rank < rank for fqn, rank in wanted.items()):
             logger.warning(
                 "the new adapter's rank is above what the model was prepared for: compiled code will recompile"
             )
-        engine.swap_in(entry, wanted)
+        try:
+            engine.swap_in(entry, wanted)
+        except BaseException:
+            if created:
+                engine.release()
+            raise
 
 
 def _entry(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], adapter_name: str) -> Entry:
     """The adapter, with PEFT's own message for layers that are not there, and PEFT's leniency for half pairs."""
     keys = {name: key for name in checkpoint.tensors if (key := split_key(name)) is not None}
-    unexpected = [name for name, (fqn, suffix) in keys.items() if fqn not in slots or suffix not in slots[fqn].held]
+    unexpected = [name for name, (fqn, suffix) in keys.items() if fqn not in slots or not _fits(suffix, slots[fqn])]
     if unexpected:
         raise _unexpected([_with_adapter_name(name, keys[name][1], adapter_name) for name in unexpected])
     # PEFT fills in zeros for a matrix that is missing, so that the module adds nothing: as if it were not there.
@@ -256,6 +269,11 @@ def _entry(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], a
     return Entry(adapter_name, checkpoint)
 
 
+def _fits(suffix: str, slot: live.Slot) -> bool:
+    """Whether the slot has this part, or can be given it."""
+    return suffix in slot.held or (suffix == "lora_B.bias" and "lora_B.weight" in slot.held)
+
+
 _OTHER_HALF = {
     "lora_A.weight": "lora_B.weight",
     "lora_B.weight": "lora_A.weight",
@@ -266,24 +284,17 @@ _OTHER_HALF = {
 
 
 def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:
-    """The engine of this slot, if there is one: of the Swapper that is attached to it, or of an earlier call."""
-    swapper = Swapper.of(model, adapter_name)
-    if swapper is not None:
-        return swapper.engine
-    by_name = _engines.get(live.unwrap(model), {})
-    found = by_name.get(adapter_name)
-    if found is not None and not found.is_current():
-        found.binding.release()  # the adapter was deleted or loaded anew; what is left of it is PEFT's again
-        found = None
-        del by_name[adapter_name]
+    """The engine of this slot, of a Swapper or of an earlier call, if there is one."""
+    found = Engine.of(model, adapter_name)
+    if found is not None and Swapper.of(model, adapter_name) is None and not found.is_current():
+        found.release()  # the adapter was deleted or loaded anew; what is left of it is PEFT's again
+        return None
     return found
 
 
 def _new_engine(model: nn.Module, adapter_name: str, slots: dict[str, live.Slot]) -> Engine:
     binding = live.Binding(model, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
-    engine = Engine(model, adapter_name, binding, empty=False, keeps_history=False)
-    _engines.setdefault(live.unwrap(model), {})[adapter_name] = engine
-    return engine
+    return Engine(model, adapter_name, binding, empty=False, keeps_history=False)
 
 
 def _slots(model: nn.Module, adapter_name: str) -> dict[str, live.Slot]:
@@ -301,7 +312,7 @@ def _slots(model: nn.Module, adapter_name: str) -> dict[str, live.Slot]:
     return slots
 
 
-def _refuse_other_method(old: PeftConfig | None, new: Any) -> None:
+def _refuse_other_method(old: Any, new: Any) -> None:
     """PEFT's own words: its callers match them."""
     new_type = new.value if isinstance(new, PeftType) else str(new)
     old_type = old.peft_type.value if old is not None else new_type
@@ -345,8 +356,8 @@ def _state_padding(config: LoraConfig, target_rank: int) -> None:
         config.__class__ = PaddedLoraConfig
     config.__dict__.setdefault("_true_ranks", {"r": config.r, "rank_pattern": dict(config.rank_pattern or {})})
     config.r = target_rank
-    for key in config.rank_pattern or {}:
-        config.rank_pattern[key] = target_rank
+    if config.rank_pattern:
+        config.rank_pattern.update(dict.fromkeys(config.rank_pattern, target_rank))
 
 
 def _config_on(model: nn.Module, adapter_name: str) -> PeftConfig | None:

@@ -22,6 +22,9 @@ from .report import SwapReport
 
 NEUTRAL_SCALING = 1.0
 
+# Model → PEFT's adapter name → the one engine that writes this slot. They go when the model goes.
+_engines: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.WeakKeyDictionary()
+
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
@@ -116,6 +119,20 @@ class Engine:
         self.original: State | None = self.neutral if empty else None
         self.live: State = self.neutral if empty else self._foreign or self.neutral
         self.previous: State | None = None
+        if empty:
+            self._write(self.neutral, {}, None)  # the model's records are to describe the empty slots
+
+        _engines.setdefault(live.unwrap(model), {})[adapter_name] = self
+
+    @staticmethod
+    def of(model: nn.Module, adapter_name: str) -> Engine | None:
+        """The engine of this slot of the model, if there is one."""
+        return _engines.get(live.unwrap(model), {}).get(adapter_name)
+
+    def release(self) -> None:
+        """Give the parameters their own memory back and let go of the slot."""
+        self.binding.release()
+        _engines.get(self.model, {}).pop(self.adapter_name, None)
 
     @property
     def model(self) -> nn.Module:
@@ -164,15 +181,17 @@ class Engine:
                 slot.refuse_if_merged()
 
     def swap_in(self, entry: Entry, ranks: Mapping[str, int]) -> SwapReport:
-        """`swap` to an adapter that may need more room than the slots have: they get `ranks`.
+        """`swap` to an adapter that may need more room than the slots have: they get `ranks`, and biases.
 
         Parameters whose shape changes get other memory, and code compiled for the old shapes is compiled anew.
         """
-        if all(self.binding.slots[fqn].rank >= rank for fqn, rank in ranks.items()):
+        slots, targets = self.binding.slots, entry.adapter.targets
+        biased = [fqn for fqn, target in targets.items() if target.parts.keys() - slots[fqn].held.keys()]
+        if not biased and all(slots[fqn].rank >= rank for fqn, rank in ranks.items()):
             return self.swap(State(entry))
         self._refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
-        with self.binding.resized(room):
+        with self.binding.resized(room, biased):
             entry.compile(self.binding)
             return self.swap(State(entry))
 

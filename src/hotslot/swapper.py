@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +34,14 @@ class Swapper:
     overlaps a swap may see parts of two adapters.
     """
 
-    def __init__(self, engine: Engine, injection: live.Injection | None) -> None:
+    def __init__(self, engine: Engine, injection: live.Injection | None, entries: Iterable[Entry]) -> None:
         self._engine = engine
         self._injection = injection
         self._tier: HostTier[Entry] = HostTier()
         self._lock = threading.RLock()
-        self._detached = False
+        self._detaching = self._detached = False
+        for entry in entries:
+            self._tier.add(entry.name, entry)
         _attached.setdefault(engine.model, {})[engine.adapter_name] = self
 
     @classmethod
@@ -56,7 +58,7 @@ class Swapper:
         """What does the swapping; for hotslot's own integrations."""
         return self._bound()
 
-    # -- what there is -----------------------------------------------------------------------------------------------
+    # -- what there is ----------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> str | None:
@@ -78,7 +80,7 @@ class Swapper:
         """Bytes of host memory that the loaded adapters hold."""
         return self._tier.nbytes
 
-    # -- loading: off the hot path -------------------------------------------------------------------------------------
+    # -- loading: off the hot path ----------------------------------------------------------------------------------
 
     def load(self, name: str, source: Source, *, config: Any = None, **hub: Any) -> None:
         """Read, check and hold an adapter in host memory, ready for `activate(name)`. The model is not touched.
@@ -125,7 +127,7 @@ class Swapper:
             return Fit(None, entry.nbytes, str(error))
         return Fit("side", entry.nbytes, None)
 
-    # -- swapping ------------------------------------------------------------------------------------------------------
+    # -- swapping ---------------------------------------------------------------------------------------------------
 
     def activate(self, name: str) -> SwapReport:
         """Make a loaded adapter the live one, in place: all of it, or none of it if this raises.
@@ -178,13 +180,15 @@ class Swapper:
         """
         with self._lock:
             engine = self._bound()
-            engine.swap(engine.original if engine.original is not None else engine.live)
-            engine.binding.release()
+            if not self._detaching:
+                engine.swap(engine.original if engine.original is not None else engine.live)
+                self._detaching = True  # from here on each step may be repeated, if it is broken off
+            engine.release()
             if self._injection is not None:
                 live.remove(self._injection)
             self._forget()
 
-    # -- inside ----------------------------------------------------------------------------------------------------------
+    # -- inside -----------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
         self._detached = True
@@ -267,26 +271,36 @@ def attach(
         live.refuse_other_parameters(model, adapter_name, entry.adapter)
         pack(entry.adapter, layout)  # raises here, before anything is touched
     missing = {fqn: shape for fqn, shape in shapes.items() if fqn not in slots}
+    known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
+    if known is not None:
+        known.release()
     injection = live.inject(model, adapter_name, missing) if missing else None
+    binding = None
     try:
         found = live.find_slots(model, adapter_name)
         ranks = {fqn: layout.slots[fqn].rank for fqn in found}
-        binding = live.Binding(model, found, ranks, arena=not compiled)
+        biased = [fqn for fqn in found if "lora_B.bias" in layout.slots[fqn].parts]
+        empty = missing if slots else ()
+        binding = live.Binding(model, found, ranks, arena=not compiled, biased=biased, empty=empty)
+        engine = Engine(model, adapter_name, binding, empty=not slots)
+        for entry in entries:
+            entry.compile(binding)
+        return Swapper(engine, injection, entries)
     except BaseException:
+        if binding is not None:
+            binding.release()
         if injection is not None:
             live.remove(injection)
         raise
-    swapper = Swapper(Engine(model, adapter_name, binding, empty=not slots), injection)
-    for entry in entries:
-        entry.compile(binding)
-        swapper._tier.add(entry.name, entry)
-    return swapper
 
 
 def _planned_layout(slots: Mapping[str, live.Slot], shapes: Mapping[str, Any], *, resizable: bool) -> Layout:
     """The slots that the model has and those that it will get, each with the larger of its rank and the adapters'."""
     planned = dict(shapes)
     for fqn, slot in slots.items():
-        wanted = shapes[fqn].rank if fqn in shapes and resizable else slot.rank
-        planned[fqn] = slot.shape(max(slot.rank, wanted))
+        if fqn in shapes and resizable:
+            bias = "lora_B.bias" in shapes[fqn].parts
+            planned[fqn] = slot.shape(max(slot.rank, shapes[fqn].rank), bias=bias)
+        else:
+            planned[fqn] = slot.shape()
     return arrange(planned.values())

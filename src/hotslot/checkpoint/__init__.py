@@ -1,4 +1,4 @@
-"""A file, folder, Hub id or dict of tensors → Checkpoint: one run of bytes, the tensors' names and places in it, the config.
+"""A file, folder, Hub id or dict of tensors → Checkpoint: one run of bytes, names and places in it, the config.
 
 Takes whatever a user calls an adapter; gives names, shapes, dtypes and values that have been checked. Knows nothing
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).

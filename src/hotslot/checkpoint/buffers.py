@@ -19,7 +19,7 @@ _lock = threading.Lock()
 
 
 def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
-    """A 1-D uint8 tensor of `nbytes`, with whatever happens to be in it. It is the caller's until all views are gone."""
+    """A 1-D uint8 tensor of `nbytes`, with anything in it. It is the caller's until all views of it are gone."""
     if pin_memory:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # torch keeps page-locked memory itself
     with _lock, torch.inference_mode(False):

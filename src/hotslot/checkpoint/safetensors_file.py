@@ -159,7 +159,7 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
 
 
 def _naturals(values: Any) -> bool:
-    return type(values) is list and all([type(n) is int and n >= 0 for n in values])
+    return type(values) is list and all(type(n) is int and n >= 0 for n in values)
 
 
 def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:

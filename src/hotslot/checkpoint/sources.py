@@ -58,7 +58,7 @@ def read(
                 hint="pass config=, a peft config or a dict like its JSON",
             )
         return from_tensors(source, config)
-    hub = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
+    hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     folder = Path(source, subfolder or "")
     if folder.is_dir():
         return _read_folder(folder, config, str(folder), pin_memory=pin_memory)
@@ -124,12 +124,10 @@ def from_tensors(
         tensors: name → tensor, on any device, named as in adapter_model.safetensors.
         config: a peft config or a dict like adapter_config.json.
     """
-    for name, tensor in tensors.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(tensor, torch.Tensor)
-            or tensor.dtype not in FLOAT_DTYPES.values()
-        ):
+    given: Mapping[Any, Any] = tensors
+    for name, tensor in given.items():
+        sound = isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        if not sound or tensor.dtype not in FLOAT_DTYPES.values():
             raise TensorError(
                 f"{origin} holds something that is no adapter weight.",
                 where=name,
@@ -166,7 +164,7 @@ def _from_hub(
     *,
     subfolder: str | None,
     revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
+    cache_dir: Any,
     token: str | bool | None,
 ) -> Path:
     from huggingface_hub import hf_hub_download

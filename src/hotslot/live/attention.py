@@ -22,8 +22,8 @@ class SlotMultiheadAttention(PeftMultiheadAttention):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not active:
             return super().forward(query, *args, **kwargs)
-        self._check_forward_args(query, *args, **kwargs)
-        base = self.get_base_layer()
+        self._check_forward_args(query, *args, **kwargs)  # type: ignore[no-untyped-call]
+        base: Any = self.get_base_layer()
         out_proj = base.out_proj  # PEFT's LoRA layer around the projection, whose own forward is never called
         in_weight, out_weight = base.in_proj_weight, out_proj.get_base_layer().weight
         out_bias = out_proj.get_base_layer().bias

@@ -59,5 +59,5 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
                     where=f"{fqn}.{name}",
                     found=f"shape {tuple(carried.shape)}, other values than the model's",
                     expected=f"the model's own, shape {tuple(own.shape) if own is not None else None}",
-                    hint="save it with save_pretrained(…, save_embedding_layers=False) if the embeddings were not trained",
+                    hint="if they were not trained, save it with save_pretrained(…, save_embedding_layers=False)",
                 )

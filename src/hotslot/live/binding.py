@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..methods import PARTS, Adapter
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
-from .memory import Homes, Memory, bind
+from .memory import Homes, bind
 from .scaling import ScalingMap
 from .slots import Slot
 from .state import Ledger, Records, adapter_records, build_config
@@ -30,12 +30,23 @@ class Binding:
         slots: of `find_slots`.
         ranks: fqn → rank to make room for, at least the slots' own.
         arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
+        biased: slots that are to have a bias.
+        empty: slots that hold nothing beside an adapter that came with the model.
 
     Raises:
         ModelError: the slots cannot be resized.
     """
 
-    def __init__(self, model: nn.Module, slots: dict[str, Slot], ranks: Mapping[str, int], *, arena: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: dict[str, Slot],
+        ranks: Mapping[str, int],
+        *,
+        arena: bool,
+        biased: Iterable[str] = (),
+        empty: Container[str] = (),
+    ) -> None:
         self._model = weakref.ref(unwrap(model))
         self.slots = slots
         self.arena = arena
@@ -45,11 +56,13 @@ class Binding:
             key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
         }
         self._scalings = {fqn: slot.layer.scaling for fqn, slot in slots.items()}
+        self._biased: set[str] = set()
         self._handles: list[Any] = []
         self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
-        live = {fqn: _live_rank(slot) for fqn, slot in slots.items()}
+        live = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         homes = Homes(slots)
         try:
+            self._add_biases(biased)
             self.memory = bind(slots, live, ranks, arena=arena)
             self._install(live, compiled=is_compiled(model))
             self._ledger = Ledger(slots, self.hooks)
@@ -67,7 +80,7 @@ class Binding:
 
     @property
     def room(self) -> dict[str, int]:
-        """fqn → rank that the slot has room for."""
+        """Fqn → rank that the slot has room for."""
         return {fqn: slot.rank for fqn, slot in self.slots.items()}
 
     def records(self, adapter: Adapter) -> Records:
@@ -109,38 +122,54 @@ class Binding:
         self.resize({fqn: slot.rank for fqn, slot in self.slots.items()}, arena=self.arena)
         return True
 
-    def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
-        """Give the slots room for `ranks`, values kept; parameters move. If that raises, they are where they were."""
+    def resize(self, ranks: Mapping[str, int], *, arena: bool, biased: Iterable[str] = ()) -> None:
+        """Give the slots room for `ranks`, and for biases those in `biased`; values are kept, parameters move.
+
+        If it raises, all is where it was.
+        """
         with self._put_back_on_error():
+            self._add_biases(biased)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
             self.arena = arena
+            self._records.clear()
 
     @contextmanager
-    def resized(self, ranks: Mapping[str, int]) -> Iterator[None]:
+    def resized(self, ranks: Mapping[str, int], biased: Iterable[str]) -> Iterator[None]:
         """`resize`, taken back to the same memory if the block raises."""
         with self._put_back_on_error():
-            self.resize(ranks, arena=self.arena)
+            self.resize(ranks, arena=self.arena, biased=biased)
             yield
 
     @contextmanager
     def _put_back_on_error(self) -> Iterator[None]:
-        memory, arena = self.memory, self.arena
+        memory, arena, slots, biased = self.memory, self.arena, dict(self.slots), set(self._biased)
         homes = Homes(self.slots)
         try:
             yield
         except BaseException:
+            for fqn in self._biased - biased:
+                self.slots[fqn].drop_bias()
+            self.slots.update(slots)
+            self._biased = biased
             homes.put_back()
             self.memory, self.arena = memory, arena
             memory.note_sizes()
             raise
+
+    def _add_biases(self, fqns: Iterable[str]) -> None:
+        for fqn in fqns:
+            if "lora_B.bias" not in self.slots[fqn].held:
+                self._biased.add(fqn)
+                self.slots[fqn] = self.slots[fqn].with_bias()
 
     # -- on and off ----------------------------------------------------------------------------------------------------
 
     def _install(self, live: Mapping[str, int], *, compiled: bool) -> None:
         for fqn, slot in self.slots.items():
             hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, slot.experts, live[fqn])
-            self._handles.append(slot.layer.register_state_dict_post_hook(hook))
-            self._handles.append(slot.layer.register_load_state_dict_pre_hook(hook.on_load))
+            layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
+            self._handles.append(layer.register_state_dict_post_hook(hook))
+            self._handles.append(layer.register_load_state_dict_pre_hook(hook.on_load))
             if not compiled:  # compiled code guards which modules there are, and their types
                 self._install_dropout(slot)
                 self._install_attention(slot)
@@ -179,6 +208,9 @@ class Binding:
             self._release_scaling(slot, self._scalings[fqn])
 
     def _uninstall(self) -> None:
+        for fqn in self._biased:
+            self.slots[fqn].drop_bias()
+        self._biased.clear()
         for handle in self._handles:
             handle.remove()
         for holder, key, found in reversed(self._swapped_parts):
@@ -201,7 +233,7 @@ def _keyed(slot: Slot) -> list[tuple[tuple[str, str], Any]]:
 
 def _live_rank(slot: Slot) -> int:
     """The rank that the layer states, if what lies beyond it is empty; else all of it."""
-    stated, room = slot.layer.r[slot.adapter_name], slot.rank
+    stated, room = int(slot.layer.r[slot.adapter_name]), slot.rank
     if not 0 < stated < room or stated % slot.groups:
         return room
     for suffix, held in slot.held.items():

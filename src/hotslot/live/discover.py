@@ -27,10 +27,7 @@ def is_compiled(model: nn.Module) -> bool:
     A function compiled around the model (`torch.compile(step)`) cannot be seen from here.
     """
     optimized = torch._dynamo.eval_frame.OptimizedModule
-    return any(
-        isinstance(module, optimized) or module._compiled_call_impl is not None  # type: ignore[attr-defined]
-        for module in model.modules()
-    )
+    return any(isinstance(module, optimized) or module._compiled_call_impl is not None for module in model.modules())
 
 
 def base_prefix(model: nn.Module) -> str:
@@ -83,7 +80,10 @@ def count_slots(model: nn.Module, adapter_name: str) -> int:
         if kind not in is_layer:
             is_layer[kind] = issubclass(kind, LoraLayer)
         if is_layer[kind]:
-            count += adapter_name in module.lora_A._modules or adapter_name in module.lora_embedding_A._parameters
-            children = {"base_layer": module.base_layer}  # nothing of interest is in its own matrices
+            matrices, embedding = children["lora_A"], children["lora_embedding_A"]
+            assert matrices is not None
+            assert embedding is not None
+            count += adapter_name in matrices._modules or adapter_name in embedding._parameters
+            children = {"base_layer": children["base_layer"]}  # nothing of interest is in its own matrices
         stack.extend(child for child in children.values() if child is not None)
     return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ..errors import UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .base import base_modules
 from .discover import lora_layers, unwrap
+from .photo import ABSENT, Photo
 
 _OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
 _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -25,14 +27,12 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.floa
 class Injection:
     """What `inject` has done, for `remove`."""
 
-    model: nn.Module
+    model: weakref.ref[nn.Module]
     adapter_name: str
-    replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]]  # parent, child's name, base layer, LoRA layer
-    joined: list[tuple[nn.Module, Any]]  # LoRA layers that had other adapters, and which of those were active
-    attributes: dict[str, Any]  # of the model, as they were; _ABSENT where there was none
-
-
-_ABSENT = object()
+    replaced: list[tuple[nn.Module, str, nn.Module, Any]]  # parent, child's name, base layer, LoRA layer
+    joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
+    attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
+    resident: Any  # the config of an adapter of this name that was there before, or None
 
 
 def slot_shapes(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, SlotShape]:
@@ -66,13 +66,17 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
     from transformers.pytorch_utils import Conv1D
 
     root = fqn.removesuffix(_OUT_PROJ)
+    down: tuple[int, ...]
+    up: tuple[int, ...]
     module: Any = modules[root]
     groups = 1
     if root != fqn:
         module = getattr(module, "out_proj", module)
+        module = getattr(module, "base_layer", module)  # PEFT's layer, where an adapter has been on it
     if isinstance(module, nn.Embedding):
-        parts = {"lora_embedding_A": (rank, module.num_embeddings), "lora_embedding_B": (module.embedding_dim, rank)}
-        return SlotShape(fqn, rank, 1, 1, _slot_dtype(module.weight.dtype), parts)
+        down, up = (rank, module.num_embeddings), (module.embedding_dim, rank)
+        embedding = {"lora_embedding_A": down, "lora_embedding_B": up}
+        return SlotShape(fqn, rank, 1, 1, _slot_dtype(module.weight.dtype), embedding)
     if isinstance(module, nn.Linear):
         down, up = (rank, module.in_features), (module.out_features, rank)
     elif isinstance(module, Conv1D):
@@ -83,7 +87,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
         up = (module.out_channels, rank // groups, *(1 for _ in module.kernel_size))
     elif isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim:
         down, up = (rank, module.embed_dim), (3 * module.embed_dim, rank)
-        module = module.out_proj
+        module = getattr(module.out_proj, "base_layer", module.out_proj)
     else:
         raise UnsupportedError(
             "An adapter targets a module that PEFT's LoRA does not adapt.",
@@ -91,7 +95,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
             found=type(module).__name__,
             expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention with one embedding size",
         )
-    parts = {"lora_A.weight": tuple(down), "lora_B.weight": tuple(up)}
+    parts = {"lora_A.weight": down, "lora_B.weight": up}
     if bias:
         parts["lora_B.bias"] = (up[0],)
     return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype), parts)
@@ -108,16 +112,26 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
     PEFT makes the layers; it is told the modules by name, because its rank_pattern of hundreds of regular expressions
     takes seconds (9 s for 840 modules). `bind` gives them their ranks.
     """
+    outer = unwrap(model)
+    get_base_model: Any = getattr(outer, "get_base_model", None)
+    inner: nn.Module = get_base_model() if get_base_model is not None else outer
+    photo = Photo(inner)
+    try:
+        return _inject(model, inner, adapter_name, shapes, photo)
+    except BaseException:
+        photo.put_back()
+        raise
+
+
+def _inject(
+    model: nn.Module, inner: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape], photo: Photo
+) -> Injection:
     from peft import inject_adapter_in_model
 
-    outer = unwrap(model)
-    inner = outer.get_base_model() if hasattr(outer, "get_base_model") else outer
     roots = {fqn.removesuffix(_OUT_PROJ) for fqn in shapes}
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
-    attributes = {key: inner.__dict__.get(key, _ABSENT) for key in ("peft_config", "_hf_peft_config_loaded")}
     attention = _plain_attentions(inner)
-    flags = [(param, param.requires_grad) for param in inner.parameters()]
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
         warnings.simplefilter("ignore")
@@ -129,35 +143,38 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
         )
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after.values()), attention)
-    for param, flag in flags:
-        param.requires_grad_(flag)
-    injection = Injection(inner, adapter_name, [], [], attributes)
+    photo.put_back_flags()
+    resident = photo.configs.get(adapter_name)
+    if resident is not None:
+        inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
+    injection = Injection(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
-        if name in before:
-            if id(layer) in active and adapter_name in layer.r:
-                injection.joined.append((layer, active[id(layer)]))
-        else:
+        if name not in before:
             injection.replaced.append((parent, child, layer.base_layer, layer))
     by_name = dict(lora_layers(model))
     for fqn, shape in shapes.items():
-        _make_neutral(by_name[fqn], adapter_name, shape)
-    if attributes["_hf_peft_config_loaded"] is not _ABSENT or hasattr(inner, "_hf_peft_config_loaded"):
-        inner._hf_peft_config_loaded = True  # transformers' own adapter methods ask it
+        layer = by_name[fqn]
+        if id(layer) in active:
+            injection.joined.append((layer, active[id(layer)]))
+        _make_neutral(layer, adapter_name, shape)
+    if hasattr(inner, "_hf_peft_config_loaded"):
+        inner.__dict__["_hf_peft_config_loaded"] = True  # transformers' own adapter methods ask it
     return injection
 
 
 def _plain_attentions(model: nn.Module) -> dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]:
     """nn.MultiheadAttention → its own parameters and its projection's, for those that PEFT has not wrapped yet."""
     found = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    plain = [module for module in found if isinstance(module.out_proj, nn.Linear)]
+    plain = [module for module in found if not hasattr(module.out_proj, "base_layer")]
     return {module: (dict(module._parameters), dict(module.out_proj._parameters)) for module in plain}
 
 
 def _settle_attention(
     layers: Iterable[Any], parameters: Mapping[nn.Module, tuple[dict[str, Any], dict[str, Any]]]
 ) -> None:
-    """Put hotslot's MultiheadAttention in the place of PEFT's, and the base's own Parameters back into it: PEFT's
-    registers others, anew, whenever anybody lists the modules.
+    """Put hotslot's MultiheadAttention in the place of PEFT's, and the base's own Parameters back into it.
+
+    PEFT's registers others, anew, whenever anybody lists the modules.
     """
     from .attention import use_slot_attention
 
@@ -214,18 +231,24 @@ def remove(injection: Injection) -> None:
     for layer, active in injection.joined:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `active`, at once
-            layer.delete_adapter(name)  # type: ignore[operator]
+            layer.delete_adapter(name)
         layer._active_adapter = active
     for parent, child, base, layer in injection.replaced:
-        others = {*layer.lora_A, *layer.lora_embedding_A} - {name}  # type: ignore[misc]
+        others = {*layer.lora_A, *layer.lora_embedding_A} - {name}
         if others:
-            layer.delete_adapter(name)  # type: ignore[operator]
+            layer.delete_adapter(name)
         elif parent._modules.get(child) is layer:
             setattr(parent, child, base)
-    configs = injection.model.__dict__["peft_config"]
+    model = injection.model()
+    configs = model.__dict__.get("peft_config") if model is not None else None
+    if model is None or configs is None:
+        return
+    if injection.resident is not None:
+        configs[name] = injection.resident
+        return
     configs.pop(name, None)
     for key, value in injection.attributes.items():
-        if value is not _ABSENT:
-            injection.model.__dict__[key] = configs if key == "peft_config" else value
+        if value is not ABSENT:
+            model.__dict__[key] = value
         elif not configs:  # users may have added adapters of their own since
-            injection.model.__dict__.pop(key, None)
+            model.__dict__.pop(key, None)

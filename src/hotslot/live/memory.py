@@ -2,7 +2,7 @@
 
 Who owns which bytes of an arena:
 
-    [ part | part | … in the order of their names, each padded to its slot's rank, 64-byte aligned | one scaling per slot ]
+    [ part | part | … by name, each padded to its slot's rank, 64-byte aligned | one scaling per slot ]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS
 from .scaling import ScalingMap
-from .slots import Held, Slot
+from .slots import Slot
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 
@@ -75,10 +75,11 @@ class Memory:
         self.layout = layout
         self.arenas = arenas
         # The fields of all parts' Held as lists: a swap looks at each of hundreds.
-        self._held = Held(
-            *map(list, zip(*(held for slot in slots.values() for held in slot.held.values()), strict=True))
-        )
-        self._params: list[nn.Parameter] = self._held.param  # type: ignore[assignment]
+        held = [entry for slot in slots.values() for entry in slot.held.values()]
+        self._params = [entry.param for entry in held]
+        self._owners = [entry.owner for entry in held], [entry.owner_key for entry in held]
+        self._holders = [entry.holder for entry in held]
+        self._dicts = [entry.params for entry in held], [entry.key for entry in held]
         self._pointers = [param.data_ptr() for param in self._params]
         self._views = {
             (fqn, suffix): held.param.detach() for fqn, slot in slots.items() for suffix, held in slot.held.items()
@@ -95,13 +96,13 @@ class Memory:
         self._versions: list[int] = []
         self.mark_clean()
 
-    # -- state of the model ------------------------------------------------------------------------------------------
+    # -- state of the model -----------------------------------------------------------------------------------------
 
     def refuse_if_replaced(self) -> None:
         """Raise if the model no longer has one of the parameters."""
-        held, owners = self._held, map(dict.get, self._held.owner, self._held.owner_key)
-        params = map(dict.get, held.params, held.key)
-        if all(map(is_, owners, held.holder)) and all(map(is_, params, self._params)):
+        get: Any = dict.get
+        owned, registered = map(get, *self._owners), map(get, *self._dicts)
+        if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
             return
         for slot in self.slots.values():
             for suffix, entry in slot.held.items():
@@ -154,7 +155,7 @@ class Memory:
                     if hasattr(module, name):
                         setattr(module, name, slot.rank)
 
-    # -- writing -----------------------------------------------------------------------------------------------------
+    # -- writing ----------------------------------------------------------------------------------------------------
 
     def compile(self, block: Block | None, scalings: Mapping[str, float], *, stage: bool | None = None) -> Writes:
         """The copies that put `block` in place; good as long as this memory is.
@@ -239,7 +240,7 @@ class Memory:
                             views.append(slot.band(self._views[fqn, suffix], suffix, kept, rank))
         return views
 
-    # -- images: what is live, value for value -----------------------------------------------------------------------
+    # -- images: what is live, value for value ----------------------------------------------------------------------
 
     def image(self) -> Image:
         """A copy of all parts and scalings, for `restore`; it outlives this memory."""
@@ -259,6 +260,9 @@ class Memory:
                     view.zero_()
                     rank = min(slot.rank, image.ranks[fqn])
                     slot.fill(view, suffix, slot.corner(saved, suffix, rank), rank)
+            for key, view in self._views.items():
+                if key not in image.parts:  # a bias that a slot was given later
+                    view.zero_()
             for fqn, value in image.scalings.items():
                 _put_back_scaling(self.slots[fqn], value)
             torch.autograd.graph.increment_version(self._params)
@@ -335,11 +339,11 @@ def refuse_padding_while_training(params: Iterable[nn.Parameter]) -> None:
     for param in changing:
         if param.grad is not None or id(param) in in_optimizer:
             raise ModelError(
-                "A parameter that is being trained cannot be padded: its gradient and optimizer state have its old shape.",
+                "A parameter in training cannot be padded: its gradient and optimizer state have its old shape.",
                 found=f"a parameter of shape {tuple(param.shape)} with "
                 + ("a gradient" if param.grad is not None else "an optimizer"),
                 expected="a parameter without gradient that no optimizer holds state for",
-                hint="attach (or prepare) before training, or optimizer.zero_grad(set_to_none=True) and make the optimizer after it",
+                hint="attach or prepare before training, or drop the gradients and make the optimizer afterwards",
             )
 
 
@@ -359,7 +363,7 @@ def _homes(
     arenas: Sequence[torch.Tensor | None],
 ) -> list[Copy]:
     """(parameter, its new memory with its values in it) for each that moves."""
-    homes = []
+    homes: list[Copy] = []
     for (fqn, suffix), place in layout.places.items():
         slot = slots[fqn]
         param, arena = slot.held[suffix].param, arenas[place.region]
@@ -428,7 +432,7 @@ def _breaks(pieces: Sequence[Run | Tile], lengths: Sequence[int]) -> list[int]:
 
 
 def _set_scaling(scaling: dict[str, Any], name: str, value: float) -> None:
-    """As PEFT would: what is a tensor stays that tensor, and what is equal stays untouched (compiled code may guard it)."""
+    """As PEFT would: a tensor stays that tensor, and what is equal stays untouched, for compiled code may guard it."""
     current = scaling[name]
     if isinstance(current, torch.Tensor):
         current.fill_(value)

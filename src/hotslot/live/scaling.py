@@ -28,8 +28,8 @@ class ScalingMap(dict[str, Any]):
 
     def release(self, adapter_name: str, *, like: Any) -> None:
         """Let the dict hold this adapter's scaling itself again: as a tensor if `like` is one, else as a float."""
-        view = self._views.pop(adapter_name)
-        if adapter_name in self:
+        view = self._views.pop(adapter_name, None)
+        if view is not None and adapter_name in self:
             super().__setitem__(adapter_name, view.clone() if isinstance(like, torch.Tensor) else float(view))
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Held(NamedTuple):
-    """A parameter and the two dicts through which the model's forward finds it: is it still the one?"""
+    """A parameter and the two dicts through which the model's forward finds it."""
 
     owner: dict[str, Any]
     owner_key: str
@@ -72,11 +72,26 @@ class Slot:
         """Of the parameters."""
         return next(iter(self.held.values())).param.dtype
 
-    def shape(self, rank: int | None = None) -> SlotShape:
-        """The shapes of the parts as they are, or as they would be at another rank."""
+    def shape(self, rank: int | None = None, *, bias: bool = False) -> SlotShape:
+        """The shapes of the parts as they are, or as they would be at another rank and with a bias."""
         rank = self.rank if rank is None else rank
         parts = {suffix: self._part_shape(suffix, held.param.shape, rank) for suffix, held in self.held.items()}
+        if bias and "lora_B.weight" in parts:
+            parts["lora_B.bias"] = (parts["lora_B.weight"][0],)
         return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts)
+
+    def with_bias(self) -> Slot:
+        """The same slot, whose up-projection has been given a bias of zeros."""
+        module: Any = self.layer.lora_B[self.adapter_name]
+        weight = module.weight
+        bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
+        return replace(self, held=_held(self.layer, self.adapter_name))
+
+    def drop_bias(self) -> None:
+        """Undo `with_bias`."""
+        module: Any = self.layer.lora_B[self.adapter_name]
+        module.bias = None
 
     def _part_shape(self, suffix: str, shape: torch.Size, rank: int) -> tuple[int, ...]:
         part, sizes = PARTS[suffix], list(shape)

@@ -118,7 +118,7 @@ def _unused(slot: Slot, dropout: float) -> SlotRecord:
 
 
 class Ledger:
-    """Where PEFT keeps its records of one adapter: the dicts and keys, looked up once, in the order of `Records.values`.
+    """Where PEFT keeps its records of one adapter: dicts and keys, looked up once, in the order of `Records.values`.
 
     Module attributes and per-slot objects would cost a swap a millisecond for 224 slots; this takes a twentieth.
     """

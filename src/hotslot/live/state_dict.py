@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import ModelError
 from ..methods import PARTS
@@ -25,35 +24,55 @@ class TrueRank:
         self.experts = experts
         self.rank = rank
 
-    def __call__(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
         for key, suffix in self._keys(prefix).items():
-            value = state_dict.get(key)
-            if value is None:
-                continue
-            if self.rank == 0:
-                del state_dict[key]
-                continue
-            cut = corner(value, suffix, self.rank, self.groups, self.experts)
-            if cut.shape != value.shape:
-                state_dict[key] = cut.contiguous()
+            if key in state_dict:
+                shown = self._shown(layer, state_dict[key], suffix)
+                if shown is None:
+                    del state_dict[key]
+                elif shown.shape != state_dict[key].shape:
+                    state_dict[key] = shown.contiguous()
 
-    def on_load(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: Any) -> None:
-        """Called by `load_state_dict()`, before the parameters are looked up."""
+    def on_load(
+        self,
+        layer: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
+    ) -> None:
+        """Called by `load_state_dict()`, before the parameters are looked up: what fits is what `state_dict` shows."""
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
             param = live.get(key.removeprefix(prefix))
             if param is None:
                 continue
-            given = state_dict.get(key)
-            if given is None and self.rank == 0:
+            given, shown = state_dict.get(key), self._shown(layer, param.detach(), suffix)
+            if shown is None:
                 self._refuse_load_around_the_slot(state_dict, prefix, suffix)
+                if given is not None and strict:
+                    unexpected_keys.append(key)
                 state_dict[key] = param.detach()
-            elif given is not None and given.shape != param.shape and self.rank:
-                full = torch.zeros_like(param, device=given.device)
-                if corner(full, suffix, self.rank, self.groups, self.experts).shape == given.shape:
-                    fill(full, suffix, given, self.rank, self.groups, self.experts)
-                    state_dict[key] = full
+            elif given is not None and given.shape != shown.shape:
+                errors.append(
+                    f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
+                    f"the shape in current model is {shown.shape}."
+                )
+                state_dict[key] = param.detach()
+            elif given is not None and given.shape != param.shape:
+                full = torch.zeros_like(param, device=given.device, dtype=given.dtype)
+                fill(full, suffix, given, self.rank, self.groups, self.experts)
+                state_dict[key] = full
+
+    def _shown(self, layer: Any, value: torch.Tensor, suffix: str) -> torch.Tensor | None:
+        """The live adapter's part of a padded tensor; None if it has none there."""
+        if self.rank == 0 or (PARTS[suffix].rank_dim is None and not layer.lora_bias.get(self.adapter_name)):
+            return None
+        return corner(value, suffix, self.rank, self.groups, self.experts)
 
     def _keys(self, prefix: str) -> dict[str, str]:
         """Key in a state_dict → suffix in a file."""

@@ -25,7 +25,8 @@ class Part:
     grouped: bool = False
 
 
-# L: in features or channels, O: out, R: rank, G: groups, E: experts.  A: [R, L, ...] or [E R, L]   B: [O, R / G, ...] or [O, R E]
+# L: in features or channels, O: out, R: rank, G: groups, E: experts.
+# A: [R, L, ...] or [E R, L]   B: [O, R / G, ...] or [O, R E]
 PARTS: Mapping[str, Part] = {
     part.suffix: part
     for part in (

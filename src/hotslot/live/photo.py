@@ -1,0 +1,70 @@
+"""A model's structure as it was, to be put back when preparing the model is broken off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+ABSENT = object()
+_LORA_RECORDS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "lora_variant")
+_MODEL_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+
+
+class Photo:
+    """Which modules and Parameter objects are where, with which flags, and PEFT's records of them. No values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = [_ModulePhoto(module) for module in model.modules()]
+        self._flags = [(param, param.requires_grad) for param in model.parameters()]
+        self.attributes = {key: model.__dict__.get(key, ABSENT) for key in _MODEL_ATTRIBUTES}
+        configs = self.attributes["peft_config"]
+        self.configs: dict[str, Any] = dict(configs) if isinstance(configs, dict) else {}
+
+    def put_back_flags(self) -> None:
+        """Each parameter as trainable as it was."""
+        for param, flag in self._flags:
+            param.requires_grad_(flag)
+
+    def put_back(self) -> None:
+        """All of it."""
+        for photo in self._modules:
+            photo.put_back()
+        self.put_back_flags()
+        for key, value in self.attributes.items():
+            if value is ABSENT:
+                self._model.__dict__.pop(key, None)
+            else:
+                self._model.__dict__[key] = value
+        configs = self.attributes["peft_config"]
+        if isinstance(configs, dict):
+            configs.clear()
+            configs.update(self.configs)
+
+
+class _ModulePhoto:
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._children = dict(module._modules)
+        self._parameters = dict(module._parameters)
+        self._training = module.training
+        self._active = module.__dict__.get("_active_adapter", ABSENT)
+        records = {key: module.__dict__.get(key) for key in _LORA_RECORDS}
+        self._records = [(record, dict(record)) for record in records.values() if type(record) is dict]
+
+    def put_back(self) -> None:
+        module = self._module
+        if self._children.keys() != module._modules.keys() or any(
+            module._modules[name] is not child for name, child in self._children.items()
+        ):
+            module._modules.clear()
+            module._modules.update(self._children)
+        module._parameters.clear()
+        module._parameters.update(self._parameters)
+        module.training = self._training
+        if self._active is not ABSENT:
+            module.__dict__["_active_adapter"] = self._active
+        for record, content in self._records:
+            record.clear()
+            record.update(content)

@@ -1,0 +1,101 @@
+"""The swap benchmark runs, compares what it times, and says so in a table, as JSON and in a plot. No test of time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import hotslot
+import pytest
+import torch
+from hotslot.cli import bench
+from hotslot.errors import HotslotError
+
+swap = bench.load("swap")
+OPTIONS: dict[str, Any] = {"sizes": ["tiny"], "rounds": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> Any:
+    return swap.run(**OPTIONS)
+
+
+def test_every_case_has_hotslot_peft_and_a_plain_copy(rows: Any) -> None:
+    for slot_rank in (4, 16):
+        for case in (swap.COLD, swap.WARM):
+            kinds = {row.contender.split()[0] for row in rows if (row.case, row.slot_rank) == (case, slot_rank)}
+            assert kinds == {"hotslot", "PEFT", "plain"}
+    assert {(row.case, row.slot_rank) for row in rows if row.case == swap.INSTEAD} == {(swap.INSTEAD, 4)}
+    prepared = {row.contender for row in rows if row.slot_rank == 4 and row.contender.endswith("prepared")}
+    assert {name.removesuffix(", prepared") for name in prepared} <= {row.contender for row in rows}
+    assert not any(row.case == swap.HOT for row in rows)  # the CPU's own memory is both host's and device's
+
+
+def test_outputs_are_equal_and_ratios_add_up(rows: Any) -> None:
+    for row in rows:
+        assert row.error == 0 if row.slot_rank == 4 else row.error < 1e-4
+        assert row.nbytes == 20 * 2 * 64 * 4 * 4
+        assert math.isclose(row.gigabytes_per_second, row.nbytes / row.ms / 1e6)
+        assert 0 < row.min_ms <= row.ms
+        assert row.cpu_ms > 0
+    one = {(row.case, row.slot_rank): row for row in rows if row.times_peft == 1.0}
+    for row in rows:
+        if row.case != swap.INSTEAD:
+            assert math.isclose(row.times_peft * row.ms, one[row.case, row.slot_rank].ms)
+    assert {row.contender.split()[0] for row in rows if row.percent_of_copy == 100} == {"plain"}
+
+
+def test_a_swap_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotslot, "hotswap_adapter", lambda *arguments, **options: None)
+    with pytest.raises(HotslotError, match="not those of a fresh PeftModel") as caught:
+        swap.run(**OPTIONS)
+    assert "hotslot hotswap_adapter" in str(caught.value)
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with swap._torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "swap.png"
+    bench.run_bench("swap", as_json=True, plot=plot, **OPTIONS)
+    told = json.loads(capsys.readouterr().out)
+    assert told["benchmark"] == "swap"
+    assert told.keys() == {"benchmark", "date", "command", "hardware", "versions", "settings", "rows", "goals"}
+    assert told["hardware"]["device"] == "cpu"
+    assert told["hardware"]["cpu"]
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["settings"] == {"threads": 1, "rounds": 1}
+    assert {row["size"] for row in told["rows"]} == {"tiny"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    report = swap.report
+    as_9mb = [report.replace(row, size="9MB") for row in rows]
+    goals = report.goals(as_9mb)
+    assert [goal.text.split(":")[0] for goal in goals] == ["9MB"] * 3
+    assert report.goals(rows) == []
+    fast, slow = report.Goal("", found=5.0, wanted=5.0), report.Goal("", found=4.9, wanted=5.0)
+    assert (fast.met, slow.met) == (True, False)
+    swap.render(as_9mb, swap.describe("cpu", rounds=1), swap.Console(width=160))
+    out = capsys.readouterr().out
+    assert "hotslot Swapper.activate" in out
+    assert goals[0].text in out
+
+
+def test_what_is_not_there() -> None:
+    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of swap"):
+        bench.load("nonsense")
+
+
+def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "_PACKAGE", "hotslot_benchmarks_elsewhere")
+    with pytest.raises(HotslotError, match=r"clone the repository and run scripts/bench swap"):
+        bench.load("swap")
