@@ -20,8 +20,9 @@ from pathlib import Path
 from random import Random
 
 import torch
-from hotslot import HotslotError
 from rich.console import Console
+
+from hotslot import HotslotError
 
 from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
 from .llama import SIZES, Bench, Size, quiet
@@ -55,8 +56,11 @@ def run(
         progress: is told what is being done.
 
     Raises:
-        HotslotError: a contender's outputs are not those of a fresh PeftModel.
+        HotslotError: there is no such size, or a contender's outputs are not those of a fresh PeftModel.
     """
+    unknown = set(sizes) - SIZES.keys()
+    if unknown:
+        raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(SIZES)}")
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = []
     with tempfile.TemporaryDirectory() as folder, _torch_threads(threads), quiet():
@@ -183,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed swaps of each contender")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document in place of the table")
+    parser.add_argument(
+        "--json", action="store_true", dest="as_json", help="print one JSON document in place of the table"
+    )
     parser.add_argument("--plot", type=Path, help="draw the table into this image file")
     command(**vars(parser.parse_args(arguments)))
 
@@ -201,9 +207,7 @@ def command(
     console = Console(stderr=True)
     with console.status("") as status:
         conditions = describe(device, threads=threads, rounds=rounds)
-        rows = run(
-            sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update
-        )
+        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update)
     if plot is not None:
         draw(rows, conditions, plot)
     if as_json:

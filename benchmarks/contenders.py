@@ -15,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hotslot
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import hotswap as peft_hotswap
 from safetensors import safe_open
 from torch import nn
 
+import hotslot
+
 from .llama import ADAPTER_NAME, Bench
+from .report import PLAIN_READ
 
 COLD = "cold: file → live"
 WARM = "warm: host memory → live"
@@ -145,8 +147,8 @@ def _peft(bench: Bench, twin: Model, state: str, *, instead: bool = False) -> li
         Contender(WARM, f"PEFT hotswap_adapter_from_state_dict{state}", twin, partial(from_dict, host)),
     ]
     if bench.device.type == "cuda":
-        on_device = _state_dicts(bench, bench.device)
-        found.append(Contender(HOT, f"PEFT hotswap_adapter_from_state_dict{state}", twin, partial(from_dict, on_device)))
+        on_device, name = _state_dicts(bench, bench.device), f"PEFT hotswap_adapter_from_state_dict{state}"
+        found.append(Contender(HOT, name, twin, partial(from_dict, on_device)))
     if instead:
         twin = Model(bench, bench.peft_model(0), exact=True)
         name = "PEFT delete_adapter + load_adapter + set_adapter"
@@ -163,8 +165,7 @@ def _drop_in(bench: Bench, twin: Model, state: str) -> list[Contender]:
         Contender(WARM, f"hotslot hotswap_adapter_from_state_dict{state}", twin, partial(from_dict, host)),
     ]
     if bench.device.type == "cuda":
-        on_device = _state_dicts(bench, bench.device)
-        name = f"hotslot hotswap_adapter_from_state_dict{state}"
+        on_device, name = _state_dicts(bench, bench.device), f"hotslot hotswap_adapter_from_state_dict{state}"
         found.append(Contender(HOT, name, twin, partial(from_dict, on_device)))
     return found
 
@@ -197,7 +198,7 @@ def _copies(twin: Bytes) -> list[Contender]:
 
     host = [twin.sources(data) for data in twin.host]
     found = [
-        Contender(COLD, "plain read into a kept buffer + copy", twin, partial(read_and_copy, buffer=twin.buffer)),
+        Contender(COLD, PLAIN_READ, twin, partial(read_and_copy, buffer=twin.buffer)),
         Contender(COLD, "plain read into fresh memory + copy", twin, partial(read_and_copy, buffer=None)),
         Contender(WARM, "plain copy", twin, lambda adapter: twin.copy(host[adapter])),
     ]

@@ -26,17 +26,13 @@ from typing import Any
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "tests")
-)  # the models and oracle are the tests' own
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the models and oracle are the tests' own
 
 from adapters import ALPHAS, exotic_config, make_adapter, random_config
 from oracle import TOLERANCE, differences, error, fresh, fresh_output, snapshot
 from zoo import ZOO, Entry
 
-Swap = Callable[
-    ..., Any
-]  # (model, path, adapter_name, torch_device=None): the signature of PEFT's `hotswap_adapter`
+Swap = Callable[..., Any]  # (model, path, adapter_name, torch_device=None): the signature of PEFT's `hotswap_adapter`
 
 VERDICTS = {
     "right": "the output is that of a fresh load",
@@ -95,9 +91,7 @@ def _generic(reason: str) -> str:
     return re.sub(r"\S+\.\S+\.\S+", "…", reason.partition(", ")[0])
 
 
-def draw(
-    pairs: int, seed: int, *, exotic: bool = False, entries: Sequence[str] = tuple(ZOO)
-) -> Iterator[Pair]:
+def draw(pairs: int, seed: int, *, exotic: bool = False, entries: Sequence[str] = tuple(ZOO)) -> Iterator[Pair]:
     """The pairs of a run. Each has a generator of its own, so that no pair depends on another."""
     for index in range(pairs):
         rng = Random(f"{seed}:{index}")
@@ -111,9 +105,7 @@ def _second(rng: Random, entry: Entry, first: dict[str, Any], exotic: bool) -> d
     relation = rng.choice(("apart", "apart", "retrained", "sibling"))
     if relation == "retrained":
         return first
-    if (
-        relation == "sibling"
-    ):  # same options; other scaling, and a rank and a subset of targets where all allow it
+    if relation == "sibling":  # same options; other scaling, and a rank and a subset of targets where all allow it
         second = {**first, "lora_alpha": rng.choice(ALPHAS)}
         if not exotic:
             second["r"] = random_config(rng, entry)["r"]
@@ -129,9 +121,7 @@ def _subset(rng: Random, config: dict[str, Any]) -> list[str] | str:
     return rng.sample(targets, rng.randint(1, len(targets)))
 
 
-def run(
-    pairs: int, seed: int, swap: Swap, exotic: bool = False, entries: Sequence[str] = tuple(ZOO)
-) -> Counts:
+def run(pairs: int, seed: int, swap: Swap, exotic: bool = False, entries: Sequence[str] = tuple(ZOO)) -> Counts:
     """Swap each pair with `swap` and count the verdicts."""
     counts = Counts()
     for pair in draw(pairs, seed, exotic=exotic, entries=entries):
@@ -194,15 +184,11 @@ def _print_table(results: dict[str, Counts], shown: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exotic", action="store_true", help="draw options beyond plain LoRA too")
-    parser.add_argument(
-        "--entries", nargs="+", choices=list(ZOO), default=list(ZOO), help="models to draw from"
-    )
+    parser.add_argument("--entries", nargs="+", choices=list(ZOO), default=list(ZOO), help="models to draw from")
     parser.add_argument("--reasons", type=int, default=20, help="how many reasons to print")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead")
     arguments = parser.parse_args()

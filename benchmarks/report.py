@@ -8,18 +8,20 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import hotslot
 import torch
 from rich.console import Console
 from rich.table import Table
 
+import hotslot
+
+PLAIN_READ = "plain read into a kept buffer + copy"
 PACKAGES = ("torch", "peft", "transformers", "safetensors", "numpy")
 
 
@@ -58,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the project wants of one row, and what the row has. Ratios are of times: `found` has to be at least `wanted`."""
+    """What the project wants of one row, and what it has: a ratio of times that has to be at least `wanted`."""
 
     text: str
     found: float
@@ -70,19 +72,19 @@ class Goal:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """The goals for slots of the adapters' own rank, as far as their rows are there. Known only on the CPU."""
+    """The goals for slots of the adapters' own rank, as far as their rows are there."""
     ms = {(row.size, row.case.partition(":")[0], row.contender): row.ms for row in reversed(rows)}
-    drop_in, activate = "hotslot hotswap_adapter", "hotslot Swapper.activate"
-    theirs, read = "PEFT hotswap_adapter", "plain read into a kept buffer + copy"
+    drop_in, activate = ("cold", "hotslot hotswap_adapter"), ("warm", "hotslot Swapper.activate")
+    theirs, read, copy = ("cold", "PEFT hotswap_adapter"), ("cold", PLAIN_READ), ("warm", "plain copy")
     wanted = [
-        ("9MB: drop-in cold, times faster than PEFT's", "9MB", ("cold", theirs), ("cold", drop_in), 5.0),
-        ("9MB: warm activate, times faster than PEFT's hotswap_adapter", "9MB", ("cold", theirs), ("warm", activate), 20.0),
-        ("9MB: warm activate, part of the plain copy's speed", "9MB", ("warm", "plain copy"), ("warm", activate), 0.5),
-        ("84MB: drop-in cold, part of plain read + copy's speed", "84MB", ("cold", read), ("cold", drop_in), 0.5),
-        ("84MB: warm activate, part of the plain copy's speed", "84MB", ("warm", "plain copy"), ("warm", activate), 0.5),
+        ("drop-in cold, times faster than PEFT's", "9MB", theirs, drop_in, 5.0),
+        ("warm activate, times faster than PEFT's hotswap_adapter", "9MB", theirs, activate, 20.0),
+        ("warm activate, part of the plain copy's speed", "9MB", copy, activate, 0.5),
+        ("drop-in cold, part of plain read + copy's speed", "84MB", read, drop_in, 0.5),
+        ("warm activate, part of the plain copy's speed", "84MB", copy, activate, 0.5),
     ]
     return [
-        Goal(text, ms[size, *peer] / ms[size, *ours], least)
+        Goal(f"{size}: {text}", ms[(size, *peer)] / ms[(size, *ours)], least)
         for text, size, peer, ours, least in wanted
         if (size, *peer) in ms and (size, *ours) in ms
     ]
@@ -157,9 +159,7 @@ def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    groups = [
-        (key, list(group)) for key, group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case))
-    ]
+    groups = [(key, list(group)) for key, group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case))]
     heights = [len(group) + 2 for _, group in groups]
     figure, panels = plt.subplots(
         len(groups), 1, figsize=(11, 0.32 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False,

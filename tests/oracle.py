@@ -64,9 +64,7 @@ def fresh_output(
 
 
 @cache
-def _fresh_output(
-    name: str, folder: str, digest: str, input_seed: int, seed: int, dtype: torch.dtype
-) -> Tensor:
+def _fresh_output(name: str, folder: str, digest: str, input_seed: int, seed: int, dtype: torch.dtype) -> Tensor:
     entry = ZOO[name]
     return entry.output(fresh(entry, folder, seed=seed, dtype=dtype), entry.inputs(input_seed, dtype))
 

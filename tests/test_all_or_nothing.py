@@ -28,7 +28,8 @@ from oracle import Snapshot, TensorFacts, assert_same_output, assert_unchanged, 
 from zoo import ZOO, Entry
 
 SOURCES = Path(hotslot.__file__).parent
-EXHAUSTIVE, STRIDE = 300, 7  # every step up to the first, then one in seven: a prime hits every line of a loop
+EXHAUSTIVE = 300  # up to so many steps each of them; above, the first and last time that each line runs, and a sample
+RENEWED = 7  # after every seventh failure the next swap must succeed
 
 
 # --- injectors ------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def _is_commit_code(filename: str) -> bool:
 
 
 class OpFault(TorchDispatchMode):
-    """Raises before the k-th ATen operation, after it, or when half of a `_foreach` operation is done."""
+    """Raises before the k-th ATen operation; or after it, when half of it is done if it is a `_foreach` operation."""
 
     def __init__(self, k: int, kind: type[BaseException], when: str) -> None:
         super().__init__()
@@ -85,23 +86,36 @@ class OpFault(TorchDispatchMode):
         if len(self.steps) != self.k:
             return func(*args, **(kwargs or {}))
         self.where = self.steps[-1]
-        if self.when == "after":
-            func(*args, **(kwargs or {}))
-        elif self.when == "amid" and "_foreach" in str(func):
+        if self.when == "amid" and "_foreach" in self.where:
             half = [arg[: len(arg) // 2] if isinstance(arg, list | tuple) else arg for arg in args]
             func(*half, **(kwargs or {}))
+        elif self.when == "amid":
+            func(*args, **(kwargs or {}))
         raise self.kind(self.where)
 
 
 Injector = Callable[[int], Any]
-Folders = dict[str, dict[str, Path]]
 INJECTORS: dict[str, Injector] = {
-    "interrupted at a line": lambda k: LineFault(k, KeyboardInterrupt),
-    "failing before an operation": lambda k: OpFault(k, Fault, "before"),
-    "failing after an operation": lambda k: OpFault(k, Fault, "after"),
-    "failing amid an operation": lambda k: OpFault(k, Fault, "amid"),
+    "interrupted-at-a-line": lambda k: LineFault(k, KeyboardInterrupt),
+    "failing-before-an-operation": lambda k: OpFault(k, Fault, "before"),
+    "failing-amid-an-operation": lambda k: OpFault(k, Fault, "amid"),
 }
-injected = pytest.mark.parametrize("injector", INJECTORS.values(), ids=[name.replace(" ", "-") for name in INJECTORS])
+injected = pytest.mark.parametrize("injector", INJECTORS.values(), ids=list(INJECTORS))
+
+
+def chosen(steps: list[str]) -> list[int]:
+    """Which steps to break off at: all, if they are few. Half-way through: operations that write."""
+    numbers = list(range(1, len(steps) + 1))
+    if steps[0].startswith("amid"):
+        return [k for k in numbers if "_." in steps[k - 1]]
+    if len(steps) <= EXHAUSTIVE:
+        return numbers
+    first = {steps[k - 1]: k for k in reversed(numbers)}
+    last = {steps[k - 1]: k for k in numbers}
+    return sorted({*first.values(), *last.values(), *numbers[::53]})
+
+
+Folders = dict[str, dict[str, Path]]
 
 
 # --- what is compared -----------------------------------------------------------------------------------------------
@@ -304,7 +318,9 @@ def attaching(came_with: str | None) -> Make:
 def preparing(entry: Entry, folders: dict[str, Path]) -> Stage:
     model = fresh(entry, folders["a"])
     act = functools.partial(hotslot.prepare_model_for_compiled_hotswap, model, target_rank=8, config=model.peft_config)
-    return Stage(entry, model, act, lambda: hotslot.hotswap_adapter(model, folders["b"], "default"), folders["b"])
+    return Stage(
+        entry, model, act, lambda: hotslot.hotswap_adapter(model, folders["larger"], "default"), folders["larger"]
+    )
 
 
 Scenario = tuple[Make, str]
@@ -330,34 +346,37 @@ PREPARATIONS: dict[str, Scenario] = {
     "attach to a plain model": (attaching(None), "embedding"),
     "attach to a grouped convolution": (attaching(None), "conv2d"),
     "attach to a PEFT model": (attaching("b"), "embedding"),
-    "prepare_model_for_compiled_hotswap": (preparing, "embedding"),
+    "prepare_model_for_compiled_hotswap": (preparing, "mlp"),
 }
 
 
 # --- the run over all k ---------------------------------------------------------------------------------------------
 
 
-def run_over_all_steps(make: Callable[[], Stage], injector: Injector) -> int:
-    """Break off at each step and compare; after every seventh the next swap must succeed. Returns how many failed."""
-    stage, k, failed = make(), 1, 0
-    before = everything(stage)
-    while True:
+def run_over_all_steps(make: Make, entry: Entry, folders: dict[str, Path], injector: Injector) -> None:
+    """Break off at each step and compare; after every seventh the next swap must succeed."""
+    dry, stage = injector(0), make(entry, folders)
+    assert attempt(stage.act, dry)
+    steps = chosen(dry.steps)
+    assert steps
+    for i, k in enumerate(steps):
+        if i % RENEWED == 0:
+            stage = make(entry, folders)
+            before = everything(stage)
         fault = injector(k)
         completed = attempt(stage.act, fault)
-        if not fault.where:
-            assert completed
-            return failed
-        failed += 1
+        if not fault.where:  # what an earlier attempt has prepared takes no steps: a new stage has all of them
+            stage, fault = make(entry, folders), injector(k)
+            before = everything(stage)
+            completed = attempt(stage.act, fault)
         try:
+            assert fault.where, f"only {len(fault.steps)} steps of {len(dry.steps)}"
             assert not completed, "the swap went on as if nothing had happened"
             assert_nothing_changed(before, everything(stage))
-            if k % STRIDE == 1:
+            if i % RENEWED == RENEWED - 1:
                 assert_swaps(stage)
-                stage = make()
-                before = everything(stage)
         except Exception as error:
-            raise AssertionError(f"after a fault at step {k}, {fault.where}: {error}") from error
-        k += 1 if k < EXHAUSTIVE else STRIDE
+            raise AssertionError(f"after a fault at step {k}, {fault.where or dry.steps[k - 1]}: {error}") from error
 
 
 def attempt(act: Callable[[], object], fault: Any) -> bool:
@@ -384,37 +403,41 @@ def assert_swaps(stage: Stage) -> None:
 @pytest.mark.parametrize("name", SWAPS)
 def test_a_swap_that_breaks_off_changes_nothing(name: str, injector: Injector, folders: Folders) -> None:
     make, entry = SWAPS[name]
-    assert run_over_all_steps(lambda: make(ZOO[entry], folders[entry]), injector) >= 3
+    run_over_all_steps(make, ZOO[entry], folders[entry], injector)
 
 
 @injected
 @pytest.mark.parametrize("name", PREPARATIONS)
 def test_a_preparation_that_breaks_off_changes_nothing(name: str, injector: Injector, folders: Folders) -> None:
     make, entry = PREPARATIONS[name]
-    assert run_over_all_steps(lambda: make(ZOO[entry], folders[entry]), injector) >= 3
+    run_over_all_steps(make, ZOO[entry], folders[entry], injector)
 
 
 @injected
 @pytest.mark.parametrize("came_with", [None, "a"], ids=["plain-model", "peft-model"])
 def test_a_detach_that_breaks_off_can_be_repeated(came_with: str | None, injector: Injector, folders: Folders) -> None:
     """It is no swap: what counts is that a second detach() finishes it, and leaves the model as it was."""
-    entry, k = ZOO["embedding"], 1
-    while True:
-        model = entry.build() if came_with is None else fresh(entry, folders["embedding"][came_with])
-        before = snapshot(model)
-        swapper = attached(entry, folders["embedding"], model)
-        swapper.activate("b")
+    entry, dry = ZOO["embedding"], injector(0)
+    assert attempt(attached_to(came_with, entry, folders)[0].detach, dry)
+    for k in chosen(dry.steps)[::3]:
+        swapper, model, before = attached_to(came_with, entry, folders)
         fault = injector(k)
-        if not attempt(swapper.detach, fault):
-            swapper.detach()
+        assert not attempt(swapper.detach, fault)
         try:
+            swapper.detach()
             assert_unchanged(before, snapshot(model))
             assert hotslot.Swapper.of(model) is None
-        except AssertionError as error:
+        except Exception as error:
             raise AssertionError(f"after a fault at step {k}, {fault.where}: {error}") from error
-        if not fault.where:
-            return
-        k += 5  # a model each
+
+
+def attached_to(came_with: str | None, entry: Entry, folders: Folders) -> tuple[hotslot.Swapper, nn.Module, Snapshot]:
+    """A swapper with another adapter live, its model, and what that was before."""
+    model = entry.build() if came_with is None else fresh(entry, folders[entry.name][came_with])
+    before = snapshot(model)
+    swapper = attached(entry, folders[entry.name], model)
+    swapper.activate("b")
+    return swapper, model, before
 
 
 # --- controls: the tests above notice a writer that breaks off half-way ---------------------------------------------
@@ -424,8 +447,8 @@ def test_control_peft_leaves_a_swap_half_done(folders: Folders) -> None:
     tensors = random_peft_model(ZOO["mlp"], seed=2, **FOLDERS["mlp"]["same"]).state_dict()
     tensors = {key: value for key, value in tensors.items() if "lora_" in key}
 
-    def make() -> Stage:
-        model = fresh(ZOO["mlp"], folders["mlp"]["a"])
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = fresh(entry, folders["a"])
         swap = functools.partial(
             peft_hotswap_from_state_dict,
             model,
@@ -433,10 +456,10 @@ def test_control_peft_leaves_a_swap_half_done(folders: Folders) -> None:
             adapter_name="default",
             config=LoraConfig(**FOLDERS["mlp"]["same"]),
         )
-        return Stage(ZOO["mlp"], model, swap, swap, folders["mlp"]["same"])
+        return Stage(entry, model, swap, swap, folders["same"])
 
     with pytest.raises(AssertionError, match="facts changed"):
-        run_over_all_steps(make, INJECTORS["failing before an operation"])
+        run_over_all_steps(make, ZOO["mlp"], folders["mlp"], INJECTORS["failing-before-an-operation"])
 
 
 @injected
@@ -451,7 +474,7 @@ def test_control_an_engine_that_does_not_undo(
 
     monkeypatch.setattr(Engine, "_write", write_unless_undoing)
     with pytest.raises(AssertionError, match="facts changed"):
-        run_over_all_steps(lambda: live_to_other(ZOO["mlp"], folders["mlp"]), injector)
+        run_over_all_steps(live_to_other, ZOO["mlp"], folders["mlp"], injector)
 
 
 def test_control_faults_come_at_every_step(folders: Folders) -> None:
@@ -463,4 +486,4 @@ def test_control_faults_come_at_every_step(folders: Folders) -> None:
         steps += fault.steps
     assert {"engine.py", "memory.py", "state.py"} <= {step.partition(":")[0] for step in steps}
     for op in ("clone.default", "_foreach_zero_.default", "_foreach_copy_.default"):
-        assert {f"{when} aten.{op}" for when in ("before", "after", "amid")} <= set(steps)
+        assert {f"{when} aten.{op}" for when in ("before", "amid")} <= set(steps)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import hotslot
 import pytest
 import torch
+
+import hotslot
 from hotslot.cli import bench
 from hotslot.errors import HotslotError
 
 swap = bench.load("swap")
+report = import_module("hotslot_benchmarks.report")
 OPTIONS: dict[str, Any] = {"sizes": ["tiny"], "rounds": 1, "device": "cpu"}
 
 
@@ -76,8 +80,7 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    report = swap.report
-    as_9mb = [report.replace(row, size="9MB") for row in rows]
+    as_9mb = [replace(row, size="9MB") for row in rows]
     goals = report.goals(as_9mb)
     assert [goal.text.split(":")[0] for goal in goals] == ["9MB"] * 3
     assert report.goals(rows) == []
@@ -92,6 +95,8 @@ def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_is_not_there() -> None:
     with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of swap"):
         bench.load("nonsense")
+    with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, 9MB, 84MB"):
+        swap.run(["7MB"])
 
 
 def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

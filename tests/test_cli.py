@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import call, create_autospec
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from typer.testing import CliRunner, Result
 import hotslot
 from adapters import expected_peft_warnings, make_adapter, random_config
 from hotslot.checkpoint import read
-from hotslot.cli import demo, terminal
+from hotslot.cli import bench, demo, terminal
 from hotslot.cli.app import app
 from hotslot.errors import HotslotError, ModelError, UnsupportedError
 from oracle import fresh
@@ -88,7 +89,7 @@ else:
 
 
 def test_no_module_of_the_command_line_imports_torch() -> None:
-    names = "app, check, inspect, terminal"
+    names = "app, bench, check, demo, inspect, terminal"
     assert heavy_modules_after(f"from hotslot.cli import {names}") == []
     assert "torch" in heavy_modules_after("import hotslot.checkpoint")  # the control
 
@@ -96,7 +97,7 @@ def test_no_module_of_the_command_line_imports_torch() -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("inspect", "check", "demo"))
+    assert all(command in result.stdout for command in ("inspect", "check", "demo", "bench"))
 
 
 def test_version() -> None:
@@ -104,7 +105,9 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["swap"], ["inspect"], ["check", "model"], ["inspect", "x", "--fast"]], ids=" ".join
+    "arguments",
+    [[], ["swap"], ["inspect"], ["check", "model"], ["inspect", "x", "--fast"], ["bench", "nonsense"]],
+    ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
@@ -463,27 +466,41 @@ class Outcome:
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_demo_is_given_its_options(ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def fake(*arguments: Any, **options: Any) -> Outcome:
-        calls.append((arguments, options))
-        return Outcome(ok)
-
+    fake = create_autospec(demo.run_demo, return_value=Outcome(ok))  # with its signature
     monkeypatch.setattr(demo, "run_demo", fake)
     assert run("demo").exit_code == (0 if ok else 1)
     options = "--model m --adapter a --adapter b --prompt p --rounds 2 --backend eager --json"
     assert run("demo", *options.split()).exit_code == (0 if ok else 1)
-    none = {"prompts": None, "backend": "inductor", "rounds": 9, "as_json": False}
-    all_options = {"prompts": ["p"], "backend": "eager", "rounds": 2, "as_json": True}
-    assert calls == [((None, None), none), (("m", ["a", "b"]), all_options)]
+    assert fake.call_args_list == [
+        call(None, None, prompts=None, backend="inductor", rounds=9, as_json=False),
+        call("m", ["a", "b"], prompts=["p"], backend="eager", rounds=2, as_json=True),
+    ]
 
 
 def test_demo_reports_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ModelError("No weights.", hint="install them")
-
-    def fake(*arguments: Any, **options: Any) -> Outcome:
-        raise error
-
-    monkeypatch.setattr(demo, "run_demo", fake)
+    monkeypatch.setattr(demo, "run_demo", create_autospec(demo.run_demo, side_effect=error))
     result = run("demo")
     assert (result.exit_code, result.stderr) == (1, "No weights.\n  next step: install them\n")
+
+
+def test_bench_is_given_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = create_autospec(bench.run_bench)
+    monkeypatch.setattr(bench, "run_bench", fake)
+    assert run("bench").exit_code == 0
+    options = "swap --plot out.png --size 9MB --size 84MB --rounds 3 --device cuda --threads 2 --json"
+    assert run("bench", *options.split()).exit_code == 0
+    sizes, plot = ["9MB", "84MB"], Path("out.png")
+    assert fake.call_args_list == [
+        call("swap", as_json=False, plot=None, sizes=None, rounds=None, device=None, threads=1),
+        call("swap", as_json=True, plot=plot, sizes=sizes, rounds=3, device="cuda", threads=2),
+    ]
+    assert run("bench", "--device", "tpu").exit_code == 2
+
+
+def test_bench_reports_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench, "_FOLDER", tmp_path)
+    monkeypatch.setattr(bench, "_PACKAGE", "hotslot_benchmarks_nowhere")
+    result = run("bench")
+    assert result.exit_code == 1
+    assert "clone the repository" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,14 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
 def test_a_conversion_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(smollm2, "_gguf_file", lambda: tmp_path / "missing.gguf")
     with pytest.raises(OSError, match="missing"):
+        smollm2.convert(cache / "models" / "half")
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_a_conversion_without_the_gguf_package(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(smollm2, "_gguf_file", lambda: tmp_path / "weights.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(HotslotError, match=r"pip install 'hotslot\[demo\]'"):
         smollm2.convert(cache / "models" / "half")
     assert list((cache / "models").iterdir()) == []
 

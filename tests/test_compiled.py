@@ -5,7 +5,6 @@ Every backend but one runs the graphs as they are: what they compute is what the
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -270,7 +269,7 @@ def test_training_through_compiled_code_goes_on_after_swaps(family: Any) -> None
 
 @cache
 def _retrained(folder: Path) -> Path:
-    return make_adapter(folder.with_name("retrained"), ZOO["mlp"], seed=9, **{**_configs(ZOO["mlp"])["all"]})
+    return make_adapter(folder.with_name("retrained"), ZOO["mlp"], seed=9, **_configs(ZOO["mlp"])["all"])
 
 
 # --- a model that is compiled already -------------------------------------------------------------------------------
@@ -540,7 +539,9 @@ def test_inductors_code_computes_the_adapter_right_after_each_swap(family: Any) 
     [{"r": 10, "lora_alpha": 3}, {"r": 3, "lora_alpha": 7, "use_rslora": True}, {"r": 7, "lora_alpha": 2.5}],
     ids=["0.3", "rsLoRA", "2.5/7"],
 )
-def test_a_scaling_in_the_arena_rounds_as_pefts_float(dtype: torch.dtype, scaling: dict[str, Any], tmp_path: Path) -> None:
+def test_a_scaling_in_the_arena_rounds_as_pefts_float(
+    dtype: torch.dtype, scaling: dict[str, Any], tmp_path: Path
+) -> None:
     """Bit for bit through whole layers, eager and compiled, with adapters in the base's own low precision."""
     entry = ZOO["mlp"]
     targets = list(entry.targets)

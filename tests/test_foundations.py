@@ -169,9 +169,7 @@ def test_padding_stays_within_the_tolerance(name: str, dtype: torch.dtype, tmp_p
 def test_fresh_output_follows_the_file(tmp_path: Path) -> None:
     entry = ZOO["mlp"]
     first = fresh_output(entry, make_adapter(tmp_path, entry, seed=0, target_modules=["up"]))
-    assert (
-        error(fresh_output(entry, make_adapter(tmp_path, entry, seed=1, target_modules=["up"])), first) > 0.01
-    )
+    assert error(fresh_output(entry, make_adapter(tmp_path, entry, seed=1, target_modules=["up"])), first) > 0.01
 
 
 def test_error_is_infinite_where_nothing_can_be_compared() -> None:
@@ -276,9 +274,7 @@ def test_snapshot_names_each_change_once(folder: Path) -> None:
     before = snapshot(model)
     _flip_one_bit(_module(model, "patch").base_layer.weight)
     (line,) = differences(before, snapshot(model))
-    assert line.startswith(
-        "base_model.model.patch.base_layer.weight: data differs in 1 of 3072 bytes, first at 30"
-    )
+    assert line.startswith("base_model.model.patch.base_layer.weight: data differs in 1 of 3072 bytes, first at 30")
     _flip_one_bit(_module(model, "patch").base_layer.weight)
     assert_unchanged(before, snapshot(model))
 

@@ -173,9 +173,15 @@ def test_the_error_says_what_was_recompiled_and_why() -> None:
     model = Scaled()
     model.compile(backend="eager")
     model(torch.ones(2, 3))
-    with pytest.raises(AssertionError, match=r"(?s)forward in .*test_testing.py.*scaling\['default'\] == 0.5"), no_recompile():
+    with (
+        pytest.raises(AssertionError, match=r"(?s)forward in .*test_testing.py.*scaling\['default'\] == 0.5"),
+        no_recompile(),
+    ):
         _another_float(model)
-    with pytest.raises(AssertionError, match=r"(?s)frames traced \d+ → \d+.*next step: call the compiled model"), no_recompile():
+    with (
+        pytest.raises(AssertionError, match=r"(?s)frames traced \d+ → \d+.*next step: call the compiled model"),
+        no_recompile(),
+    ):
         _first_compilation(model)
 
 

@@ -294,7 +294,11 @@ def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:
 
 def _new_engine(model: nn.Module, adapter_name: str, slots: dict[str, live.Slot]) -> Engine:
     binding = live.Binding(model, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
-    return Engine(model, adapter_name, binding, empty=False, keeps_history=False)
+    try:
+        return Engine(model, adapter_name, binding, empty=False, keeps_history=False)
+    except BaseException:
+        binding.release()
+        raise
 
 
 def _slots(model: nn.Module, adapter_name: str) -> dict[str, live.Slot]:
@@ -303,6 +307,8 @@ def _slots(model: nn.Module, adapter_name: str) -> dict[str, live.Slot]:
     if not slots:
         raise ModelError(
             f"The model has no LoRA adapter {adapter_name!r} to swap out.",
+            where=f"adapter_name={adapter_name!r}",
+            expected="the name of an adapter that PEFT has loaded",
             found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
             hint="load the first adapter with PEFT, or use hotslot.attach, which needs none",
         )
@@ -317,9 +323,19 @@ def _refuse_other_method(old: Any, new: Any) -> None:
     new_type = new.value if isinstance(new, PeftType) else str(new)
     old_type = old.peft_type.value if old is not None else new_type
     if old_type != new_type:
-        raise UnsupportedError(f"Incompatible PEFT types found: {old_type} and {new_type}")
+        raise _other_method(f"Incompatible PEFT types found: {old_type} and {new_type}", new_type)
     if new_type != PeftType.LORA.value:
-        raise UnsupportedError(f"Hotswapping only supports {PeftType.LORA.value} but {new_type} was passed.")
+        raise _other_method(f"Hotswapping only supports {PeftType.LORA.value} but {new_type} was passed.", new_type)
+
+
+def _other_method(summary: str, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        summary,
+        where="peft_type",
+        found=found,
+        expected="LORA, on the model and in the new adapter",
+        hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
+    )
 
 
 def _complain_about_compiled(check_compiled: str) -> None:
@@ -369,6 +385,9 @@ def _unexpected(keys: list[str]) -> UnexpectedTargetError:
     shown = ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
     return UnexpectedTargetError(
         f"Hot swapping the adapter did not succeed, unexpected keys found: {shown}.",
+        where=keys[0],
+        found=f"{len(keys)} keys that the model does not have",
+        expected="keys of layers that have the adapter",
         hint="the adapter targets layers without a slot; hotslot.attach(model, adapters={…}) gives them one",
     )
 

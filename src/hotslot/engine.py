@@ -129,6 +129,14 @@ class Engine:
         """The engine of this slot of the model, if there is one."""
         return _engines.get(live.unwrap(model), {}).get(adapter_name)
 
+    def restore_original(self) -> None:
+        """Make live again what was there before the first swap, if there was one."""
+        if self.original is not None:
+            self.swap(self.original)
+        else:
+            self._refuse_if_merged()
+            self.binding.put_right()
+
     def release(self) -> None:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
@@ -154,7 +162,8 @@ class Engine:
         self._refuse_if_merged()
         moved = binding.put_right()
         touched = binding.memory.dirty()
-        if self._is_live(target) and not touched and not moved:
+        # What came with the model is live whatever has become of it.
+        if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return _report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
             target.entry.compile(binding)
@@ -213,11 +222,14 @@ class Engine:
             return True
         return target.entry is not None and target.entry is self.live.entry and not (target.image or self.live.image)
 
+    def _is_foreign(self, state: State) -> bool:
+        """Whether it is what came with the model, which nothing but the model has."""
+        return state.entry is None and state.image is None and state is not self.neutral
+
     def _undo_state(self, touched: bool) -> State:
         """What is live, such that it can be written again."""
         records = self.binding.capture()
-        unknown = self.live.entry is None and self.live is not self.neutral
-        image = self.binding.memory.image() if touched or unknown else self.live.image
+        image = self.binding.memory.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
     def _write(self, target: State, occupied: Mapping[str, int], said: Records | None) -> None:

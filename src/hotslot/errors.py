@@ -66,7 +66,7 @@ class HotslotError(Exception):
         self.hint = hint
         details = (("where", where), ("found", found), ("expected", expected), ("next step", hint))
         lines = [summary, *(f"  {label}: {text}" for label, text in details if text is not None)]
-        super().__init__("\n".join(lines))
+        super().__init__("\n".join(map(_printable, lines)))
 
     def __str__(self) -> str:
         # KeyError's own __str__ would show the repr of the message, newlines escaped.
@@ -75,6 +75,11 @@ class HotslotError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # BaseException would call the class with the finished message as the summary and drop the rest.
         return _rebuild, (type(self), self.summary, self.where, self.found, self.expected, self.hint)
+
+
+def _printable(text: str) -> str:
+    """Names and values come from strangers' files: no line breaks, terminal escapes or lone surrogates."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _rebuild(

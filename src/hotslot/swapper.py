@@ -181,20 +181,21 @@ class Swapper:
         with self._lock:
             engine = self._bound()
             if not self._detaching:
-                engine.swap(engine.original if engine.original is not None else engine.live)
+                if engine.is_current():
+                    engine.restore_original()
                 self._detaching = True  # from here on each step may be repeated, if it is broken off
-            engine.release()
-            if self._injection is not None:
-                live.remove(self._injection)
-            self._forget()
+            self._let_go()
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        self._detached = True
-        _attached[self._engine.model].pop(self._engine.adapter_name, None)
+    def _let_go(self) -> None:
+        self._engine.release()
+        if self._injection is not None:
+            live.remove(self._injection)
+        _attached.get(self._engine.model, {}).pop(self._engine.adapter_name, None)
         for name in self.adapters:
             self._tier.remove(name)
+        self._detached = True
 
     def _bound(self) -> Engine:
         if self._detached:
@@ -248,7 +249,10 @@ def attach(
     """
     if route not in ("auto", "side"):
         raise ValueError(f"route must be 'auto' or 'side', got {route!r}")
-    if Swapper.of(model, adapter_name) is not None:
+    known_swapper = Swapper.of(model, adapter_name)
+    if known_swapper is not None and not known_swapper.engine.is_current():
+        known_swapper._let_go()  # its adapter was deleted from the model, and nothing is left to write
+    elif known_swapper is not None:
         raise ModelError(
             f"A swapper is attached to the slot {adapter_name!r} of this model already.",
             hint=f"take it with Swapper.of(model, {adapter_name!r}), or detach() it first",

@@ -429,6 +429,8 @@ _FILE_DEFECTS = [
     _on_disk("offsets of booleans", partial(_entry, "data_offsets", [False, True]), UP_A),
     _on_disk("three offsets", partial(_entry, "data_offsets", [0, 4, 192]), UP_A),
     _on_disk("huge offsets", partial(_entry, "data_offsets", [2**70, 2**70 + 192])),
+    Defect("a name that writes to the terminal", partial(_header, _rename(UP_A, "x\n\x1b[2J  next step: run this")),
+           errors.TensorError, "no LoRA module", ways=FILES, on_disk=True),
     Defect("a name that is no text", partial(_header, _rename(UP_A, "\ud800")), errors.TensorError, "no LoRA module",
            ways=FILES, on_disk=True),
 ]  # fmt: skip

@@ -161,7 +161,8 @@ def _refuse_shape(target: Target, slot: SlotShape, suffix: str, shape: tuple[int
                 f"{origin} has a rank that the base layer's groups do not divide.",
                 where=target.fqn,
                 found=f"rank {target.rank}",
-                expected=f"a multiple of {slot.groups}",
+                expected=f"a multiple of {slot.groups}, by the base layer's groups",
+                hint="this adapter belongs to another base model",
             )
     if tuple(wanted) != tuple(shape):
         raise ShapeError(

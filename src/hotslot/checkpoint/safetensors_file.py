@@ -125,7 +125,8 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise _corrupt(path, "the same key twice in the header", "each key once", where=twice)
     return found
 
@@ -148,6 +149,7 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
                 where=name,
                 found=dtype_name,
                 expected=f"one of {', '.join(FLOAT_DTYPES)}",
+                hint="save the adapter again without it; a quantised adapter has to be dequantised first",
             )
         raise _corrupt(path, f"dtype {dtype_name!r:.80}", "a dtype of the safetensors format", where=name)
     start, stop = offsets
@@ -183,7 +185,7 @@ def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> 
 def _corrupt(path: Path, found: str, expected: str, where: str | None = None) -> CorruptFileError:
     return CorruptFileError(
         f"{path} is not a sound safetensors file.",
-        where=where,
+        where=where or path,
         found=found,
         expected=expected,
         hint="download or save the adapter again: the file is cut short, damaged, or something else",
@@ -194,7 +196,8 @@ def pickle_refused(path: Path) -> PickleRefusedError:
     """The error for weights that only unpickling could read; it names the way to convert them."""
     return PickleRefusedError(
         f"{path} is a pickle, and reading one can run any code that is in it.",
-        found=path.name,
+        where=path,
+        found=f"a pickle ({path.name})",
         expected="adapter_model.safetensors",
         hint="convert it once, where you trust it: "
         "safetensors.torch.save_file(torch.load(path, weights_only=True), 'adapter_model.safetensors')",

@@ -14,15 +14,16 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import AdapterNotFoundError, ConfigError, TensorError
+from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec, view
-from .limits import MAX_CONFIG_BYTES
+from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH
 from .safetensors_file import FLOAT_DTYPES, aligned, is_aligned, parse_header, pickle_refused, read_data, read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_SAVE_AGAIN = "the file was edited or is another: save the adapter again with save_pretrained"
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint"
 
@@ -55,19 +56,27 @@ def read(
         if config is None:
             raise ConfigError(
                 "A dict of tensors comes without its config.",
+                where="config",
+                found="None",
+                expected="what adapter_config.json would say",
                 hint="pass config=, a peft config or a dict like its JSON",
             )
         return from_tensors(source, config)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     folder = Path(source, subfolder or "")
-    if folder.is_dir():
-        return _read_folder(folder, config, str(folder), pin_memory=pin_memory)
-    if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
-        raise _not_found(str(folder), "a folder" if not folder.exists() else f"a folder, found a file ({folder.name})")
-    weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
-    if config is None:
-        _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
-    return _read_folder(weights.parent, config, str(source), pin_memory=pin_memory)
+    try:
+        if folder.is_dir():
+            return _read_folder(folder, config, str(folder), pin_memory=pin_memory)
+        if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
+            raise _not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
+        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
+        if config is None:
+            _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
+        return _read_folder(weights.parent, config, str(source), pin_memory=pin_memory)
+    except HotslotError:
+        raise
+    except OSError as error:  # no permission, a name too long, a broken disk
+        raise _not_found(str(folder), "a folder that can be read", _said(error)) from error
 
 
 def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) -> Checkpoint:
@@ -133,9 +142,16 @@ def from_tensors(
                 where=name,
                 found=tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__,
                 expected=f"a tensor of {', '.join(str(d) for d in FLOAT_DTYPES.values())}",
+                hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
             )
-        if tensor.is_meta:
-            raise TensorError(f"{origin} holds a tensor without values.", where=name, found="device meta")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise TensorError(
+                f"{origin} holds a tensor without values of its own, or a sparse one.",
+                where=name,
+                found=f"device {tensor.device}, layout {tensor.layout}",
+                expected="a dense tensor with values",
+                hint="load its values first, or .to_dense()",
+            )
     # The order in which safetensors writes, so that a dict and its file have one version.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     specs, end = [], 0
@@ -155,7 +171,8 @@ def _local_weights(folder: Path) -> Path:
         return folder / WEIGHTS_NAME
     if (folder / PICKLE_NAME).is_file():
         raise pickle_refused(folder / PICKLE_NAME)
-    raise _not_found(str(folder), f"{WEIGHTS_NAME} in it; it holds {sorted(p.name for p in folder.iterdir())[:10]}")
+    held = sorted(path.name for path in folder.iterdir())[:10]
+    raise _not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
 
 
 def _from_hub(
@@ -167,24 +184,33 @@ def _from_hub(
     cache_dir: Any,
     token: str | bool | None,
 ) -> Path:
+    from huggingface_hub import errors as hub_errors
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, HFValidationError
+
+    # Of the HTTP client that huggingface_hub uses: which one it is changed between its major versions.
+    http_error: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
 
     try:
         return Path(
             hf_hub_download(repo, name, subfolder=subfolder, revision=revision, cache_dir=cache_dir, token=token)
         )
     except EntryNotFoundError as error:  # also a repository that is not cached when the Hub is out of reach
-        raise _not_found(repo, f"a folder of that name, or {name} in the Hub's repository", error) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise _not_found(repo, "a folder of that name, or a repository of the Hub that can be read", error) from error
+        raise _not_found(repo, f"a folder of that name, or {name} in the Hub's repository", _said(error)) from error
+    except (http_error, HFValidationError, FileMetadataError, OSError) as error:
+        expected = "a folder of that name, or a repository of the Hub that can be read"
+        raise _not_found(repo, expected, _said(error)) from error
 
 
-def _not_found(source: str, expected: str, cause: Exception | None = None) -> AdapterNotFoundError:
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), ''):.200}"
+
+
+def _not_found(source: str, expected: str, found: str) -> AdapterNotFoundError:
     return AdapterNotFoundError(
-        f"No adapter at {source}.",
-        where=source,
-        found=f"{type(cause).__name__}: {str(cause).splitlines()[0]:.200}" if cause else None,
+        f"No adapter at {source:.200}.",
+        where=f"{source:.200}",
+        found=found,
         expected=expected,
         hint="give the folder that save_pretrained wrote, or a Hub id with its subfolder and revision",
     )
@@ -192,10 +218,14 @@ def _not_found(source: str, expected: str, cause: Exception | None = None) -> Ad
 
 def _config_text(path: Path) -> bytes:
     if not path.is_file():
-        raise _not_found(str(path.parent), f"{path.name} in it")
+        raise _not_found(str(path.parent), f"{path.name} in it", "weights without it")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(
-            f"{path} is too large.", found=f"{path.stat().st_size:,} bytes", expected=f"at most {MAX_CONFIG_BYTES:,}"
+            f"{path} is too large.",
+            where=path,
+            found=f"{path.stat().st_size:,} bytes",
+            expected=f"at most {MAX_CONFIG_BYTES:,}",
+            hint=_SAVE_AGAIN,
         )
     return path.read_bytes()
 
@@ -204,10 +234,18 @@ def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no JSON.", found=str(error), expected="what save_pretrained wrote") from error
+        raise ConfigError(
+            f"{path} is no JSON.", where=path, found=str(error), expected="what save_pretrained wrote", hint=_SAVE_AGAIN
+        ) from error
     if not isinstance(parsed, dict):
-        raise ConfigError(f"{path} is no JSON object.", found=f"a JSON {type(parsed).__name__}", expected="an object")
-    return parsed
+        raise ConfigError(
+            f"{path} is no JSON object.",
+            where=path,
+            found=f"a JSON {type(parsed).__name__}",
+            expected="an object",
+            hint=_SAVE_AGAIN,
+        )
+    return config_dict(parsed)
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -217,20 +255,34 @@ def config_dict(config: Any) -> dict[str, Any]:
         to_dict = getattr(config, "to_dict", None)
         config = to_dict() if to_dict is not None else asdict(config)
     if not isinstance(config, Mapping):
-        raise ConfigError("The config is neither a peft config nor a dict.", found=type(config).__name__)
+        raise ConfigError(
+            "The config is neither a peft config nor a dict.",
+            where="config",
+            found=type(config).__name__,
+            expected="a peft config or a dict like its JSON",
+            hint="pass the LoraConfig that the adapter was trained with",
+        )
     plain = _plain(config)
     assert isinstance(plain, dict)
     return plain
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """As JSON would give it back: enums as their values, sets as sorted lists, tuples as lists."""
+    if depth > MAX_CONFIG_DEPTH:  # json reads 900 levels, at which PEFT's own code runs out of stack
+        raise ConfigError(
+            "The config is nested too deeply.",
+            where="config",
+            found=f"more than {MAX_CONFIG_DEPTH} levels",
+            expected="three or four, as PEFT writes it",
+            hint=_SAVE_AGAIN,
+        )
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(entry) for key, entry in value.items()}
+        return {str(_plain(key, depth + 1)): _plain(entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
-        return sorted((_plain(entry) for entry in value), key=str)
+        return sorted((_plain(entry, depth + 1) for entry in value), key=str)
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, depth + 1) for entry in value]
     return value

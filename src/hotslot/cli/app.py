@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +18,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Device(str, Enum):
+    """Where a benchmark's model lives."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -110,3 +120,39 @@ def demo(
         result = run_demo(model, adapters, prompts=prompts, backend=backend, rounds=rounds, as_json=as_json)
     if not result.ok:
         raise typer.Exit(REFUSED)
+
+
+def _known_case(case: str) -> str:
+    from .bench import CASES
+
+    if case not in CASES:
+        raise typer.BadParameter(f"{case!r} is no benchmark; there is {', '.join(CASES)}.")
+    return case
+
+
+@app.command()
+def bench(
+    case: Annotated[str, typer.Argument(metavar="[CASE]", callback=_known_case, help="What to time.")] = "swap",
+    plot: Annotated[Path | None, typer.Option(help="Image file to draw the table into.", show_default=False)] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="Adapter size, such as 9MB or 84MB. Repeatable.", show_default=False),
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed repetitions.", show_default=False)] = None,
+    device: Annotated[Device | None, typer.Option(help="By default a GPU if there is one.", show_default=False)] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Of torch, on the CPU.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Time swaps beside PEFT and a plain copy of the same bytes. Needs a checkout of the repository."""
+    from .bench import run_bench
+
+    with errors_reported(as_json=as_json):
+        run_bench(
+            case,
+            as_json=as_json,
+            plot=plot,
+            sizes=sizes,
+            rounds=rounds,
+            device=device.value if device is not None else None,
+            threads=threads,
+        )

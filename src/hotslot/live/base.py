@@ -32,6 +32,7 @@ def refuse_other_parameters(model: nn.Module, adapter_name: str, adapter: Adapte
             where="target_parameters",
             found=list(adapter.target_parameters),
             expected=f"{list(own)}, in this order",
+            hint="load the first adapter with PEFT, with the same target_parameters",
         )
 
 
@@ -47,7 +48,11 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     for fqn, copies in adapter.base_copies.items():
         if fqn not in modules:
             raise UnexpectedTargetError(
-                f"{adapter.checkpoint.origin} carries weights of a module that the model does not have.", where=fqn
+                f"{adapter.checkpoint.origin} carries weights of a module that the model does not have.",
+                where=fqn,
+                found=", ".join(f"{name} {tuple(spec.shape)}" for name, spec in copies.items()),
+                expected="copies of the model's own embeddings at most",
+                hint="this adapter belongs to another base model",
             )
         for name, spec in copies.items():
             own, carried = getattr(modules[fqn], name, None), adapter.checkpoint.tensor(spec.name)

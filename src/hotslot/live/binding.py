@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from ..errors import ModelError
 from ..methods import PARTS, Adapter
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
-from .memory import Homes, bind
+from .memory import Homes, bind, note_sizes
 from .scaling import ScalingMap
 from .slots import Slot
 from .state import Ledger, Records, adapter_records, build_config
@@ -153,7 +154,7 @@ class Binding:
             self._biased = biased
             homes.put_back()
             self.memory, self.arena = memory, arena
-            memory.note_sizes()
+            note_sizes(self.slots)
             raise
 
     def _add_biases(self, fqns: Iterable[str]) -> None:
@@ -161,15 +162,19 @@ class Binding:
             if "lora_B.bias" not in self.slots[fqn].held:
                 self._biased.add(fqn)
                 self.slots[fqn] = self.slots[fqn].with_bias()
+                if fqn in self.hooks:
+                    self.hooks[fqn].params = self.slots[fqn].params
 
     # -- on and off ----------------------------------------------------------------------------------------------------
 
     def _install(self, live: Mapping[str, int], *, compiled: bool) -> None:
         for fqn, slot in self.slots.items():
-            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, slot.experts, live[fqn])
+            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, slot.experts, slot.params, live[fqn])
             layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
             self._handles.append(layer.register_state_dict_post_hook(hook))
             self._handles.append(layer.register_load_state_dict_pre_hook(hook.on_load))
+            for held in slot.held.values():
+                _pickle_alone(held.param)
             if not compiled:  # compiled code guards which modules there are, and their types
                 self._install_dropout(slot)
                 self._install_attention(slot)
@@ -204,10 +209,13 @@ class Binding:
                     original = torch.empty_like(original, dtype=current.dtype, device=current.device)
                 original.copy_(_cut(current, suffix, original.shape, slot))
                 param.data = original
+        note_sizes(self.slots)
         for fqn, slot in self.slots.items():
             self._release_scaling(slot, self._scalings[fqn])
 
     def _uninstall(self) -> None:
+        for param, _ in self._originals.values():
+            param.__dict__.pop("__reduce_ex__", None)
         for fqn in self._biased:
             self.slots[fqn].drop_bias()
         self._biased.clear()
@@ -225,6 +233,18 @@ class Binding:
             current.release(slot.adapter_name, like=original.get(slot.adapter_name))
             if not current.bound:
                 slot.layer.scaling = dict(current)
+
+
+def _pickle_alone(param: nn.Parameter) -> None:
+    """Let pickle take this parameter's values only: torch pickles a tensor's whole storage, which is the arena."""
+    reference = weakref.ref(param)
+
+    def reduce(protocol: Any) -> Any:
+        own = reference()
+        assert own is not None
+        return torch._utils._rebuild_parameter, (own.detach().clone(), own.requires_grad, OrderedDict())
+
+    param.__dict__["__reduce_ex__"] = reduce
 
 
 def _keyed(slot: Slot) -> list[tuple[tuple[str, str], Any]]:

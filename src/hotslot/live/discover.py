@@ -47,13 +47,21 @@ def canonical_name(name: str, prefix: str) -> str:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """(canonical path, layer) of every LoRA layer, each once."""
+    for name, _, _, layer in lora_layers_with_parents(model):
+        yield name, layer
+
+
+def lora_layers_with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, LoraLayer]]:
+    """(canonical path, parent, name in the parent, layer) of every LoRA layer below the root, each once."""
     from peft.tuners.lora import LoraLayer
 
     model = unwrap(model)
     prefix = base_prefix(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield canonical_name(name, prefix), module
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, LoraLayer) and name:
+            parent, _, child = name.rpartition(".")
+            yield canonical_name(name, prefix), modules[parent], child, module
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -231,7 +231,10 @@ def remove(injection: Injection) -> None:
     for layer, active in injection.joined:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `active`, at once
+            flags = [(param, param.requires_grad) for param in layer.parameters()]
             layer.delete_adapter(name)
+            for param, flag in flags:  # PEFT makes the next adapter trainable
+                param.requires_grad_(flag)
         layer._active_adapter = active
     for parent, child, base, layer in injection.replaced:
         others = {*layer.lora_A, *layer.lora_embedding_A} - {name}

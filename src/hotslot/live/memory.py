@@ -78,6 +78,8 @@ class Memory:
         held = [entry for slot in slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
         self._owners = [entry.owner for entry in held], [entry.owner_key for entry in held]
+        self._parents = [slot.parent._modules for slot in slots.values()], [slot.child for slot in slots.values()]
+        self._layers = [slot.layer for slot in slots.values()]
         self._holders = [entry.holder for entry in held]
         self._dicts = [entry.params for entry in held], [entry.key for entry in held]
         self._pointers = [param.data_ptr() for param in self._params]
@@ -93,6 +95,7 @@ class Memory:
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
         # Scalings share the counter of their arena.
         self._watched = [*self._params, *(arena for arena in arenas if arena is not None)]
+        self._scaling_views: list[tuple[Any, str, torch.Tensor]] = []
         self._versions: list[int] = []
         self.mark_clean()
 
@@ -102,8 +105,18 @@ class Memory:
         """Raise if the model no longer has one of the parameters."""
         get: Any = dict.get
         owned, registered = map(get, *self._owners), map(get, *self._dicts)
-        if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
-            return
+        placed = map(get, *self._parents)
+        if all(map(is_, placed, self._layers)):
+            if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
+                return
+        else:
+            slot = next(s for s in self.slots.values() if id(s.parent._modules.get(s.child)) != id(s.layer))
+            raise ModelError(
+                f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, merge_and_unload).",
+                where=slot.fqn,
+                expected="the LoRA layer that was there at attach",
+                hint="attach again",
+            )
         for slot in self.slots.values():
             for suffix, entry in slot.held.items():
                 if not entry.in_place():
@@ -115,8 +128,10 @@ class Memory:
                     )
 
     def moved(self) -> bool:
-        """Whether a parameter's memory is no longer the slot's (`model.to(…)`, `param.data = …`)."""
-        return list(map(torch.Tensor.data_ptr, self._params)) != self._pointers
+        """Whether a part is no longer in the slot's memory: `model.to(…)`, `param.data = …`, `layer.scaling = {…}`."""
+        if list(map(torch.Tensor.data_ptr, self._params)) != self._pointers:
+            return True
+        return any(layer.scaling.get(name) is not view for layer, name, view in self._scaling_views)
 
     def dirty(self) -> bool:
         """Whether anybody else has written the parameters or scalings since `mark_clean` (an optimizer, a user).
@@ -134,26 +149,18 @@ class Memory:
 
     def bind_scalings(self) -> None:
         """Let the arena's tail hold the layers' scalings, with the values that they have."""
+        self._scaling_views.clear()
         for column, fqns in self._scalings:
             for i, fqn in enumerate(fqns):
                 layer, name = self.slots[fqn].layer, self.slots[fqn].adapter_name
                 view = column[i]
                 view.fill_(float(layer.scaling[name]))
+                self._scaling_views.append((layer, name, view))
                 if isinstance(layer.scaling, ScalingMap):
                     layer.scaling.bind(name, view)
                 else:
                     layer.scaling = ScalingMap(layer.scaling, name, view)
         self.mark_clean()
-
-    def note_sizes(self) -> None:
-        """Let the modules that hold the matrices state the padded rank as their size; nothing computes with it."""
-        attributes = {"lora_A": ("out_features", "out_channels"), "lora_B": ("in_features", "in_channels")}
-        for slot in self.slots.values():
-            for container, names in attributes.items():
-                module = getattr(slot.layer, container)._modules.get(slot.adapter_name)
-                for name in names:
-                    if hasattr(module, name):
-                        setattr(module, name, slot.rank)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -179,8 +186,8 @@ class Memory:
             staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
             schema = block.adapter.checkpoint.schema
             if schema not in self._targets:
-                self._targets[schema] = [self._run_target(run) for run in block.runs]
-                self._targets[schema] += [self._tile_target(block, tile) for tile in block.tiles]
+                found = [self._run_target(run) for run in block.runs]
+                self._targets[schema] = found + [self._tile_target(block, tile) for tile in block.tiles]
             targets = self._targets[schema]
             sources = _sources(block, targets, staging)
             staged = [(buffer, block.data) for buffer in staging.values()]
@@ -269,6 +276,20 @@ class Memory:
             self.mark_clean()
 
 
+def note_sizes(slots: Mapping[str, Slot]) -> None:
+    """Let the modules that hold the matrices state their shapes; nothing computes with it."""
+    for slot in slots.values():
+        for container, names in (
+            ("lora_A", ("out_features", "out_channels")),
+            ("lora_B", ("in_features", "in_channels")),
+        ):
+            module = getattr(slot.layer, container)._modules.get(slot.adapter_name)
+            for name in names:
+                if hasattr(module, name):
+                    weight = slot.held[f"{container}.weight"].param
+                    setattr(module, name, weight.shape[0] if container == "lora_A" else weight.shape[1] * slot.groups)
+
+
 class Homes:
     """Where the parts, sizes and scalings of `slots` are now, to be put back there."""
 
@@ -326,7 +347,7 @@ def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mappin
         memory = Memory(slots, layout, arenas)
         if arena:
             memory.bind_scalings()
-    memory.note_sizes()
+    note_sizes(slots)
     return memory
 
 

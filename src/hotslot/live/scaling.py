@@ -45,6 +45,13 @@ class ScalingMap(dict[str, Any]):
             with torch.inference_mode(False), torch.no_grad():
                 view.fill_(float(value))
 
+    def copy(self) -> ScalingMap:
+        """Another map over the same views: PEFT puts a copy back after `rescale_adapter_scale`."""
+        twin = ScalingMap.__new__(ScalingMap)
+        dict.update(twin, self)
+        twin._views = self._views
+        return twin
+
     def plain(self) -> dict[str, Any]:
         """The same scalings as floats."""
         return {name: float(value) if isinstance(value, torch.Tensor) else value for name, value in self.items()}

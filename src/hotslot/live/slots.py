@@ -13,7 +13,7 @@ from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import PARTS
 from .corner import band, corner, fill
-from .discover import lora_layers
+from .discover import lora_layers_with_parents
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -40,6 +40,7 @@ class Slot:
 
     Attributes:
         fqn: the layer's path in the base model, as adapter files spell it.
+        parent, child: the module that has the layer, and under which name.
         layer: PEFT's layer.
         adapter_name: PEFT's name for the slot.
         groups: of a grouped convolution, else 1.
@@ -48,6 +49,8 @@ class Slot:
     """
 
     fqn: str
+    parent: nn.Module
+    child: str
     layer: LoraLayer
     adapter_name: str
     groups: int
@@ -61,6 +64,11 @@ class Slot:
             if PARTS[suffix].rank_dim == 0:
                 return held.param.shape[0] // self.experts
         raise AssertionError("a slot has an A matrix")
+
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """Suffix → parameter."""
+        return {suffix: held.param for suffix, held in self.held.items()}
 
     @property
     def neutral_rank(self) -> int:
@@ -128,12 +136,13 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
         UnsupportedError: the adapter uses something on this layer that hotslot does not swap.
     """
     slots = {}
-    for fqn, layer in lora_layers(model):
+    for fqn, parent, child, layer in lora_layers_with_parents(model):
         held = _held(layer, adapter_name)
         if held:
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
-            slots[fqn] = Slot(fqn, layer, adapter_name, groups, getattr(layer, "num_experts", 1), held)
+            experts = getattr(layer, "num_experts", 1)
+            slots[fqn] = Slot(fqn, parent, child, layer, adapter_name, groups, experts, held)
     return slots
 
 

@@ -88,7 +88,13 @@ def _lora_config(options: Mapping[str, Any], origin: str) -> Any:
             warnings.simplefilter("ignore")  # PEFT's advice to whoever writes a config by hand
             return LoraConfig(**known)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"PEFT refuses the config of {origin}.", found=f"{type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"PEFT refuses the config of {origin}.",
+            where="adapter_config.json",
+            found=f"{type(error).__name__}: {error}",
+            expected="options that peft.LoraConfig takes",
+            hint="save the adapter again with save_pretrained, or correct the option",
+        ) from error
 
 
 def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) -> Records:

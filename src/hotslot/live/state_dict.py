@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..methods import PARTS
@@ -15,19 +16,25 @@ class TrueRank:
     """Hook of one LoRA layer: on saving cut each part to the live rank, on loading put it back among the padding.
 
     Attributes:
+        params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
+            `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
         rank: of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown.
     """
 
-    def __init__(self, adapter_name: str, groups: int, experts: int, rank: int) -> None:
+    def __init__(
+        self, adapter_name: str, groups: int, experts: int, params: dict[str, nn.Parameter], rank: int
+    ) -> None:
         self.adapter_name = adapter_name
         self.groups = groups
         self.experts = experts
+        self.params = params
         self.rank = rank
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
+        live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
-            if key in state_dict:
+            if key in state_dict and live.get(key.removeprefix(prefix)) is self.params.get(suffix):
                 shown = self._shown(layer, state_dict[key], suffix)
                 if shown is None:
                     del state_dict[key]
@@ -48,8 +55,8 @@ class TrueRank:
         """Called by `load_state_dict()`, before the parameters are looked up: what fits is what `state_dict` shows."""
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
-            param = live.get(key.removeprefix(prefix))
-            if param is None:
+            param = self.params.get(suffix)
+            if param is None or live.get(key.removeprefix(prefix)) is not param:
                 continue
             given, shown = state_dict.get(key), self._shown(layer, param.detach(), suffix)
             if shown is None:

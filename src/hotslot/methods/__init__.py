@@ -46,7 +46,8 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     if interpreter is None:
         raise UnsupportedError(
             f"{checkpoint.origin} is an adapter of another method.",
-            found=f"peft_type {method!r}",
+            where="peft_type",
+            found=f"peft_type {method!r:.80}",
             expected=f"one of {', '.join(_INTERPRETERS)}",
             hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -50,6 +51,8 @@ _REFUSED = {
 # PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
 _BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
 
+_LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
+_SAVE_AGAIN = "the config was edited or belongs to another adapter: save the adapter again with save_pretrained"
 _PREFIX = "base_model.model."
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
@@ -109,14 +112,18 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
             )
     if config.get("bias", "none") != "none":
         raise UnsupportedError(
-            f"{origin} carries biases of the base model.", where="bias", found=config["bias"], expected="'none'"
+            f"{origin} carries biases of the base model.",
+            where="bias",
+            found=f"{config['bias']!r:.80}",
+            expected="'none'",
+            hint="merge it into the base model: PEFT's merge_and_unload()",
         )
     init = config.get("init_lora_weights", True)
     if init not in _BENIGN_INITS:
         raise UnsupportedError(
             f"{origin} rewrites the base weights when it is loaded.",
             where="init_lora_weights",
-            found=repr(init),
+            found=f"{init!r:.80}",
             expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:6]))}",
             hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
@@ -139,8 +146,9 @@ def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
         raise ConfigError(
             f"{origin} has no valid dropout.",
             where="lora_dropout",
-            found=repr(dropout),
+            found=f"{dropout!r:.80}",
             expected="a number from 0 to 1",
+            hint=_SAVE_AGAIN,
         )
 
 
@@ -148,7 +156,11 @@ def _strings(config: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...
     values = config.get(key) or ()
     if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
         raise ConfigError(
-            f"{origin} has an invalid list.", where=key, found=f"{values!r:.200}", expected="a list of names"
+            f"{origin} has an invalid list.",
+            where=key,
+            found=f"{values!r:.200}",
+            expected="a list of names",
+            hint=_SAVE_AGAIN,
         )
     return tuple(values)
 
@@ -162,17 +174,25 @@ class _Pattern:
         self._default = self._number(config.get(default_key, 8), default_key)
         patterns = config.get(pattern_key) or {}
         if not isinstance(patterns, Mapping):
-            raise ConfigError(f"{origin} has a malformed pattern.", where=pattern_key, found=f"{patterns!r:.80}")
+            raise ConfigError(
+                f"{origin} has a malformed pattern.",
+                where=pattern_key,
+                found=f"{patterns!r:.80}",
+                expected="an object: pattern → number",
+                hint=_SAVE_AGAIN,
+            )
         self._rules = []
         for pattern, value in patterns.items():
             number = self._number(value, f"{pattern_key}[{pattern!r}]")
             try:
                 self._rules.append((re.compile(rf"(.*\.)?({pattern})$"), number))
-            except (re.error, RecursionError) as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ConfigError(
                     f"{origin} has a pattern that is no regular expression.",
                     where=pattern_key,
                     found=f"{pattern!r:.200}: {error}",
+                    expected="what Python's re module compiles, as PEFT does",
+                    hint=_SAVE_AGAIN,
                 ) from error
 
     def of(self, fqn: str) -> Any:
@@ -181,15 +201,14 @@ class _Pattern:
 
     def _number(self, value: Any, where: str) -> Any:
         kinds = (int,) if self._whole else (int, float)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kinds)
-            or not math.isfinite(value)
-            or (self._whole and value < 1)
-        ):
-            expected = "a whole number from 1" if self._whole else "a finite number"
+        sound = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not sound or (self._whole and value < 1):  # NaN is not below any bound
             raise ConfigError(
-                f"{self._origin} has an invalid value.", where=where, found=repr(value), expected=expected
+                f"{self._origin} has an invalid value.",
+                where=where,
+                found=f"{value!r:.80}",
+                expected=f"a {'whole number from 1' if self._whole else 'finite number'}, by PEFT's LoraConfig",
+                hint=_SAVE_AGAIN,
             )
         return value
 
@@ -216,14 +235,26 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
         if key is None:
             raise TensorError(
                 f"{checkpoint.origin} holds a tensor that belongs to no LoRA module.",
-                where=name,
+                where=name or "a tensor without a name",
+                found=f"{spec.dtype} {spec.shape}",
                 expected=f"names that end in one of {', '.join(PARTS)}",
+                hint="remove it, if it says nothing; else load the adapter with PEFT itself",
             )
         if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
-            raise TensorError(f"{checkpoint.origin} holds a tensor with and without {_PREFIX!r}.", where=name)
+            raise TensorError(
+                f"{checkpoint.origin} holds a tensor with and without {_PREFIX!r}.",
+                where=name,
+                found="two tensors for one place",
+                expected="one",
+                hint="remove one of them",
+            )
     if not modules:
         raise TensorError(
-            f"{checkpoint.origin} holds no LoRA tensors.", expected="lora_A and lora_B of a module or more"
+            f"{checkpoint.origin} holds no LoRA tensors.",
+            where=checkpoint.origin,
+            found=f"{len(checkpoint.tensors)} tensors",
+            expected="lora_A and lora_B of a module or more",
+            hint="save the adapter again with save_pretrained, from the model that has it",
         )
     return modules, copies
 
@@ -239,11 +270,24 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=", ".join(sorted(have)),
             expected="A and B",
+            hint="the file was cut or edited: save the adapter again with save_pretrained",
         )
     if "lora_B.bias" in have and not lora_bias:
-        raise TensorError(f"{origin} has a bias that its config denies.", where=fqn, expected="lora_bias: true")
+        raise TensorError(
+            f"{origin} has a bias that its config denies.",
+            where=fqn,
+            found=f"lora_B.bias {parts['lora_B.bias'].shape}, lora_bias: false in the config",
+            expected="lora_bias: true",
+            hint=_SAVE_AGAIN,
+        )
     if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
-        raise TensorError(f"{origin} lacks the bias that its config states.", where=fqn, expected="lora_B.bias")
+        raise TensorError(
+            f"{origin} lacks the bias that its config states.",
+            where=fqn,
+            found=", ".join(sorted(have)),
+            expected="lora_B.bias too, by lora_bias in the config",
+            hint=_SAVE_AGAIN,
+        )
     a, b = (parts[suffix] for suffix in sorted(have - {"lora_B.bias"}))
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
         raise TensorError(
@@ -251,6 +295,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"A {a.shape}, B {b.shape}",
             expected="A [R, …], B [O, R]",
+            hint=_SAVE_AGAIN,
         )
     # A grouped convolution's B holds the ranks of one group; how many groups there are, the base layer will say.
     agree = a.shape[0] == b.shape[1] if len(a.shape) == 2 else a.shape[0] % b.shape[1] == 0
@@ -266,4 +311,10 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
         )
     bias = parts.get("lora_B.bias")
     if bias is not None and bias.shape != (b.shape[0],):
-        raise TensorError(f"{origin} has a bias of another size.", where=fqn, found=bias.shape, expected=(b.shape[0],))
+        raise TensorError(
+            f"{origin} has a bias of another size.",
+            where=fqn,
+            found=bias.shape,
+            expected=f"{(b.shape[0],)}, by lora_B.weight",
+            hint=_SAVE_AGAIN,
+        )
