@@ -200,9 +200,12 @@ class Engine:
             return self.swap(State(entry))
         self._refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
-        with self.binding.resized(room, biased):
-            entry.compile(self.binding)
+        undo = self.binding.resize(room, arena=self.binding.arena, biased=biased)
+        try:
             return self.swap(State(entry))
+        except BaseException:
+            undo()
+            raise
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -120,42 +119,43 @@ class Binding:
                     expected=f"{place.shape}, as bound",
                     hint="attach again",
                 )
-        self.resize({fqn: slot.rank for fqn, slot in self.slots.items()}, arena=self.arena)
+        self.resize(self.room, arena=self.arena)
+        self.memory.mark_dirty()  # who moved it may have trained it before
         return True
 
-    def resize(self, ranks: Mapping[str, int], *, arena: bool, biased: Iterable[str] = ()) -> None:
+    def resize(self, ranks: Mapping[str, int], *, arena: bool, biased: Iterable[str] = ()) -> Callable[[], None]:
         """Give the slots room for `ranks`, and for biases those in `biased`; values are kept, parameters move.
 
-        If it raises, all is where it was.
+        If it raises, all is where it was. Returns a function that puts all where it was.
         """
-        with self._put_back_on_error():
+        undo, dirty = self._undo(), self.memory.dirty()
+        try:
             self._add_biases(biased)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
             self.arena = arena
             self._records.clear()
+            if dirty:
+                self.memory.mark_dirty()
+        except BaseException:
+            undo()
+            raise
+        return undo
 
-    @contextmanager
-    def resized(self, ranks: Mapping[str, int], biased: Iterable[str]) -> Iterator[None]:
-        """`resize`, taken back to the same memory if the block raises."""
-        with self._put_back_on_error():
-            self.resize(ranks, arena=self.arena, biased=biased)
-            yield
-
-    @contextmanager
-    def _put_back_on_error(self) -> Iterator[None]:
+    def _undo(self) -> Callable[[], None]:
         memory, arena, slots, biased = self.memory, self.arena, dict(self.slots), set(self._biased)
         homes = Homes(self.slots)
-        try:
-            yield
-        except BaseException:
+
+        def undo() -> None:
             for fqn in self._biased - biased:
                 self.slots[fqn].drop_bias()
             self.slots.update(slots)
             self._biased = biased
             homes.put_back()
             self.memory, self.arena = memory, arena
+            self._records.clear()
             note_sizes(self.slots)
-            raise
+
+        return undo
 
     def _add_biases(self, fqns: Iterable[str]) -> None:
         for fqn in fqns:

@@ -144,6 +144,10 @@ class Memory:
         """Take what is live now as written by hotslot."""
         self._versions = self._current_versions()
 
+    def mark_dirty(self) -> None:
+        """Take what is live now as written by others."""
+        self._versions = []
+
     def _current_versions(self) -> list[int]:
         return [tensor._version for tensor in self._watched]
 

@@ -55,8 +55,9 @@ class TrueRank:
         """Called by `load_state_dict()`, before the parameters are looked up: what fits is what `state_dict` shows."""
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
-            param = self.params.get(suffix)
-            if param is None or live.get(key.removeprefix(prefix)) is not param:
+            param = live.get(key.removeprefix(prefix))
+            own = self.params.get(suffix) is param
+            if param is None or not own:
                 continue
             given, shown = state_dict.get(key), self._shown(layer, param.detach(), suffix)
             if shown is None:
