@@ -32,7 +32,7 @@ CASES = (COLD, INSTEAD, WARM, HOT)
 DEFAULT_SIZES = ("9MB", "84MB")
 DEFAULT_ROUNDS = 20
 SLOT_FACTORS = (1, 4)  # slots of the adapters' own rank, and of four times that
-_TABLE_COLUMNS = 150
+_TABLE_COLUMNS = 160
 
 Progress = Callable[[str], None]
 

@@ -122,8 +122,8 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
     table = Table(title="Swaps of LoRA adapters", title_justify="left")
     for heading in ("case", "contender"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "min", "CPU ms", "× PEFT", "% of a plain copy", "bytes", "GB/s", "outputs"):
-        table.add_column(heading, justify="right")
+    for heading in ("ms", "min", "CPU ms", "× PEFT", "% of a\nplain copy", "bytes", "GB/s", "outputs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for (size, slot_rank, case), group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case)):
         label = f"{size}, slots of rank {slot_rank}\n{case}"
         for row in group:
@@ -153,36 +153,46 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
-    """Write the medians as bars on a logarithmic axis, one panel for each case."""
+    """Write the medians as bars on a logarithmic axis: a column of panels for each size, one panel for each case."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    groups = [(key, list(group)) for key, group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case))]
-    heights = [len(group) + 2 for _, group in groups]
+    sizes = list(dict.fromkeys(row.size for row in rows))
+    ranks = sorted({row.slot_rank for row in rows})
+    cases = [(rank, case) for rank in ranks for case in dict.fromkeys(r.case for r in rows if r.slot_rank == rank)]
+    heights = [1 + max(sum((r.size, r.slot_rank, r.case) == (s, *c) for r in rows) for s in sizes) for c in cases]
     figure, panels = plt.subplots(
-        len(groups), 1, figsize=(11, 0.32 * sum(heights)), height_ratios=heights, sharex=True, squeeze=False,
-        layout="constrained",
+        len(cases), len(sizes), figsize=(4 + 6 * len(sizes), 1 + 0.3 * sum(heights)), height_ratios=heights,
+        sharex="col", sharey="row", squeeze=False, layout="constrained",
     )  # fmt: skip
-    colours = {"hotslot": "tab:blue", "PEFT": "tab:gray", "plain": "tab:green"}
-    for panel, ((size, slot_rank, case), group) in zip(panels[:, 0], groups, strict=True):
-        names = [row.contender for row in group]
-        bars = panel.barh(names, [row.ms for row in group], color=[colours[name.split()[0]] for name in names])
-        panel.bar_label(bars, [f" {row.ms:.2f} ms, {row.times_peft:.1f} × PEFT" for row in group], fontsize=8)
-        panel.set_title(f"{size}, slots of rank {slot_rank} – {case}", loc="left", fontsize=9)
-        panel.set_xscale("log")
-        panel.margins(x=0.25)
-        panel.invert_yaxis()
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
+    for i, (slot_rank, case) in enumerate(cases):
+        for j, size in enumerate(sizes):
+            group = [row for row in rows if (row.size, row.slot_rank, row.case) == (size, slot_rank, case)]
+            panels[i, j].set_title(f"{size}, slots of rank {slot_rank} – {case}", loc="left", fontsize=9)
+            _bars(panels[i, j], group)
+        panels[i, 0].invert_yaxis()
     hardware, versions = conditions["hardware"], conditions["versions"]
     place = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
-    panels[-1, 0].set_xlabel(
+    figure.supxlabel(
         f"milliseconds, median – {place}, torch {versions['torch']}, peft {versions['peft']}, {conditions['date']}"
     )
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+_COLOURS = {"hotslot": "tab:blue", "PEFT": "tab:gray", "plain": "tab:green"}
+
+
+def _bars(panel: Any, group: Sequence[Row]) -> None:
+    names = [row.contender for row in group]
+    bars = panel.barh(names, [row.ms for row in group], color=[_COLOURS[name.split()[0]] for name in names])
+    panel.bar_label(bars, [f" {row.ms:.2f} ms, {row.times_peft:.1f} × PEFT" for row in group], fontsize=8)
+    panel.set_xscale("log")
+    panel.margins(x=0.3)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _cpu_name() -> str:

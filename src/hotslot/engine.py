@@ -160,8 +160,7 @@ class Engine:
         started = time.perf_counter()
         binding, previous = self.binding, self.live
         self._refuse_if_merged()
-        moved = binding.put_right()
-        touched = binding.memory.dirty()
+        moved, touched = binding.put_right()
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return _report(target, previous, 0, started, changed=False)
@@ -172,21 +171,22 @@ class Engine:
         try:
             # Others may have written anything anywhere, the padding included.
             known = not (touched or moved or before.image is not None)
-            self._write(target, binding.live_ranks if known else binding.room, before.records)
+            self._write(target, binding.live_ranks if known else binding.room, before.records, clean=not touched)
             self.live = target
             if self.keeps_history:
                 self.previous, self.original = before, self.original or before
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return _report(target, previous, nbytes, started, changed=True)
         except BaseException:
+            binding.forget_records()
             self._write(before, binding.room, None)
             self.live = before if before.image is not None else previous
             self.previous, self.original = history
             raise
 
     def _refuse_if_merged(self) -> None:
-        for slot in self.binding.slots.values():
-            if slot.layer.merged_adapters:
+        if any(self.binding.merged):
+            for slot in self.binding.slots.values():
                 slot.refuse_if_merged()
 
     def swap_in(self, entry: Entry, ranks: Mapping[str, int]) -> SwapReport:
@@ -235,17 +235,18 @@ class Engine:
         image = self.binding.memory.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
-    def _write(self, target: State, occupied: Mapping[str, int], said: Records | None) -> None:
+    def _write(self, target: State, occupied: Mapping[str, int], said: Records | None, *, clean: bool = False) -> None:
         """Put `target` into the model, whose slots may hold values up to `occupied` and whose records say `said`."""
         memory, records = self.binding.memory, target.records
         if target.image is not None:
             memory.restore(target.image)
         elif target.entry is not None:
             compiled = target.entry.compile(self.binding)
-            memory.write(compiled.writes, occupied)
+            memory.write(compiled.writes, occupied, clean=clean)
             records = records or compiled.records
         else:
-            memory.write(memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING)), occupied)
+            nothing = memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING))
+            memory.write(nothing, occupied, clean=clean)
         assert records is not None
         self.binding.apply(records, said)
 

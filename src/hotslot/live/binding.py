@@ -56,6 +56,7 @@ class Binding:
             key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
         }
         self._scalings = {fqn: slot.layer.scaling for fqn, slot in slots.items()}
+        self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
         self._biased: set[str] = set()
         self._handles: list[Any] = []
         self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
@@ -94,21 +95,29 @@ class Binding:
         """PEFT's records as they are now."""
         return self._ledger.capture(self._model())
 
+    def forget_records(self) -> None:
+        """Do not rely on PEFT's records being what was applied last."""
+        self._ledger.forget()
+
     def apply(self, records: Records, current: Records | None = None) -> None:
         """Make PEFT's records say `records`; what `current` says is said already."""
         self._ledger.apply(records, self._model(), current)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def put_right(self) -> bool:
-        """Bind again if a parameter's memory is no longer ours (`model.to(…)`); whether that was needed.
+    def put_right(self) -> tuple[bool, bool]:
+        """Bind again if a parameter's memory is no longer ours (`model.to(…)`).
+
+        Returns:
+            Whether that was needed, and whether others may have written the slots since hotslot did.
 
         Raises:
             ModelError: a parameter was deleted, replaced, or given another shape.
         """
         self.memory.refuse_if_replaced()
-        if not self.memory.moved():
-            return False
+        moved, dirty = self.memory.moved_and_dirty()
+        if not moved:
+            return False, dirty
         for (fqn, suffix), place in self.memory.layout.places.items():
             param = self.slots[fqn].held[suffix].param
             if tuple(param.shape) != place.shape:
@@ -121,14 +130,14 @@ class Binding:
                 )
         self.resize(self.room, arena=self.arena)
         self.memory.mark_dirty()  # who moved it may have trained it before
-        return True
+        return True, True
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool, biased: Iterable[str] = ()) -> Callable[[], None]:
         """Give the slots room for `ranks`, and for biases those in `biased`; values are kept, parameters move.
 
         If it raises, all is where it was. Returns a function that puts all where it was.
         """
-        undo, dirty = self._undo(), self.memory.dirty()
+        undo, (_, dirty) = self._undo(), self.memory.moved_and_dirty()
         try:
             self._add_biases(biased)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import is_
@@ -27,6 +27,8 @@ from .scaling import ScalingMap
 from .slots import Slot
 
 Copy = tuple[torch.Tensor, torch.Tensor]
+_CHUNK = 32  # tensors whose Python and C++ objects fit the first-level cache
+_version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
 # A device is reached by one copy of the adapter's bytes and a scatter on the device; only if they go to this few
 # places at most are they copied straight there.
@@ -93,8 +95,8 @@ class Memory:
         self.devices = {view.device for view in self._views.values()}
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
-        # Scalings share the counter of their arena.
-        self._watched = [*self._params, *(arena for arena in arenas if arena is not None)]
+        self._chunks = [self._params[i : i + _CHUNK] for i in range(0, len(self._params), _CHUNK)]
+        self._arenas = [arena for arena in arenas if arena is not None]  # scalings share their counters
         self._scaling_views: list[tuple[Any, str, torch.Tensor]] = []
         self._versions: list[int] = []
         self.mark_clean()
@@ -127,18 +129,22 @@ class Memory:
                         hint="attach again",
                     )
 
-    def moved(self) -> bool:
-        """Whether a part is no longer in the slot's memory: `model.to(…)`, `param.data = …`, `layer.scaling = {…}`."""
-        if list(map(torch.Tensor.data_ptr, self._params)) != self._pointers:
-            return True
-        return any(layer.scaling.get(name) is not view for layer, name, view in self._scaling_views)
+    def moved_and_dirty(self) -> tuple[bool, bool]:
+        """Whether a part is no longer in the slot's memory, and whether others have written it since `mark_clean`.
 
-    def dirty(self) -> bool:
-        """Whether anybody else has written the parameters or scalings since `mark_clean` (an optimizer, a user).
-
-        Autograd's version counters tell; a write through `.data` leaves no trace there.
+        The first by `model.to(…)`, `param.data = …`, `layer.scaling = {…}`; the second by an optimizer, `load_state_dict`
+        or a user. Autograd's version counters tell; a write through `.data` leaves no trace there.
         """
-        return self._current_versions() != self._versions
+        pointers: list[int] = []
+        versions: list[int] = []
+        for chunk in self._chunks:  # each few tensors twice while they are in the cache, rather than all of them twice
+            pointers += map(torch.Tensor.data_ptr, chunk)
+            versions += map(_version_of, chunk)
+        versions += map(_version_of, self._arenas)
+        moved = pointers != self._pointers or any(
+            layer.scaling.get(name) is not view for layer, name, view in self._scaling_views
+        )
+        return moved, versions != self._versions
 
     def mark_clean(self) -> None:
         """Take what is live now as written by hotslot."""
@@ -149,7 +155,7 @@ class Memory:
         self._versions = []
 
     def _current_versions(self) -> list[int]:
-        return [tensor._version for tensor in self._watched]
+        return [*map(_version_of, self._params), *map(_version_of, self._arenas)]
 
     def bind_scalings(self) -> None:
         """Let the arena's tail hold the layers' scalings, with the values that they have."""
@@ -215,12 +221,13 @@ class Memory:
         view = self._views[tile.fqn, tile.suffix]
         return self.slots[tile.fqn].band(view, tile.suffix, 0, block.ranks[tile.fqn])
 
-    def write(self, writes: Writes, occupied: Mapping[str, int]) -> None:
+    def write(self, writes: Writes, occupied: Mapping[str, int], *, clean: bool = False) -> None:
         """Clear, copy and scale. Not atomic: whoever calls it puts back what was there if it raises.
 
         Args:
             writes: of `compile`.
             occupied: fqn → rank up to which the slot may hold values; what is not written of them is cleared.
+            clean: whether it is known that nobody else has written since `mark_clean`.
         """
         clear = self._leftovers(occupied, writes)
         with torch.inference_mode(False), torch.no_grad():
@@ -238,7 +245,13 @@ class Memory:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
             torch.autograd.graph.increment_version(self._params)
-            self.mark_clean()
+            if (
+                clean and self._arenas
+            ):  # no part was written but through its arena: to look again would tell nothing new
+                counted = [version + 1 for version in self._versions[: len(self._params)]]
+                self._versions = [*counted, *map(_version_of, self._arenas)]
+            else:
+                self.mark_clean()
 
     def _leftovers(self, occupied: Mapping[str, int], writes: Writes) -> list[torch.Tensor]:
         views = [self._views[key] for key in writes.unused]
