@@ -1,4 +1,7 @@
-"""The swap benchmark's rows, and how they are told: a table, a JSON document, a plot, and which goals were met."""
+"""The swap benchmark's rows, and how they are told: a table, a JSON document, a plot, and which goals were met.
+
+`python -m benchmarks.report FILE.json` prints a document as the Markdown of a report.
+"""
 
 from __future__ import annotations
 
@@ -122,9 +125,9 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
     table = Table(title="Swaps of LoRA adapters", title_justify="left")
     for heading in ("case", "contender"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "min", "CPU ms", "× PEFT", "% of a\nplain copy", "bytes", "GB/s", "outputs"):
+    for heading in _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
-    for (size, slot_rank, case), group in groupby(rows, key=lambda row: (row.size, row.slot_rank, row.case)):
+    for (size, slot_rank, case), group in groupby(rows, key=_panel):
         label = f"{size}, slots of rank {slot_rank}\n{case}"
         for row in group:
             table.add_row(label, *_cells(row))
@@ -150,6 +153,30 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.gigabytes_per_second:.2f}",
         "equal" if row.error == 0 else f"±{row.error:.0e}",
     )
+
+
+def markdown(told: dict[str, Any]) -> str:
+    """A JSON document as the text of a report."""
+    rows = [Row(**row) for row in told["rows"]]
+    lines = [f"# Swaps: {told['hardware']['device']}, {told['date']}", "", f"`{told['command']}`", ""]
+    for part in ("hardware", "versions", "settings"):
+        lines.append(f"- {part}: " + ", ".join(f"{key} {value}" for key, value in told[part].items()))
+    lines += ["", "| goal | found | wanted | |", "|---|---:|---:|---|"]
+    for goal in told["goals"]:
+        verdict = "met" if goal["met"] else "**missed**"
+        lines.append(f"| {goal['text']} | {goal['found']:.2f} | {goal['wanted']:g} | {verdict} |")
+    for (size, slot_rank, case), group in groupby(rows, key=_panel):
+        lines += ["", f"## {size}, slots of rank {slot_rank} – {case}", ""]
+        lines += ["| contender | " + " | ".join(_HEADINGS).replace("\n", " ") + " |", "|---" + "|---:" * 8 + "|"]
+        lines += ["| " + " | ".join(_cells(row)) + " |" for row in group]
+    return "\n".join(lines)
+
+
+_HEADINGS = ("ms", "min", "CPU ms", "× PEFT", "% of a\nplain copy", "bytes", "GB/s", "outputs")
+
+
+def _panel(row: Row) -> tuple[str, int, str]:
+    return row.size, row.slot_rank, row.case
 
 
 def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
@@ -201,3 +228,7 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))

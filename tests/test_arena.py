@@ -38,7 +38,9 @@ def _adapters(root: Path, entry: Entry) -> dict[str, Path]:
         "small": {"r": unit, "lora_alpha": 3, "target_modules": targets[: (len(targets) + 1) // 2]},
         "other": {"r": 6, "use_rslora": True, "target_modules": targets[1:]},
     }
-    return {name: make_adapter(root / name, entry, seed=i, **config) for i, (name, config) in enumerate(configs.items())}
+    return {
+        name: make_adapter(root / name, entry, seed=i, **config) for i, (name, config) in enumerate(configs.items())
+    }
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -327,7 +329,9 @@ def _put_past_it(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("scale", [_update, _merge_in, _rebind_scaling, _delete_and_set, _put_past_it])
-def test_a_scaling_that_was_replaced_is_put_right_at_the_next_swap(scale: Callable[[Any], None], tmp_path: Path) -> None:
+def test_a_scaling_that_was_replaced_is_put_right_at_the_next_swap(
+    scale: Callable[[Any], None], tmp_path: Path
+) -> None:
     """Else the swap would write into a view that nobody reads."""
     entry = ZOO["mlp"]
     folders = _adapters(tmp_path, entry)
@@ -518,7 +522,9 @@ def _layout(adapter: Any, room: Mapping[str, int], dtype: torch.dtype, groups: M
     """A layout in which each target has the rank that `room` says."""
     shapes = []
     for fqn, target in adapter.targets.items():
-        parts = {suffix: _padded_shape(suffix, spec.shape, room[fqn], groups[fqn]) for suffix, spec in target.parts.items()}
+        parts = {
+            suffix: _padded_shape(suffix, spec.shape, room[fqn], groups[fqn]) for suffix, spec in target.parts.items()
+        }
         shapes.append(SlotShape(fqn, room[fqn], groups[fqn], 1, dtype, parts))
     return arrange(shapes)
 

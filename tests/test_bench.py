@@ -77,6 +77,8 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert told["settings"] == {"threads": 1, "rounds": 1}
     assert {row["size"] for row in told["rows"]} == {"tiny"}
     assert plot.read_bytes().startswith(b"\x89PNG")
+    text = report.markdown(told)
+    assert all(f"| {row['contender']} | {row['ms']:.2f} |" in text for row in told["rows"])
 
 
 def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:

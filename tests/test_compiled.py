@@ -23,7 +23,7 @@ import hotslot
 from adapters import expected_peft_warnings, make_adapter
 from compiling import WAYS, Backend
 from hotslot.testing import RecompiledError, no_recompile, same_addresses
-from oracle import assert_same_output, error, fresh, fresh_output
+from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
 from zoo import ZOO, Entry
 
 ENTRIES = ("llama", "bert", "gpt2", "conv2d", "embedding", "attention")
@@ -349,6 +349,43 @@ def test_a_plain_model_may_be_compiled_before_attaching(way: str, entry: str, fa
     assert torch.equal(entry.output(compiled, inputs), base)
     swapper.detach()
     assert torch.equal(entry.output(compiled, inputs), base)
+
+
+def test_a_target_that_was_compiled_by_itself_is_refused(family: Any) -> None:
+    """What torch.compile holds is the module without the slot: it would be called past it."""
+    entry = ZOO["mlp"]
+    model = WAYS["torch.compile(layer) each"](entry.build(), "eager")
+    before = snapshot(model)
+    with pytest.raises(hotslot.HotslotError, match=r"(?s)where: .*up"):
+        hotslot.attach(model, adapters=family(entry))
+    assert_unchanged(before, snapshot(model))
+
+
+def test_layers_that_were_compiled_after_attaching_can_be_detached(family: Any) -> None:
+    entry = ZOO["mlp"]
+    model = entry.build()
+    swapper = hotslot.attach(model, adapters=family(entry))
+    for name in ("up", "down"):
+        setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+    swapper.activate("all")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, family(entry)["all"]))
+    swapper.detach()
+    assert torch.equal(entry.output(model, entry.inputs()), entry.output(entry.build(), entry.inputs()))
+    assert not any(hasattr(module, "lora_A") for module in model.modules())
+
+
+def test_swapping_inside_inference_mode_compiles_nothing(family: Any) -> None:
+    entry, backend = ZOO["mlp"], Backend()
+    folders = family(entry)
+    swapper = hotslot.attach(model := entry.build(), adapters=folders)
+    compiled = torch.compile(model, backend=backend)
+    with torch.inference_mode():
+        compiled(**entry.inputs())
+        with no_recompile(), same_addresses(model):
+            for name in (*folders, "all"):
+                swapper.activate(name)
+                assert_same_output(compiled(**entry.inputs()).clone(), fresh_output(entry, folders[name]))
+    assert backend.graphs == 1
 
 
 # --- PEFT's functions -----------------------------------------------------------------------------------------------

@@ -292,6 +292,69 @@ def test_using_none_is_the_base_for_a_block(folders: dict[str, Path]) -> None:
         assert_same_output(output(model), before, exact=True)
 
 
+def test_using_nests(folders: dict[str, Path]) -> None:
+    model, swapper = attached(folders)
+    with swapper.using("a"), swapper.using(None):
+        with swapper.using("b"):
+            assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+        assert_same_output(output(model), output(MLP.build()), exact=True)
+    assert swapper.active == "b"
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+
+
+def test_rollback_of_an_adapter_that_was_unloaded_since(folders: dict[str, Path]) -> None:
+    model, swapper = attached(folders)
+    with pytest.raises(ModelError, match="live"):
+        swapper.unload("b")
+    swapper.activate("a")
+    swapper.unload("b")
+    assert swapper.adapters == ("a",)
+    swapper.rollback()
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    swapper.rollback()
+    assert_same_output(output(model), fresh_output(MLP, folders["a"]))
+
+
+def test_peft_cannot_load_into_slots_that_the_live_adapter_leaves_unused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT would drop the tensors in silence: `state_dict()` shows no slot that is not in use."""
+    subset = make_adapter(tmp_path, MLP, seed=8, r=2, target_modules=["inner.2"])
+    model, swapper = attached(folders)
+    swapper.load("subset", subset)
+    swapper.activate("subset")
+    with pytest.raises(ModelError, match=r"(?s)cannot load into the slot 'default'.*swapper\.load"):
+        model.load_adapter(str(folders["b"]), "default")
+    swapper.activate("b")
+    model.load_adapter(str(folders["b2"]), "default")  # the control: the same shapes as those of the live adapter
+    assert_same_output(output(model), fresh_output(MLP, folders["b2"]))
+
+
+def test_attention_is_merged_and_swapped_like_any_layer(tmp_path: Path) -> None:
+    entry = ZOO["attention"]
+    configs = {
+        "a": {"r": 4, "target_modules": ["batch_first", "mix"]},
+        "b": {"r": 2, "target_modules": ["length_first"]},
+    }
+    made = {
+        key: make_adapter(tmp_path / key, entry, seed=i, **config) for i, (key, config) in enumerate(configs.items())
+    }
+    model = entry.build()
+    swapper = hotslot.attach(model, adapters=made)
+    swapper.activate("a")
+    layers: list[Any] = [model.batch_first, model.mix]
+    for layer in layers:
+        layer.merge()
+    assert_same_output(output(model, entry), fresh_output(entry, made["a"]))
+    with pytest.raises(MergedError):
+        swapper.activate("b")
+    for layer in layers:
+        layer.unmerge()
+    assert_same_output(output(model, entry), fresh_output(entry, made["a"]))
+    swapper.activate("b")
+    assert_same_output(output(model, entry), fresh_output(entry, made["b"]))
+
+
 def test_an_adapter_that_is_not_active_can_be_swapped(folders: dict[str, Path]) -> None:
     model, swapper = attached(folders)
     model.load_adapter(str(folders["extra"]), "extra")
@@ -434,6 +497,23 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, checkpointed: bool
         optimizer.step()
         losses.append(value.item())
     return losses
+
+
+@pytest.mark.parametrize("attached_in_training", [False, True])
+def test_dropout_is_the_new_adapters(attached_in_training: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    dropout = make_adapter(tmp_path, MLP, seed=9, r=2, target_modules=["up", "inner.2"], lora_dropout=0.5)
+    model = fresh(MLP, folders["a"]).train(attached_in_training)
+    swapper = hotslot.attach(model, adapters={"dropout": dropout, "b": folders["b"]})
+    for name, folder in (("dropout", dropout), ("b", folders["b"]), ("dropout", dropout)):
+        swapper.activate(name)
+        outputs = []
+        for subject in (model, fresh(MLP, folder)):
+            subject.train()
+            with seeded():
+                outputs.append(output(subject))
+        assert_same_output(*outputs)
+        assert (error(outputs[0], output(model.eval())) > 0.01) == (name == "dropout")
+        model.train(attached_in_training)
 
 
 def test_gradient_checkpointing_of_transformers_works_after_a_swap(tmp_path: Path) -> None:
@@ -762,7 +842,10 @@ DETACHED = ("llama", "gpt2", "mlp", "embedding", "conv2d", "attention", "vision"
 def adapters_of(entry: Entry, root: Path) -> dict[str, Path]:
     """A smaller adapter on some targets, a larger one on others, with and without bias."""
     first, *_, last = entry.targets
-    configs = {"small": {"r": 2, "target_modules": [first]}, "large": {"r": 6, "target_modules": [first, last]}}
+    configs = {
+        "small": {"r": 2, "target_modules": [first], "lora_alpha": 0.7},
+        "large": {"r": 6, "target_modules": [first, last]},
+    }
     return {key: make_adapter(root / key, entry, seed=i, **config) for i, (key, config) in enumerate(configs.items())}
 
 

@@ -156,7 +156,8 @@ def prepare_model_for_compiled_hotswap(
                 if engine is None:
                     engine = _new_engine(model, name, slots[name])
                     created.append(engine)
-                engine.resize({fqn: target_rank or slot.rank for fqn, slot in slots[name].items()}, arena=True)
+                with engine.lock:
+                    engine.resize({fqn: target_rank or slot.rank for fqn, slot in slots[name].items()}, arena=True)
         except BaseException:
             for engine in created:
                 engine.release()
@@ -226,7 +227,8 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
             entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
             live.refuse_other_base(model, entry.adapter)
             live.refuse_other_parameters(model, adapter_name, entry.adapter)
-            engine.swap(State(entry))
+            with engine.lock:
+                engine.swap(State(entry))
             return
         slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
         entry = _entry(checkpoint, slots, adapter_name)
@@ -242,7 +244,8 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
                 "the new adapter's rank is above what the model was prepared for: compiled code will recompile"
             )
         try:
-            engine.swap_in(entry, wanted)
+            with engine.lock:
+                engine.swap_in(entry, wanted)
         except BaseException:
             if created:
                 engine.release()

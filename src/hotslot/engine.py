@@ -5,6 +5,7 @@ Below the Swapper, which knows names and sources, and PEFT's functions, which kn
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -96,7 +97,7 @@ class State:
 
 
 class Engine:
-    """Swaps states in the slots of a Binding. Not thread-safe: its owner holds a lock.
+    """Swaps states in the slots of a Binding. Whoever calls it holds its `lock`.
 
     Args:
         model: the model, which is not kept alive by this.
@@ -110,6 +111,7 @@ class Engine:
         self, model: nn.Module, adapter_name: str, binding: Binding, *, empty: bool, keeps_history: bool = True
     ) -> None:
         self.adapter_name = adapter_name
+        self.lock = threading.RLock()
         self.binding = binding
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
@@ -223,7 +225,9 @@ class Engine:
     def _is_live(self, target: State) -> bool:
         if target is self.live:
             return True
-        return target.entry is not None and target.entry is self.live.entry and not (target.image or self.live.image)
+        if target.entry is None or self.live.entry is None or target.image or self.live.image:
+            return False
+        return (target.name, target.version) == (self.live.name, self.live.version)
 
     def _is_foreign(self, state: State) -> bool:
         """Whether it is what came with the model, which nothing but the model has."""

@@ -6,7 +6,6 @@ is as it was.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ class Swapper:
         self._engine = engine
         self._injection = injection
         self._tier: HostTier[Entry] = HostTier()
-        self._lock = threading.RLock()
+        self._lock = engine.lock
         self._detaching = self._detached = False
         for entry in entries:
             self._tier.add(entry.name, entry)
@@ -268,7 +267,7 @@ def attach(
             found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
             hint="attach(model, adapters={name: source, …}), or name one of the model's own with adapter_name=",
         )
-    shapes = live.slot_shapes(model, [entry.adapter for entry in entries])
+    shapes = live.slot_shapes(model, [entry.adapter for entry in entries], slots)
     layout = _planned_layout(slots, shapes, resizable=not compiled)
     for entry in entries:
         live.refuse_other_base(model, entry.adapter)

@@ -21,6 +21,10 @@ _THREADS_FROM_BYTES = 32 << 20
 _HASH_THREADS = 4
 
 
+# PEFT holds these as sets, and writes them in an order of the moment.
+_SETS = ("target_modules", "exclude_modules")
+
+
 class TensorSpec(NamedTuple):
     """One tensor of a checkpoint: `checkpoint.data[start:stop]` are its bytes, C-contiguous."""
 
@@ -47,7 +51,8 @@ class Schema:
         self.tensors: Mapping[str, TensorSpec] = MappingProxyType({spec.name: spec for spec in specs})
         self.runs = _runs_of_one_dtype(specs)
         names = [[spec.name, str(spec.dtype), spec.shape, spec.start] for spec in specs]
-        self.digest = xxhash.xxh3_128_digest(json.dumps([config, names], sort_keys=True, default=str).encode())
+        stated = config | {key: sorted(config[key], key=str) for key in _SETS if isinstance(config.get(key), list)}
+        self.digest = xxhash.xxh3_128_digest(json.dumps([stated, names], sort_keys=True, default=str).encode())
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +131,7 @@ def _refuse_non_finite(schema: Schema, data: torch.Tensor, origin: str) -> None:
         if _finite(view(data, run)):
             continue
         culprit = next(spec for spec in schema.tensors.values() if not _finite(view(data, spec)))
-        values = view(data, culprit).float()
+        values = view(data, culprit).double()
         nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
         raise NonFiniteError(
             f"{origin} holds values that are not finite.",

@@ -184,22 +184,40 @@ def _from_hub(
     cache_dir: Any,
     token: str | bool | None,
 ) -> Path:
-    from huggingface_hub import errors as hub_errors
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, HFValidationError
+    from huggingface_hub import errors, hf_hub_download
 
-    # Of the HTTP client that huggingface_hub uses: which one it is changed between its major versions.
-    http_error: type[Exception] = hub_errors.HTTPError  # type: ignore[attr-defined]
-
+    kinds = _hub_errors()
+    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     try:
-        return Path(
-            hf_hub_download(repo, name, subfolder=subfolder, revision=revision, cache_dir=cache_dir, token=token)
-        )
-    except EntryNotFoundError as error:  # also a repository that is not cached when the Hub is out of reach
+        return Path(hf_hub_download(repo, name, **options))
+    except errors.EntryNotFoundError as error:  # also a repository that is not cached when the Hub is out of reach
+        if name == WEIGHTS_NAME and _hub_has_pickle(repo, options):
+            raise pickle_refused(Path(repo, PICKLE_NAME)) from error
         raise _not_found(repo, f"a folder of that name, or {name} in the Hub's repository", _said(error)) from error
-    except (http_error, HFValidationError, FileMetadataError, OSError) as error:
+    except kinds as error:
         expected = "a folder of that name, or a repository of the Hub that can be read"
         raise _not_found(repo, expected, _said(error)) from error
+
+
+def _hub_has_pickle(repo: str, options: dict[str, Any]) -> bool:
+    """Whether the repository has the weights as a pickle only; it is not downloaded."""
+    from huggingface_hub import file_exists, try_to_load_from_cache
+
+    path = f"{options['subfolder']}/{PICKLE_NAME}" if options["subfolder"] else PICKLE_NAME
+    if isinstance(try_to_load_from_cache(repo, path, options["cache_dir"], options["revision"]), str):
+        return True
+    try:
+        return bool(file_exists(repo, path, revision=options["revision"], token=options["token"]))
+    except _hub_errors():
+        return False
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Whatever huggingface_hub raises. Its HTTP client's errors are among them; which client that is has changed."""
+    from huggingface_hub import errors
+
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return *kinds, OSError
 
 
 def _said(error: Exception) -> str:

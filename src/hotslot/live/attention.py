@@ -27,14 +27,17 @@ class SlotMultiheadAttention(PeftMultiheadAttention):
         out_proj = base.out_proj  # PEFT's LoRA layer around the projection, whose own forward is never called
         in_weight, out_weight = base.in_proj_weight, out_proj.get_base_layer().weight
         out_bias = out_proj.get_base_layer().bias
+        dtype = out_weight.dtype
         for name in active:
-            in_weight = in_weight + self.get_delta_weight(name).to(out_weight.dtype)
+            in_weight = in_weight + _delta(self, name).to(dtype)
             # Twice, as PEFT has it: its merge adds out_proj's delta itself and then lets out_proj's own merge add it
-            # again, in training too, so that an adapter's weights are trained for the double.
-            delta = out_proj.get_delta_weight(name).to(out_weight.dtype)
-            out_weight = (out_weight + delta) + delta
+            # again, in training too, so that an adapter's weights are trained for the double. The second time it is
+            # added in place, past autograd and in the wider dtype of the two; and so is the bias.
+            delta = _delta(out_proj, name)
+            out_weight = ((out_weight + delta.to(dtype)) + delta.detach()).to(dtype)
             if out_proj.lora_B[name].bias is not None:  # in_proj's has no effect in PEFT
-                out_bias = out_bias + out_proj.lora_B[name].bias * out_proj.scaling[name]
+                bias = out_proj.lora_B[name].bias * out_proj.scaling[name]
+                out_bias = (out_bias + bias.detach()).to(out_bias.dtype)
         in_weight = _like(base.in_proj_weight, in_weight)
         out_weight = _like(out_proj.get_base_layer().weight, out_weight)
         weights = _Weights(base, in_weight, out_weight, _like(out_proj.get_base_layer().bias, out_bias))
@@ -51,6 +54,14 @@ class SlotMultiheadAttention(PeftMultiheadAttention):
 def use_slot_attention(layer: PeftMultiheadAttention) -> None:
     """Give a layer of PEFT's the forward of `SlotMultiheadAttention`."""
     layer.__class__ = SlotMultiheadAttention
+
+
+def _delta(layer: Any, name: str) -> torch.Tensor:
+    """PEFT's `get_delta_weight`, which gives low-precision factors on a CPU other memory."""
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if up.device.type == "cpu" and up.dtype in (torch.float16, torch.bfloat16):
+        return ((up.float() @ down.float()) * layer.scaling[name]).to(up.dtype)
+    return (up @ down) * layer.scaling[name]
 
 
 def _like(base: torch.Tensor | None, merged: torch.Tensor) -> torch.Tensor:

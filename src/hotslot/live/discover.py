@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-_COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -42,7 +42,7 @@ def base_prefix(model: nn.Module) -> str:
 
 def canonical_name(name: str, prefix: str) -> str:
     """A module's path as PEFT's files have it: without wrappers of torch.compile and of PEFT."""
-    return name.replace(_COMPILED, "").removeprefix(prefix)
+    return ".".join(part for part in name.split(".") if part != _COMPILED).removeprefix(prefix)
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

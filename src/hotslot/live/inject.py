@@ -7,17 +7,19 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..block import SlotShape
-from ..errors import UnexpectedTargetError, UnsupportedError
+from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .base import base_modules
-from .discover import lora_layers, unwrap
+from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
+from .slots import Slot
 
 _OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
 _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -29,13 +31,15 @@ class Injection:
 
     model: weakref.ref[nn.Module]
     adapter_name: str
-    replaced: list[tuple[nn.Module, str, nn.Module, Any]]  # parent, child's name, base layer, LoRA layer
+    replaced: list[tuple[dict[str, Any], str, nn.Module, Any]]  # parent's modules, name, base layer, LoRA layer
     joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
     attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
     resident: Any  # the config of an adapter of this name that was there before, or None
 
 
-def slot_shapes(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, SlotShape]:
+def slot_shapes(
+    model: nn.Module, adapters: Iterable[Adapter], slots: Mapping[str, Slot] = MappingProxyType({})
+) -> dict[str, SlotShape]:
     """The slots that a model needs for all of these adapters: the union of their targets, the largest rank of each.
 
     Raises:
@@ -46,7 +50,7 @@ def slot_shapes(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Slot
     ranks: dict[str, int] = {}
     biased: set[str] = set()
     for adapter in adapters:
-        unknown = [fqn for fqn in adapter.targets if fqn.removesuffix(_OUT_PROJ) not in modules]
+        unknown = [fqn for fqn in adapter.targets if fqn not in slots and fqn.removesuffix(_OUT_PROJ) not in modules]
         if unknown:
             raise UnexpectedTargetError(
                 f"{adapter.checkpoint.origin} targets modules that the model does not have.",
@@ -59,7 +63,12 @@ def slot_shapes(model: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Slot
             ranks[fqn] = max(ranks.get(fqn, 0), target.rank)
             if "lora_B.bias" in target.parts:
                 biased.add(fqn)
-    return {fqn: _slot_shape(fqn, modules, rank, fqn in biased) for fqn, rank in ranks.items()}
+    return {
+        fqn: slots[fqn].shape(rank, bias=fqn in biased)
+        if fqn in slots
+        else _slot_shape(fqn, modules, rank, fqn in biased)
+        for fqn, rank in ranks.items()
+    }
 
 
 def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: bool) -> SlotShape:
@@ -128,7 +137,9 @@ def _inject(
 ) -> Injection:
     from peft import inject_adapter_in_model
 
-    roots = {fqn.removesuffix(_OUT_PROJ) for fqn in shapes}
+    names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
+    roots = {names[fqn.removesuffix(_OUT_PROJ)] for fqn in shapes}
+    _refuse_compiled_targets(roots)
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     attention = _plain_attentions(inner)
@@ -150,7 +161,7 @@ def _inject(
     injection = Injection(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
-            injection.replaced.append((parent, child, layer.base_layer, layer))
+            injection.replaced.append((parent._modules, child, layer.base_layer, layer))
     by_name = dict(lora_layers(model))
     for fqn, shape in shapes.items():
         layer = by_name[fqn]
@@ -160,6 +171,18 @@ def _inject(
     if hasattr(inner, "_hf_peft_config_loaded"):
         inner.__dict__["_hf_peft_config_loaded"] = True  # transformers' own adapter methods ask it
     return injection
+
+
+def _refuse_compiled_targets(roots: Iterable[str]) -> None:
+    alone = sorted(root for root in roots if root.endswith("._orig_mod"))
+    if alone:
+        raise ModelError(
+            "A module that an adapter targets was compiled by itself.",  # its compiled call would go past the slot
+            where=", ".join(alone[:8]),
+            found=f"{len(alone)} modules wrapped by torch.compile",
+            expected="a module that is not wrapped, or one that carries its LoRA layer already",
+            hint="attach before torch.compile",
+        )
 
 
 def _plain_attentions(model: nn.Module) -> dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]]:
@@ -240,8 +263,8 @@ def remove(injection: Injection) -> None:
         others = {*layer.lora_A, *layer.lora_embedding_A} - {name}
         if others:
             layer.delete_adapter(name)
-        elif parent._modules.get(child) is layer:
-            setattr(parent, child, base)
+        elif parent.get(child) is layer:
+            parent[child] = base
     model = injection.model()
     configs = model.__dict__.get("peft_config") if model is not None else None
     if model is None or configs is None:

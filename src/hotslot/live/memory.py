@@ -54,6 +54,7 @@ class Writes:
         columns: (the arena's column of scalings, its new values), where there is an arena.
         ranks: fqn → rank that is written.
         unused: (fqn, suffix) of parts without a rank that are not written.
+        through_arena: whether all targets are views of an arena, and none of a part.
     """
 
     staged: list[Copy]
@@ -63,6 +64,7 @@ class Writes:
     columns: list[Copy]
     ranks: Mapping[str, int]
     unused: tuple[tuple[str, str], ...]
+    through_arena: bool
 
 
 class Memory:
@@ -80,7 +82,7 @@ class Memory:
         held = [entry for slot in slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
         self._owners = [entry.owner for entry in held], [entry.owner_key for entry in held]
-        self._parents = [slot.parent._modules for slot in slots.values()], [slot.child for slot in slots.values()]
+        self._parents = [slot.siblings for slot in slots.values()], [slot.child for slot in slots.values()]
         self._layers = [slot.layer for slot in slots.values()]
         self._holders = [entry.holder for entry in held]
         self._dicts = [entry.params for entry in held], [entry.key for entry in held]
@@ -112,7 +114,7 @@ class Memory:
             if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
                 return
         else:
-            slot = next(s for s in self.slots.values() if id(s.parent._modules.get(s.child)) != id(s.layer))
+            slot = next(s for s in self.slots.values() if id(s.siblings.get(s.child)) != id(s.layer))
             raise ModelError(
                 f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, merge_and_unload).",
                 where=slot.fqn,
@@ -132,8 +134,8 @@ class Memory:
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others have written it since `mark_clean`.
 
-        The first by `model.to(…)`, `param.data = …`, `layer.scaling = {…}`; the second by an optimizer, `load_state_dict`
-        or a user. Autograd's version counters tell; a write through `.data` leaves no trace there.
+        The first by `model.to(…)`, `param.data = …`, `layer.scaling = {…}`; the second by an optimizer,
+        `load_state_dict` or a user. Autograd's version counters tell; a write through `.data` leaves no trace there.
         """
         pointers: list[int] = []
         versions: list[int] = []
@@ -188,7 +190,7 @@ class Memory:
                 for column, fqns in self._scalings
             ]
             if block is None:
-                return Writes([], [], [], scalings, columns, {}, self.layout.rankless)
+                return Writes([], [], [], scalings, columns, {}, self.layout.rankless, bool(self._arenas))
             assert block.layout is self.layout
             if stage is None:
                 many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
@@ -201,7 +203,8 @@ class Memory:
             targets = self._targets[schema]
             sources = _sources(block, targets, staging)
             staged = [(buffer, block.data) for buffer in staging.values()]
-            return Writes(staged, targets, sources, scalings, columns, block.ranks, block.unused)
+            through_arena = bool(self._arenas) and not block.tiles
+            return Writes(staged, targets, sources, scalings, columns, block.ranks, block.unused, through_arena)
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
         """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
@@ -245,9 +248,7 @@ class Memory:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
             torch.autograd.graph.increment_version(self._params)
-            if (
-                clean and self._arenas
-            ):  # no part was written but through its arena: to look again would tell nothing new
+            if clean and writes.through_arena and not clear:  # each part has counted one: no need to look again
                 counted = [version + 1 for version in self._versions[: len(self._params)]]
                 self._versions = [*counted, *map(_version_of, self._arenas)]
             else:

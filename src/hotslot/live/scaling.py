@@ -29,8 +29,13 @@ class ScalingMap(dict[str, Any]):
     def release(self, adapter_name: str, *, like: Any) -> None:
         """Let the dict hold this adapter's scaling itself again: as a tensor if `like` is one, else as a float."""
         view = self._views.pop(adapter_name, None)
-        if view is not None and adapter_name in self:
-            super().__setitem__(adapter_name, view.clone() if isinstance(like, torch.Tensor) else float(view))
+        if view is None or adapter_name not in self:
+            return
+        if isinstance(like, torch.Tensor):
+            super().__setitem__(adapter_name, view.clone())
+        else:  # the view holds it in single precision: the float it came from, if it is still that one
+            same = like is not None and float(torch.tensor(like, dtype=view.dtype)) == float(view)
+            super().__setitem__(adapter_name, like if same else float(view))
 
     @property
     def bound(self) -> bool:
@@ -44,6 +49,15 @@ class ScalingMap(dict[str, Any]):
         elif value is not view:  # `scaling[name] *= 2` has already multiplied in place
             with torch.inference_mode(False), torch.no_grad():
                 view.fill_(float(value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """As dict's, each value through `__setitem__`."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __ior__(self, other: Any) -> ScalingMap:  # type: ignore[override,misc]
+        self.update(other)
+        return self
 
     def copy(self) -> ScalingMap:
         """Another map over the same views: PEFT puts a copy back after `rescale_adapter_scale`."""

@@ -40,7 +40,8 @@ class Slot:
 
     Attributes:
         fqn: the layer's path in the base model, as adapter files spell it.
-        parent, child: the module that has the layer, and under which name.
+        siblings, child: the parent's modules, and the layer's name there. (The parent itself may be the model, which
+            a slot must not keep alive.)
         layer: PEFT's layer.
         adapter_name: PEFT's name for the slot.
         groups: of a grouped convolution, else 1.
@@ -49,7 +50,7 @@ class Slot:
     """
 
     fqn: str
-    parent: nn.Module
+    siblings: Mapping[str, Any]
     child: str
     layer: LoraLayer
     adapter_name: str
@@ -142,7 +143,7 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
             experts = getattr(layer, "num_experts", 1)
-            slots[fqn] = Slot(fqn, parent, child, layer, adapter_name, groups, experts, held)
+            slots[fqn] = Slot(fqn, parent._modules, child, layer, adapter_name, groups, experts, held)
     return slots
 
 

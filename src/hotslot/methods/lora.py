@@ -121,7 +121,7 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
     init = config.get("init_lora_weights", True)
     if init not in _BENIGN_INITS:
         raise UnsupportedError(
-            f"{origin} rewrites the base weights when it is loaded.",
+            f"{origin} is initialised in a way that rewrites the base weights, or that hotslot does not know.",
             where="init_lora_weights",
             found=f"{init!r:.80}",
             expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:6]))}",
