@@ -58,10 +58,12 @@ def use_slot_attention(layer: PeftMultiheadAttention) -> None:
 
 def _delta(layer: Any, name: str) -> torch.Tensor:
     """PEFT's `get_delta_weight`, which gives low-precision factors on a CPU other memory."""
-    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    down: torch.Tensor = layer.lora_A[name].weight
+    up: torch.Tensor = layer.lora_B[name].weight
+    scaling: Any = layer.scaling[name]
     if up.device.type == "cpu" and up.dtype in (torch.float16, torch.bfloat16):
-        return ((up.float() @ down.float()) * layer.scaling[name]).to(up.dtype)
-    return (up @ down) * layer.scaling[name]
+        return ((up.float() @ down.float()) * scaling).to(up.dtype)
+    return (up @ down) * scaling
 
 
 def _like(base: torch.Tensor | None, merged: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,12 @@ def is_compiled(model: nn.Module) -> bool:
     A function compiled around the model (`torch.compile(step)`) cannot be seen from here.
     """
     optimized = torch._dynamo.eval_frame.OptimizedModule
-    return any(isinstance(module, optimized) or module._compiled_call_impl is not None for module in model.modules())
+    return any(
+        isinstance(module, optimized)
+        or module._compiled_call_impl is not None
+        or "_compiled_call" in module.__dict__  # transformers' generate, with a static cache
+        for module in model.modules()
+    )
 
 
 def base_prefix(model: nn.Module) -> str:
