@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.utils import hotswap as peft_hotswap
 from safetensors import safe_open
 from torch import nn
@@ -195,7 +195,7 @@ def _copies(twin: Bytes) -> list[Contender]:
         if buffer is None:
             buffer = torch.empty_like(twin.buffer)
         with twin.paths[adapter].open("rb", buffering=0) as file:
-            os.preadv(file.fileno(), [memoryview(buffer.numpy())], 0)
+            os.preadv(file.fileno(), [buffer.numpy().data], 0)
         twin.copy(twin.sources(buffer[twin.starts[adapter] :]))
 
     host = [twin.sources(data) for data in twin.host]
@@ -210,13 +210,13 @@ def _copies(twin: Bytes) -> list[Contender]:
     return found
 
 
-def _hotswap(function: Callable[..., None], model: PeftModel, bench: Bench, adapter: int) -> None:
+def _hotswap(function: Callable[..., None], model: nn.Module, bench: Bench, adapter: int) -> None:
     function(model, str(bench.folders[adapter]), ADAPTER_NAME, torch_device=bench.device.type)
 
 
 def _hotswap_from_state_dict(
     function: Callable[..., None],
-    model: PeftModel,
+    model: nn.Module,
     loaded: Sequence[tuple[dict[str, torch.Tensor], LoraConfig]],
     adapter: int,
 ) -> None:
@@ -224,7 +224,7 @@ def _hotswap_from_state_dict(
     function(model, tensors, ADAPTER_NAME, config)
 
 
-def _delete_and_load(model: PeftModel, bench: Bench, adapter: int) -> None:
+def _delete_and_load(model: Any, bench: Bench, adapter: int) -> None:
     model.delete_adapter(ADAPTER_NAME)
     folder, device = str(bench.folders[adapter]), bench.device.type
     model.load_adapter(folder, ADAPTER_NAME, torch_device=device, autocast_adapter_dtype=False)

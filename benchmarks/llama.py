@@ -168,7 +168,7 @@ class Bench:
             if parameter.requires_grad:
                 values = torch.randn(parameter.shape, generator=generator) * 0.02
                 parameter.data.copy_(values)
-        model.save_pretrained(self.folders[adapter])
+        model.save_pretrained(str(self.folders[adapter]))
 
 
 @contextmanager

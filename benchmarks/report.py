@@ -76,20 +76,20 @@ class Goal:
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """The goals for slots of the adapters' own rank, as far as their rows are there."""
-    ms = {(row.size, row.case.partition(":")[0], row.contender): row.ms for row in reversed(rows)}
-    drop_in, activate = ("cold", "hotslot hotswap_adapter"), ("warm", "hotslot Swapper.activate")
-    theirs, read, copy = ("cold", "PEFT hotswap_adapter"), ("cold", PLAIN_READ), ("warm", "plain copy")
+    ms = {f"{row.size} {row.case.partition(':')[0]} {row.contender}": row.ms for row in reversed(rows)}
+    drop_in, activate = "cold hotslot hotswap_adapter", "warm hotslot Swapper.activate"
+    theirs, read, copy = "cold PEFT hotswap_adapter", f"cold {PLAIN_READ}", "warm plain copy"
     wanted = [
-        ("drop-in cold, times faster than PEFT's", "9MB", theirs, drop_in, 5.0),
-        ("warm activate, times faster than PEFT's hotswap_adapter", "9MB", theirs, activate, 20.0),
-        ("warm activate, part of the plain copy's speed", "9MB", copy, activate, 0.5),
-        ("drop-in cold, part of plain read + copy's speed", "84MB", read, drop_in, 0.5),
-        ("warm activate, part of the plain copy's speed", "84MB", copy, activate, 0.5),
+        ("9MB", "drop-in cold, times faster than PEFT's", theirs, drop_in, 5.0),
+        ("9MB", "warm activate, times faster than PEFT's hotswap_adapter", theirs, activate, 20.0),
+        ("9MB", "warm activate, part of the plain copy's speed", copy, activate, 0.5),
+        ("84MB", "drop-in cold, part of plain read + copy's speed", read, drop_in, 0.5),
+        ("84MB", "warm activate, part of the plain copy's speed", copy, activate, 0.5),
     ]
     return [
-        Goal(f"{size}: {text}", ms[(size, *peer)] / ms[(size, *ours)], least)
-        for text, size, peer, ours, least in wanted
-        if (size, *peer) in ms and (size, *ours) in ms
+        Goal(f"{size}: {text}", ms[f"{size} {peer}"] / ms[f"{size} {ours}"], least)
+        for size, text, peer, ours, least in wanted
+        if f"{size} {peer}" in ms and f"{size} {ours}" in ms
     ]
 
 

@@ -1,4 +1,4 @@
-"""The arena: all bytes of a model's slots in one allocation, written exactly, and nothing left over from what was there."""
+"""The arena: all bytes of a model's slots in one allocation, written exactly, with nothing left of what was there."""
 
 from __future__ import annotations
 

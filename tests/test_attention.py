@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: what PEFT's first forward computes, at every forward, in any thread, and nothing is changed by it.
+"""nn.MultiheadAttention: every forward, in any thread, computes what PEFT's first one does, and changes nothing.
 
 PEFT adds the delta to the base weights before each forward and subtracts it after, so that only its first is exact:
 each comparison is with an oracle of its own.
@@ -141,7 +141,7 @@ def test_every_kind_of_layer_and_input(
 @pytest.mark.parametrize(
     "config",
     [{"r": 1}, {"r": 8, "lora_alpha": 2.5}, {"use_rslora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}],
-    ids=lambda config: ", ".join(config),
+    ids=", ".join,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kind_of_adapter(config: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:

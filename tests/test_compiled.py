@@ -1,4 +1,4 @@
-"""Contract 3 under torch.compile: a swap compiles nothing, moves nothing, and the compiled model computes the new adapter.
+"""Contract 3 under torch.compile: a swap compiles nothing, moves nothing, and what was compiled computes the adapter.
 
 Every backend but one runs the graphs as they are: what they compute is what the eager model computes.
 """

@@ -768,25 +768,29 @@ def test_a_parameter_that_was_replaced_is_refused(folders: dict[str, Path]) -> N
     assert_unchanged(before, snapshot(model))
 
 
-@pytest.mark.parametrize("write", ["add noise", "through data", "initialise anew"])
-def test_nothing_that_was_written_into_the_padding_survives_a_swap(write: str, folders: dict[str, Path]) -> None:
-    model, swapper = plain(folders)
+WRITES: dict[str, Callable[[nn.Parameter], object]] = {
+    "add noise": lambda weight: weight.add_(1),
+    "initialise anew": nn.init.normal_,
+    "through data": lambda weight: (weight.data.add_(1), weight.mul_(1)),  # `.data` leaves no trace by itself
+}
+
+
+@pytest.mark.parametrize("then", ["b", "a", None])
+@pytest.mark.parametrize("write", WRITES)
+def test_nothing_that_was_written_into_the_padding_survives_a_swap(
+    write: str, then: str | None, folders: dict[str, Path]
+) -> None:
+    model, swapper = plain(folders)  # rank 2 in slots of 4
     with torch.no_grad():
         for layer in lora_layers(model):
             for matrices in (layer.lora_A, layer.lora_B):
-                weight = matrices["default"].weight
-                if write == "add noise":
-                    weight.add_(1)
-                elif write == "initialise anew":
-                    nn.init.normal_(weight)
-                else:
-                    weight.data.add_(1)
-                    weight.mul_(1)  # `.data` leaves no trace by itself
-    swapper.activate("a")
-    swapper.activate("b")
-    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
-    swapper.deactivate()
-    assert_same_output(output(model), output(MLP.build()), exact=True)
+                WRITES[write](matrices["default"].weight)
+    if then is None:
+        swapper.deactivate()
+        assert_same_output(output(model), output(MLP.build()), exact=True)
+    else:
+        swapper.activate(then)
+        assert_same_output(output(model), fresh_output(MLP, folders[then]))
 
 
 def test_rescaling_for_a_block_keeps_the_slot_s_scaling(folders: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The assertions of `hotslot.testing`: each passes where it should, and fails on everything that it is there to notice."""
+"""The assertions of `hotslot.testing`: each passes where it should, and fails on all that it is there to notice."""
 
 from __future__ import annotations
 
@@ -72,9 +72,12 @@ def test_a_graph_break_that_was_compiled_around_passes(backend: Backend) -> None
 def test_an_error_of_the_block_comes_through_and_dynamos_config_with_it() -> None:
     import torch._dynamo
 
-    with pytest.raises(KeyError, match="mine"), no_recompile():
+    def fail() -> None:
         assert torch._dynamo.config.error_on_recompile
         raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), no_recompile():
+        fail()
     assert not torch._dynamo.config.error_on_recompile
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
@@ -331,9 +334,13 @@ def test_the_moved_tensor_is_named() -> None:
 
 def test_an_error_of_the_block_is_not_replaced_by_one_about_addresses() -> None:
     model = _model()
-    with pytest.raises(KeyError, match="mine"), same_addresses(model):
+
+    def fail() -> None:
         _rebind_data(model)
         raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), same_addresses(model):
+        fail()
 
 
 # --- matches_fresh_load

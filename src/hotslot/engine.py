@@ -180,7 +180,6 @@ class Engine:
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return _report(target, previous, nbytes, started, changed=True)
         except BaseException:
-            binding.forget_records()
             self._write(before, binding.room, None)
             self.live = before if before.image is not None else previous
             self.previous, self.original = history

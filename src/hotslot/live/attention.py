@@ -60,7 +60,7 @@ def _delta(layer: Any, name: str) -> torch.Tensor:
     """PEFT's `get_delta_weight`, which gives low-precision factors on a CPU other memory."""
     down: torch.Tensor = layer.lora_A[name].weight
     up: torch.Tensor = layer.lora_B[name].weight
-    scaling: Any = layer.scaling[name]
+    scaling: float = layer.scaling[name]  # or a 0-dim tensor
     if up.device.type == "cpu" and up.dtype in (torch.float16, torch.bfloat16):
         return ((up.float() @ down.float()) * scaling).to(up.dtype)
     return (up @ down) * scaling

@@ -95,10 +95,6 @@ class Binding:
         """PEFT's records as they are now."""
         return self._ledger.capture(self._model())
 
-    def forget_records(self) -> None:
-        """Do not rely on PEFT's records being what was applied last."""
-        self._ledger.forget()
-
     def apply(self, records: Records, current: Records | None = None) -> None:
         """Make PEFT's records say `records`; what `current` says is said already."""
         self._ledger.apply(records, self._model(), current)

@@ -263,7 +263,7 @@ def remove(injection: Injection) -> None:
         others = {*layer.lora_A, *layer.lora_embedding_A} - {name}
         if others:
             layer.delete_adapter(name)
-        elif parent.get(child) is layer:
+        elif child in parent and unwrap(parent[child]) is layer:
             parent[child] = base
     model = injection.model()
     configs = model.__dict__.get("peft_config") if model is not None else None

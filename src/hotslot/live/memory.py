@@ -83,7 +83,7 @@ class Memory:
         self._params = [entry.param for entry in held]
         self._owners = [entry.owner for entry in held], [entry.owner_key for entry in held]
         self._parents = [slot.siblings for slot in slots.values()], [slot.child for slot in slots.values()]
-        self._layers = [slot.layer for slot in slots.values()]
+        self._layers: list[Any] = [slot.layer for slot in slots.values()]
         self._holders = [entry.holder for entry in held]
         self._dicts = [entry.params for entry in held], [entry.key for entry in held]
         self._pointers = [param.data_ptr() for param in self._params]
@@ -110,11 +110,11 @@ class Memory:
         get: Any = dict.get
         owned, registered = map(get, *self._owners), map(get, *self._dicts)
         placed = map(get, *self._parents)
-        if all(map(is_, placed, self._layers)):
+        if all(map(is_, placed, self._layers)) or self._only_compiled():
             if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
                 return
         else:
-            slot = next(s for s in self.slots.values() if id(s.siblings.get(s.child)) != id(s.layer))
+            slot = next(s for s in self.slots.values() if not s.in_place())
             raise ModelError(
                 f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, merge_and_unload).",
                 where=slot.fqn,
@@ -130,6 +130,13 @@ class Memory:
                         expected="the Parameter that was there at attach",
                         hint="attach again",
                     )
+
+    def _only_compiled(self) -> bool:
+        """Whether all layers are where they were, if some within a `torch.compile(layer)` of their own by now."""
+        if not all(slot.in_place() for slot in self.slots.values()):
+            return False
+        self._layers = [slot.siblings[slot.child] for slot in self.slots.values()]
+        return True
 
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others have written it since `mark_clean`.

@@ -13,7 +13,7 @@ from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import PARTS
 from .corner import band, corner, fill
-from .discover import lora_layers_with_parents
+from .discover import lora_layers_with_parents, unwrap
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -119,6 +119,11 @@ class Slot:
     def fill(self, padded: torch.Tensor, suffix: str, values: torch.Tensor, rank: int) -> None:
         """See `corner.fill`."""
         fill(padded, suffix, values, rank, self.groups, self.experts)
+
+    def in_place(self) -> bool:
+        """Whether the layer is still in the model, compiled by itself or not."""
+        found = self.siblings.get(self.child)
+        return found is not None and id(unwrap(found)) == id(self.layer)
 
     def refuse_if_merged(self) -> None:
         """Raise if the adapter is merged into the base weights."""

@@ -140,19 +140,13 @@ class Ledger:
             ([hooks[fqn].__dict__ for fqn in slots], "rank"),
             ([_dropout_record(layer.lora_dropout[name]) for layer in layers], "p"),
         ]
-        self._said: tuple[Any, ...] | None = None
         self._dicts = [holder for holders, _ in columns for holder in holders]
         self._keys = [key for holders, key in columns for _ in holders]
-
-    def forget(self) -> None:
-        """Read the records anew when next asked."""
-        self._said = None
 
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
         config = peft_config(model, self._adapter_name)
-        # What was applied last is what they say: nobody but hotslot writes the records of a slot.
-        values = self._said or tuple(map(dict.__getitem__, self._dicts, self._keys))
+        values = tuple(map(dict.__getitem__, self._dicts, self._keys))
         return Records(values, dict(config.__dict__) if config is not None else None)
 
     def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
@@ -161,10 +155,8 @@ class Ledger:
         Compiled code guards none of them, but for the config object: that stays the same one.
         """
         if current is None or current.values != records.values:
-            self._said = None
             for holder, key, value in zip(self._dicts, self._keys, records.values, strict=True):
                 holder[key] = value
-        self._said = records.values
         config = peft_config(model, self._adapter_name)
         if config is not None and records.config is not None:
             # The model's copy: who edits it must not edit the adapter's.

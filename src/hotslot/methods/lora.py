@@ -72,9 +72,16 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     parameters = _strings(config, "target_parameters", origin)
     modules, copies = _by_module(checkpoint)
     for fqn, parts in modules.items():
-        # PEFT gives the output projection inside a MultiheadAttention the rank and alpha of the attention itself.
-        key = fqn.removesuffix(".base_layer.out_proj")
-        rank, alpha = ranks.of(key), alphas.of(key)
+        stated = {(ranks.of(key), alphas.of(key)) for key in _pattern_keys(fqn, parameters)}
+        if len(stated) > 1:
+            raise UnsupportedError(
+                f"{origin} adapts several bare parameters of one module, of different rank or alpha.",
+                where=fqn,
+                found=f"(rank, alpha) {sorted(stated)}",
+                expected="one rank and one alpha for a module's parameters: a file does not say which tensor is whose",
+                hint="load it with PEFT itself",
+            )
+        rank, alpha = stated.pop()
         _check_parts(fqn, parts, rank, config, origin)
         targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
     dropout = float(config.get("lora_dropout") or 0.0)
@@ -260,6 +267,17 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
 
 
 _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
+
+
+def _pattern_keys(fqn: str, parameters: tuple[str, ...]) -> list[str]:
+    """What PEFT matches the patterns against: the module's path, or for bare parameters theirs.
+
+    The output projection inside a MultiheadAttention has the rank and alpha of the attention itself.
+    """
+    root = fqn.replace(".base_layer", "")  # PEFT nests one layer for each parameter of a module
+    owned = [parameter.rpartition(".") for parameter in parameters]
+    names = [f"{root}.{name}" for owner, _, name in owned if not owner or f".{root}".endswith(f".{owner}")]
+    return names or [fqn.removesuffix(".base_layer.out_proj")]
 
 
 def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: Mapping[str, Any], origin: str) -> None:

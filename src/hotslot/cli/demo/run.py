@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
     from .decoding import Decoder
 
-_MOST_THREADS = 4  # more do not read 540 MB of weights faster, and compiled code is kept for one number of threads
+# Half of torch's threads, up to four: more read 540 MB of weights little faster, and where something else runs on all
+# cores, as many threads as cores wait for one another (measured on two busy cores: one thread 27 s, two 569 s).
+_MOST_THREADS = 4
 
 
 def run_demo(
@@ -198,7 +200,7 @@ def _few_threads() -> Iterator[None]:
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, _MOST_THREADS))
+    torch.set_num_threads(max(1, min(threads // 2, _MOST_THREADS)))
     try:
         yield
     finally:
