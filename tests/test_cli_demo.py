@@ -230,6 +230,7 @@ def test_a_config_in_words() -> None:
     assert describe(patterns | {"target_modules": "all-linear"}) == ("DoRA", "2–16", "all-linear")
     layers = {"use_rslora": True, "target_modules": ["down_proj"], "layers_to_transform": [3, 1, 2]}
     assert describe({"peft_type": "LORA", "r": 4} | layers) == ("rsLoRA", "4", "down, layers 1–3")
+    assert describe({"peft_type": "LORA", "r": 4} | layers | {"layers_to_transform": [1, 5]})[2] == "down, 2 layers"
 
 
 def test_an_installed_wheel_without_the_adapters_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -554,7 +554,9 @@ def test_backward_over_values_that_a_swap_overwrote_raises(swap: str | None, fol
         value.backward()
         assert all(param.grad is not None for param in params)
         return
+    versions = [param._version for param in params]
     SWAPS[swap](model, swapper, folders)
+    assert all(param._version > version for param, version in zip(params, versions, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
 

@@ -63,7 +63,8 @@ def describe(config: Mapping[str, Any]) -> tuple[str, str, str]:
         targets = " ".join(sorted(name.removesuffix("_proj") for name in targets))
     layers = config.get("layers_to_transform")
     if isinstance(layers, list) and layers:
-        targets += f", layers {min(layers)}–{max(layers)}"
+        gapless = len(layers) == max(layers) - min(layers) + 1 > 1
+        targets += f", layers {min(layers)}–{max(layers)}" if gapless else f", {len(layers)} layers"
     return method, rank, targets
 
 

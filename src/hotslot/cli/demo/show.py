@@ -108,7 +108,8 @@ def summary(console: Console, result: DemoResult, cache: str) -> None:
     padded = any(a.swap is not None and a.swap.copy_kind != "flat" for a in result.adapters)
     console.print(
         "swap: from host memory, from the adapter of the row above (the first: of the last row). PEFT: on a model of "
-        "its own, from host memory (from its file).\nof a copy: 100% is the speed of a plain copy of the same bytes"
+        "its own, from host memory (from its file).\nof a copy: 100% is the speed of a plain copy of the same bytes, "
+        "which neither converts them to the model's dtype nor clears what the last adapter leaves"
         + ("; *: copied tensor by tensor, into slots of a larger rank." if padded else "."),
         style="dim",
     )
