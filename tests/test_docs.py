@@ -127,7 +127,7 @@ def test_relative_links_resolve(document: Path) -> None:
 @in_every_document
 def test_paths_and_tests_that_are_named_exist(document: Path) -> None:
     text = document.read_text()
-    paths = re.findall(r"\b((?:tests|benchmarks|scripts|docs|demo|src)/[\w/.]*\w)", text)
+    paths = re.findall(r"\b((?:tests|benchmarks|scripts|docs|demo|src)/[\w/.-]*\w)", text)
     if document.name != "CONTRIBUTING.md":  # its commands have examples
         assert [path for path in paths if not (ROOT / path).exists()] == []
     for path, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
