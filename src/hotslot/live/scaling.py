@@ -28,14 +28,14 @@ class ScalingMap(dict[str, Any]):
 
     def release(self, adapter_name: str, *, like: Any) -> None:
         """Let the dict hold this adapter's scaling itself again: as a tensor if `like` is one, else as a float."""
-        view = self._views.pop(adapter_name, None)
-        if view is None or adapter_name not in self:
-            return
-        if isinstance(like, torch.Tensor):
-            super().__setitem__(adapter_name, view.clone())
-        else:  # the view holds it in single precision: the float it came from, if it is still that one
-            same = like is not None and float(torch.tensor(like, dtype=view.dtype)) == float(view)
-            super().__setitem__(adapter_name, like if same else float(view))
+        view = self._views.get(adapter_name)
+        if view is not None and adapter_name in self:
+            if isinstance(like, torch.Tensor):
+                super().__setitem__(adapter_name, view.clone())
+            else:  # the view holds it in single precision: the float it came from, if it is still that one
+                same = like is not None and float(torch.tensor(like, dtype=view.dtype)) == float(view)
+                super().__setitem__(adapter_name, like if same else float(view))
+        self._views.pop(adapter_name, None)  # last: a call that was broken off may be repeated
 
     @property
     def bound(self) -> bool:
