@@ -164,6 +164,7 @@ def test_attaching_and_swapping_inside_inference_mode_leaves_a_model_that_trains
         swapper.activate("small")
         _layers(model)["up"].scaling["default"] = 1.5
         swapper.activate("other")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, folders["other"]))
     params = _slot_params(model)
     assert not any(param.is_inference() for param in params.values())
     assert not any(layer.scaling["default"].is_inference() for layer in _layers(model).values())
@@ -171,6 +172,18 @@ def test_attaching_and_swapping_inside_inference_mode_leaves_a_model_that_trains
         param.requires_grad_(True)
     model(**entry.inputs()).sum().backward()
     assert all(param.grad is not None for name, param in params.items())
+
+
+def test_a_swap_counts_up_the_version_of_every_part(tmp_path: Path) -> None:
+    """Whether it writes the arena in one piece or each part by itself. Reading counts nothing."""
+    entry = ZOO["mlp"]
+    swapper = hotslot.attach(model := entry.build(), adapters=_adapters(tmp_path, entry))
+    for change in (lambda: swapper.activate("dense"), lambda: swapper.activate("small"), swapper.deactivate):
+        before = {name: param._version for name, param in _slot_params(model).items()}
+        model(**entry.inputs())
+        assert {name: param._version for name, param in _slot_params(model).items()} == before
+        change()
+        assert all(param._version > before[name] for name, param in _slot_params(model).items())
 
 
 def test_a_swap_between_forward_and_backward_is_noticed_by_autograd(tmp_path: Path) -> None:
@@ -398,10 +411,12 @@ def test_the_staged_path_writes_the_same_bytes(entry: Entry, tmp_path: Path, mon
 
     monkeypatch.setattr(Memory, "compile", compile_staged)
     through = hotslot.attach(other := entry.build(), adapters=folders)
+    last = _contents(other)
     for name in ("dense", "small", "other", "small", "dense", "other", "dense"):
         direct.activate(name)
         through.activate(name)
-        assert _contents(one) == _contents(other)
+        assert _contents(one) == _contents(other) != last
+        last = _contents(other)
     assert max(staged) == 1
 
 
@@ -415,6 +430,7 @@ def test_nothing_is_left_of_a_larger_adapter(entry: Entry, tmp_path: Path) -> No
         first[name] = _contents(model)
     swapper = hotslot.attach(model := entry.build(), adapters=folders)
     neutral = _contents(model)
+    assert all(one != other for one, other in itertools.combinations([neutral, *first.values()], 2))  # the control
     for before, after in itertools.permutations(folders, 2):
         swapper.activate(before)
         swapper.activate(after)
@@ -706,5 +722,6 @@ def _prepared() -> tuple[Entry, dict[str, Path], dict[str | None, dict[str, byte
             swapper = hotslot.attach(model := entry.build(), adapters=folders)
             swapper.activate(name) if name is not None else swapper.deactivate()
             first[name] = _contents(model)
+        assert all(one != other for one, other in itertools.combinations(first.values(), 2))  # the control
         _made.append((entry, folders, first))
     return _made[1]

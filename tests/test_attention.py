@@ -120,6 +120,9 @@ def _unbatched(dtype: torch.dtype) -> tuple[Tensor, ...]:
     return x, x, x
 
 
+INPUTS = {"self": _self_attention, "cross": partial(_cross, torch.float32)}  # they take different kernels
+
+
 @pytest.mark.parametrize("make_inputs", [_self_attention, _cross, _unbatched])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -154,10 +157,11 @@ def test_every_kind_of_adapter(config: dict[str, Any], dtype: torch.dtype, tmp_p
     assert error(got[0], base[0]) > 0.01  # the control: the adapter does something
 
 
-def test_a_trainable_base_stays_exact_in_the_neutral_state_and_close_in_others(tmp_path: Path) -> None:
-    entry = _entry(batch_first=True)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_a_trainable_base_stays_exact_in_the_neutral_state_and_close_in_others(kind: str, tmp_path: Path) -> None:
+    """torch's linear takes another kernel for a weight that wants a gradient."""
+    entry, inputs = _entry(batch_first=True), INPUTS[kind]()
     folder = _adapter(tmp_path, entry)
-    inputs = _self_attention()
     model = entry.build()  # as it was made: its weights want gradients
     swapper = hotslot.attach(model, adapters={"new": folder})
     for grad in (False, True):
@@ -224,6 +228,7 @@ def test_two_hundred_forwards_change_no_bit(dtype: torch.dtype, tmp_path: Path) 
         for _ in range(200):
             last = model(*inputs)
     _assert_equal(last, first)
+    assert error(first[0], entry.build(dtype=dtype)(*inputs)[0].detach()) > 0.01  # the control: the adapter is live
     assert_unchanged(before, snapshot(model))
     assert all(now is then for now, then in zip(_base_weights(model), weights, strict=True))
 
@@ -259,7 +264,7 @@ def test_low_precision_adapters_stay_where_they_are(dtype: torch.dtype, tmp_path
     with torch.no_grad(), same_addresses(model):
         _assert_equal(model(*inputs), load()(*inputs))
         swapper.deactivate()
-        model(*inputs)
+        _assert_equal(model(*inputs), entry.build(dtype=dtype).requires_grad_(False)(*inputs))
         swapper.activate("new")
         _assert_equal(model(*inputs), load()(*inputs))
     assert model.base_model.model.attention.lora_A["default"].weight.dtype == dtype
@@ -361,9 +366,6 @@ class Schedule:
             self.results.append(error)
 
 
-INPUTS = {"self": _self_attention, "cross": partial(_cross, torch.float32)}  # they take different kernels
-
-
 @pytest.mark.parametrize("kind", INPUTS)
 def test_four_threads_inside_one_forward_each_compute_the_adapter(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -415,10 +417,10 @@ def _in_threads(count: int, call: Callable[[], Any]) -> list[Any]:
 def test_threads_that_run_freely(tmp_path: Path) -> None:
     """On the kernel for self-attention too, switching as often as Python can."""
     entry = _entry(batch_first=True)
-    model = _attached(entry, _adapter(tmp_path, entry))
-    inputs = _self_attention()
+    folder, inputs = _adapter(tmp_path, entry), _self_attention()
+    model = _attached(entry, folder)
     with torch.no_grad():
-        want = model(*inputs)[0]
+        want = fresh(entry, folder)(*inputs)[0]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

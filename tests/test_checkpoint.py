@@ -518,7 +518,7 @@ def test_file_that_is_written_while_it_is_read_is_refused(
 
     write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))
     smaller = {name: tensor[:1] for name, tensor in load_file(folder / WEIGHTS).items()}
-    renamed = {f"{name}x": tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    renamed = {name.replace(".up.", ".uq."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     original = sources.read_data
     for other in (smaller, renamed):
         write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))

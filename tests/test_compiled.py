@@ -307,12 +307,15 @@ def test_attaching_to_a_model_that_generate_has_compiled_moves_no_pointer(family
     """transformers keeps what it has compiled itself; on a GPU it does so unasked."""
     entry, backend = ZOO["llama"], Backend()
     folder = family(entry)["all"]
+    other = _with(folder, entry, seed=5)  # same rank and alpha
     model, prompt = fresh(entry, folder), entry.inputs()["input_ids"]
-    before = _generate(model, prompt, backend)
+    before, after = _generate(model, prompt, backend), _generate(fresh(entry, other), prompt)
     with no_recompile(), same_addresses(model):
-        swapper = hotslot.attach(model, adapters={"all": folder})
-        swapper.activate("all")
+        swapper = hotslot.attach(model, adapters={"other": other})
         assert torch.equal(_generate(model, prompt, backend), before)
+        swapper.activate("other")
+        assert torch.equal(_generate(model, prompt, backend), after)
+    assert not torch.equal(after, before)
     assert backend.graphs == 1
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import hotslot
 from adapters import expected_peft_warnings, make_adapter
 from hotslot.errors import MergedError, ModelError
-from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
+from oracle import assert_same_output, assert_unchanged, differences, error, fresh, fresh_output, snapshot
 from zoo import ZOO, Entry
 
 MLP, LLAMA = ZOO["mlp"], ZOO["llama"]
@@ -353,6 +353,20 @@ def test_attention_is_merged_and_swapped_like_any_layer(tmp_path: Path) -> None:
     assert_same_output(output(model, entry), fresh_output(entry, made["a"]))
     swapper.activate("b")
     assert_same_output(output(model, entry), fresh_output(entry, made["b"]))
+
+
+def test_attention_runs_without_touching_its_base_weights(tmp_path: Path) -> None:
+    """PEFT's own adds the delta and takes it away again at each call, which leaves a rounding behind."""
+    entry = ZOO["attention"]
+    folder = make_adapter(tmp_path, entry, seed=0, r=4, target_modules=["batch_first", "length_first"])
+    model, control = fresh(entry, folder), fresh(entry, folder)
+    hotslot.attach(model, adapters={"a": folder}).activate("a")
+    before = snapshot(model), snapshot(control)
+    for _ in range(3):
+        assert_same_output(output(model, entry), fresh_output(entry, folder), exact=True)
+        output(control, entry)
+    assert_unchanged(before[0], snapshot(model))
+    assert differences(before[1], snapshot(control))
 
 
 def test_an_adapter_that_is_not_active_can_be_swapped(folders: dict[str, Path]) -> None:

@@ -343,6 +343,10 @@ def _on_disk(name: str, change: Callable[[Any], Any], says: str = "", *, header:
     return Defect(name, make, errors.CorruptFileError, says or WEIGHTS, ways=FILES, on_disk=True)
 
 
+def _add(name: str, **fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda header: header.update({name: {"dtype": "F32", **fields}})
+
+
 def _same_range(header: dict[str, Any]) -> None:
     header[UP_A]["data_offsets"] = list(header[f"{P}down.lora_A.weight"]["data_offsets"])
     header[UP_A]["shape"] = list(header[f"{P}down.lora_A.weight"]["shape"])
@@ -422,7 +426,7 @@ _FILE_DEFECTS = [
     _on_disk("a nested shape", partial(_entry, "shape", [[4, 12]]), UP_A),
     _on_disk("a shape larger than its range", partial(_entry, "shape", [4, 13]), UP_A),
     _on_disk("a huge shape", partial(_entry, "shape", [2**40, 2**40]), UP_A),
-    _on_disk("a huge shape of no bytes", partial(_entry, "shape", [0, 2**63]), UP_A),
+    _on_disk("a huge shape of no bytes", _add("huge", shape=[0, 2**63], data_offsets=[0, 0]), "huge"),
     _on_disk("a shape that overflows to its range", partial(_entry, "shape", [2**62, 4, 48]), UP_A),
     _on_disk("negative offsets", partial(_entry, "data_offsets", [-192, 0]), UP_A),
     _on_disk("reversed offsets", partial(_entry, "data_offsets", [192, 0]), UP_A),
