@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -140,44 +142,38 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_large_file_is_read_by_threads(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, pools = load_file(large / WEIGHTS), []
-    count_pools(monkeypatch, pools)
+    expected = load_file(large / WEIGHTS)
+    names = threads_that_digest(monkeypatch)
     assert_holds(checkpoint.read(large), expected)
-    assert pools == ["read", "hash"]
+    assert names
+    assert all(name.startswith("hotslot-read") for name in names)
+    monkeypatch.setattr("hotslot.checkpoint.checkpoint._THREADS_FROM_BYTES", 1 << 40)
+    names.clear()
+    assert_holds(checkpoint.read(large), expected)
+    assert names == {threading.current_thread().name}  # the control: a smaller one is read by whoever asks
 
 
-def count_pools(monkeypatch: pytest.MonkeyPatch, pools: list[str]) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+def threads_that_digest(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    names: set[str] = set()
+    digest = xxhash.xxh3_128_digest
 
-    for module, use in (("safetensors_file", "read"), ("checkpoint", "hash")):
+    def noted(data: Any) -> bytes:
+        if isinstance(data, memoryview):
+            names.add(threading.current_thread().name)
+        return digest(data)
 
-        class Counted(ThreadPoolExecutor):
-            use_of_it = use
-
-            def __init__(self, *args: Any) -> None:
-                pools.append(self.use_of_it)
-                super().__init__(*args)
-
-        monkeypatch.setattr(f"hotslot.checkpoint.{module}.ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(xxhash, "xxh3_128_digest", noted)
+    return names
 
 
-@pytest.mark.parametrize("threads", [1, 5])
-def test_version_and_bytes_do_not_depend_on_threads(large: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_and_bytes_do_not_depend_on_threads(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = checkpoint.read(large)
-    monkeypatch.setattr("hotslot.checkpoint.safetensors_file._READ_THREADS", threads)
-    monkeypatch.setattr("hotslot.checkpoint.safetensors_file._READ_CHUNK_BYTES", 1_000_003)
-    monkeypatch.setattr("hotslot.checkpoint.checkpoint._HASH_THREADS", threads)
-    unusual = checkpoint.read(large)
-    assert unusual.version == usual.version
-    assert torch.equal(unusual.data, usual.data)
-    for module in ("safetensors_file", "checkpoint"):
-        monkeypatch.setattr(f"hotslot.checkpoint.{module}._THREADS_FROM_BYTES", 1 << 40)
-    pools: list[str] = []
-    count_pools(monkeypatch, pools)
+    monkeypatch.setattr("hotslot.checkpoint.checkpoint._THREADS_FROM_BYTES", 1 << 40)
     alone = checkpoint.read(large)
-    assert not pools
     assert alone.version == usual.version
     assert torch.equal(alone.data, usual.data)
+    given = checkpoint.from_tensors(load_file(large / WEIGHTS), config_of(large))
+    assert given.version == usual.version
 
 
 def test_any_bit_of_a_large_file_changes_the_version(large: Path, tmp_path: Path) -> None:
@@ -519,16 +515,16 @@ def test_file_that_is_written_while_it_is_read_is_refused(
     write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))
     smaller = {name: tensor[:1] for name, tensor in load_file(folder / WEIGHTS).items()}
     renamed = {name.replace(".up.", ".uq."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    original = sources.read_data
+    original = sources.open_data
     for other in (smaller, renamed):
         write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))
 
-        def read_data(*args: Any, other: dict[str, Tensor] = other, **kwargs: Any) -> Tensor:
+        def open_data(*args: Any, other: dict[str, Tensor] = other, **kwargs: Any) -> Any:
             write(tmp_path, other, config_of(folder))
             return original(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sources, "read_data", read_data)
+            patch.setattr(sources, "open_data", open_data)
             with pytest.raises(errors.CorruptFileError, match=WEIGHTS):
                 checkpoint.read(tmp_path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -201,11 +201,13 @@ class Engine:
             return self.swap(State(entry))
         self._refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
-        undo = self.binding.resize(room, arena=self.binding.arena, biased=biased)
+        undo: Callable[[], None] | None = None
         try:
+            undo = self.binding.resize(room, arena=self.binding.arena, biased=biased)
             return self.swap(State(entry))
         except BaseException:
-            undo()
+            if undo is not None:
+                undo()
             raise
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
@@ -241,17 +243,18 @@ class Engine:
     def _write(self, target: State, occupied: Mapping[str, int], said: Records | None, *, clean: bool = False) -> None:
         """Put `target` into the model, whose slots may hold values up to `occupied` and whose records say `said`."""
         memory, records = self.binding.memory, target.records
+        compiled = target.entry.compile(self.binding) if target.entry is not None else None
+        if records is None:
+            assert compiled is not None
+            records = compiled.records
+        self.binding.apply(records, said)  # before the copy, which takes all else out of the cache
         if target.image is not None:
             memory.restore(target.image)
-        elif target.entry is not None:
-            compiled = target.entry.compile(self.binding)
+        elif compiled is not None:
             memory.write(compiled.writes, occupied, clean=clean)
-            records = records or compiled.records
         else:
             nothing = memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING))
             memory.write(nothing, occupied, clean=clean)
-        assert records is not None
-        self.binding.apply(records, said)
 
 
 def _report(target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:

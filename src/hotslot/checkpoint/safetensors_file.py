@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import CorruptFileError, PickleRefusedError, TensorError
 from .buffers import host_buffer
-from .checkpoint import TensorSpec
+from .checkpoint import Fill, TensorSpec
 from .limits import MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 
 FLOAT_DTYPES = {
@@ -31,10 +31,6 @@ FLOAT_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _OTHER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64", "F8_E8M0", "F4"})
-# One thread reads the page cache at 4-5 GB/s, eight at 25; below this size starting them costs more than it saves.
-_READ_CHUNK_BYTES = 8 << 20
-_READ_THREADS = 8
-_THREADS_FROM_BYTES = 32 << 20
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -57,23 +53,38 @@ def read_header(path: Path) -> bytes:
         return bytes(file.read(length))
 
 
-def read_data(path: Path, header: bytes, specs: list[TensorSpec], *, pin_memory: bool = False) -> torch.Tensor:
-    """The bytes of all tensors behind `header`, each at its spec's place, in one 1-D uint8 tensor.
+@contextmanager
+def open_data(
+    path: Path, header: bytes, specs: list[TensorSpec], *, pin_memory: bool = False
+) -> Iterator[tuple[torch.Tensor, Fill]]:
+    """Memory for the bytes behind `header`, each tensor's at its spec's place, and what reads them into it.
+
+    Yields:
+        A 1-D uint8 tensor with anything in it, and a function that fills its bytes from start to stop. It may be called
+        by several threads; it raises CorruptFileError if the file has become shorter.
 
     Raises:
         CorruptFileError: the file is longer or shorter than its header says, or has another header by now.
     """
-    start = 8 + len(header)
-    size = start + sum(spec.stop - spec.start for spec in specs)
+    begin = 8 + len(header)
+    size = begin + sum(spec.stop - spec.start for spec in specs)
     with open(path, "rb", buffering=0) as file:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
-        if file.read(start)[8:] != header:
+        if file.read(begin)[8:] != header:
             raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
-        data = host_buffer(size - start, pin_memory=pin_memory)
-        _read_into(file.fileno(), data.numpy().data, start, path)
-    return data
+        data = host_buffer(size - begin, pin_memory=pin_memory)
+        target = data.numpy().data
+
+        def fill(start: int, stop: int) -> None:
+            while start < stop:
+                count = os.preadv(file.fileno(), [target[start:stop]], begin + start)
+                if count == 0:
+                    raise _corrupt(path, f"an end after {begin + start:,} bytes", f"{size:,} bytes by its header")
+                start += count
+
+        yield data, fill
 
 
 def parse_header(header: bytes, path: Path) -> list[TensorSpec]:
@@ -162,24 +173,6 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
 
 def _naturals(values: Any) -> bool:
     return type(values) is list and all(type(n) is int and n >= 0 for n in values)
-
-
-def _read_into(descriptor: int, target: memoryview, offset: int, path: Path) -> None:
-    def read(start: int) -> None:
-        stop = min(start + _READ_CHUNK_BYTES, len(target))
-        while start < stop:
-            count = os.preadv(descriptor, [target[start:stop]], offset + start)
-            if count == 0:
-                raise _corrupt(path, f"an end after {offset + start:,} bytes", f"{offset + len(target):,} bytes")
-            start += count
-
-    starts = range(0, len(target), _READ_CHUNK_BYTES)
-    if len(target) < _THREADS_FROM_BYTES:
-        for start in starts:
-            read(start)
-        return
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        list(pool.map(read, starts))
 
 
 def _corrupt(path: Path, found: str, expected: str, where: str | None = None) -> CorruptFileError:

@@ -18,7 +18,7 @@ from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorErro
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec, view
 from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH
-from .safetensors_file import FLOAT_DTYPES, aligned, is_aligned, parse_header, pickle_refused, read_data, read_header
+from .safetensors_file import FLOAT_DTYPES, aligned, is_aligned, open_data, parse_header, pickle_refused, read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -84,18 +84,16 @@ def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) ->
     text = _config_text(folder / CONFIG_NAME) if config is None else json.dumps(config_dict(config)).encode()
     header = read_header(weights)
     schema = _schemas.get(header, text)
-    if schema is not None:
-        specs = list(schema.tensors.values())
-        return Checkpoint.checked(schema, read_data(weights, header, specs, pin_memory=pin_memory), origin)
-    specs = parse_header(header, weights)
-    parsed = _parse_config(text, folder / CONFIG_NAME)
-    data = read_data(weights, header, specs, pin_memory=pin_memory)
-    in_order = is_aligned(specs)
-    specs, data = aligned(specs, data)
-    schema = Schema(parsed, specs)
-    if in_order:
+    specs = list(schema.tensors.values()) if schema is not None else parse_header(header, weights)
+    if schema is None and is_aligned(specs):
+        schema = Schema(_parse_config(text, folder / CONFIG_NAME), specs)
         _schemas.put(header, text, schema)
-    return Checkpoint.checked(schema, data, origin)
+    with open_data(weights, header, specs, pin_memory=pin_memory) as (data, fill):
+        if schema is not None:
+            return Checkpoint.checked(schema, data, origin, fill)
+        fill(0, data.numel())
+    specs, data = aligned(specs, data)
+    return Checkpoint.checked(Schema(_parse_config(text, folder / CONFIG_NAME), specs), data, origin)
 
 
 class _Schemas:

@@ -15,10 +15,11 @@ from ..errors import ModelError
 from ..methods import PARTS, Adapter
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
+from .ledger import Ledger
 from .memory import Homes, bind, note_sizes
 from .scaling import ScalingMap
-from .slots import Slot
-from .state import Ledger, Records, adapter_records, build_config
+from .slots import Slot, compact
+from .state import Records, adapter_records, build_config
 from .state_dict import TrueRank
 
 
@@ -60,13 +61,15 @@ class Binding:
         self._biased: set[str] = set()
         self._handles: list[Any] = []
         self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
-        live = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
+        self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         homes = Homes(slots)
         try:
+            if arena and not _bound(slots):
+                compact(slots)
             self._add_biases(biased)
-            self.memory = bind(slots, live, ranks, arena=arena)
-            self._install(live, compiled=is_compiled(model))
-            self._ledger = Ledger(slots, self.hooks)
+            self.memory = bind(slots, self._ranks, ranks, arena=arena)
+            self._install(compiled=is_compiled(model))
+            self._ledger = Ledger(slots, self._ranks, watch=arena)
         except BaseException:
             self._uninstall()
             homes.put_back()
@@ -77,7 +80,7 @@ class Binding:
     @property
     def live_ranks(self) -> dict[str, int]:
         """Fqn → rank up to which the slot holds values of the live adapter."""
-        return {fqn: hook.rank for fqn, hook in self.hooks.items()}
+        return dict(self._ranks)
 
     @property
     def room(self) -> dict[str, int]:
@@ -135,16 +138,20 @@ class Binding:
         """
         undo, (_, dirty) = self._undo(), self.memory.moved_and_dirty()
         try:
+            if arena and not self.arena:
+                if not _bound(self.slots):
+                    compact(self.slots)
+                self._ledger = Ledger(self.slots, self._ranks, watch=True)
             self._add_biases(biased)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
             self.arena = arena
             self._records.clear()
             if dirty:
                 self.memory.mark_dirty()
+            return undo
         except BaseException:
             undo()
             raise
-        return undo
 
     def _undo(self) -> Callable[[], None]:
         memory, arena, slots, biased = self.memory, self.arena, dict(self.slots), set(self._biased)
@@ -172,9 +179,9 @@ class Binding:
 
     # -- on and off ----------------------------------------------------------------------------------------------------
 
-    def _install(self, live: Mapping[str, int], *, compiled: bool) -> None:
+    def _install(self, *, compiled: bool) -> None:
         for fqn, slot in self.slots.items():
-            hook = self.hooks[fqn] = TrueRank(slot.adapter_name, slot.groups, slot.experts, slot.params, live[fqn])
+            hook = self.hooks[fqn] = TrueRank(slot, self._ranks)
             layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
             self._handles.append(layer.register_state_dict_post_hook(hook))
             self._handles.append(layer.register_load_state_dict_pre_hook(hook.on_load))
@@ -217,6 +224,7 @@ class Binding:
         note_sizes(self.slots)
         for fqn, slot in self.slots.items():
             self._release_scaling(slot, self._scalings[fqn])
+        self._ledger.release()
 
     def _uninstall(self) -> None:
         for param, _ in self._originals.values():
@@ -254,6 +262,11 @@ def _pickle_alone(param: nn.Parameter) -> None:
 
 def _keyed(slot: Slot) -> list[tuple[tuple[str, str], Any]]:
     return [((slot.fqn, suffix), held) for suffix, held in slot.held.items()]
+
+
+def _bound(slots: Mapping[str, Slot]) -> bool:
+    """Whether another adapter of these layers is bound: it has looked up their dicts."""
+    return any(isinstance(slot.layer.scaling, ScalingMap) for slot in slots.values())
 
 
 def _live_rank(slot: Slot) -> int:

@@ -27,6 +27,7 @@ from .scaling import ScalingMap
 from .slots import Slot
 
 Copy = tuple[torch.Tensor, torch.Tensor]
+_SCALING_BYTES = 16  # inductor assumes this alignment of what it was compiled with
 _CHUNK = 32  # tensors whose Python and C++ objects fit the first-level cache
 _version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
@@ -81,10 +82,12 @@ class Memory:
         # The fields of all parts' Held as lists: a swap looks at each of hundreds.
         held = [entry for slot in slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
-        self._owners = [entry.owner for entry in held], [entry.owner_key for entry in held]
         self._parents = [slot.siblings for slot in slots.values()], [slot.child for slot in slots.values()]
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
-        self._holders = [entry.holder for entry in held]
+        # One of each slot: PEFT puts in and takes out an adapter's A and B together.
+        firsts = [next(iter(slot.held.values())) for slot in slots.values()]
+        self._owners = [entry.owner for entry in firsts], [entry.owner_key for entry in firsts]
+        self._holders = [entry.holder for entry in firsts]
         self._dicts = [entry.params for entry in held], [entry.key for entry in held]
         self._pointers = [param.data_ptr() for param in self._params]
         self._views = {
@@ -99,7 +102,8 @@ class Memory:
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
         self._chunks = [self._params[i : i + _CHUNK] for i in range(0, len(self._params), _CHUNK)]
         self._arenas = [arena for arena in arenas if arena is not None]  # scalings share their counters
-        self._scaling_views: list[tuple[Any, str, torch.Tensor]] = []
+        # The layers' __dict__, "scaling", the map that is to be there, the adapter's name, its view.
+        self._scaling_views: tuple[list[Any], ...] = [], [], [], [], []
         self._versions: list[int] = []
         self.mark_clean()
 
@@ -150,10 +154,10 @@ class Memory:
             pointers += map(torch.Tensor.data_ptr, chunk)
             versions += map(_version_of, chunk)
         versions += map(_version_of, self._arenas)
-        moved = pointers != self._pointers or any(
-            layer.scaling.get(name) is not view for layer, name, view in self._scaling_views
-        )
-        return moved, versions != self._versions
+        get: Any = dict.get
+        layers, keys, maps, names, views = self._scaling_views
+        scaled = all(map(is_, map(get, layers, keys), maps)) and all(map(is_, map(get, maps, names), views))
+        return pointers != self._pointers or not scaled, versions != self._versions
 
     def mark_clean(self) -> None:
         """Take what is live now as written by hotslot."""
@@ -168,17 +172,18 @@ class Memory:
 
     def bind_scalings(self) -> None:
         """Let the arena's tail hold the layers' scalings, with the values that they have."""
-        self._scaling_views.clear()
+        found = []
         for column, fqns in self._scalings:
             for i, fqn in enumerate(fqns):
                 layer, name = self.slots[fqn].layer, self.slots[fqn].adapter_name
                 view = column[i]
                 view.fill_(float(layer.scaling[name]))
-                self._scaling_views.append((layer, name, view))
                 if isinstance(layer.scaling, ScalingMap):
                     layer.scaling.bind(name, view)
                 else:
                     layer.scaling = ScalingMap(layer.scaling, name, view)
+                found.append((layer.__dict__, "scaling", layer.scaling, name, view))
+        self._scaling_views = tuple(map(list, zip(*found, strict=True)))
         self.mark_clean()
 
     # -- writing ----------------------------------------------------------------------------------------------------
@@ -241,6 +246,8 @@ class Memory:
         """
         clear = self._leftovers(occupied, writes)
         with torch.inference_mode(False), torch.no_grad():
+            # Before the copy, which takes all else out of the cache.
+            torch.autograd.graph.increment_version(self._params)
             if clear:
                 torch._foreach_zero_(clear)
             for buffer, data in writes.staged:
@@ -254,7 +261,6 @@ class Memory:
             if not writes.columns:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
-            torch.autograd.graph.increment_version(self._params)
             if clean and writes.through_arena and not clear:  # each part has counted one: no need to look again
                 counted = [version + 1 for version in self._versions[: len(self._params)]]
                 self._versions = [*counted, *map(_version_of, self._arenas)]
@@ -431,7 +437,7 @@ def _homes(
 
 
 def _with_scalings(size: int, slots: int) -> int:
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + slots * ALIGNMENT_BYTES
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + slots * _SCALING_BYTES
 
 
 def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
@@ -442,12 +448,12 @@ def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
 def _scaling_column(
     arena: torch.Tensor, slots: Mapping[str, Slot], region: int, layout: Layout
 ) -> tuple[torch.Tensor, list[str]]:
-    """One scaling in each 64 bytes of the arena's tail as one strided view, and the slots they belong to."""
+    """One scaling in each 16 bytes of the arena's tail as one strided view, and the slots they belong to."""
     fqns = [
         fqn for fqn, slot in slots.items() if any(layout.places[fqn, suffix].region == region for suffix in slot.held)
     ]
     dtype = _scaling_dtype(slots)
-    tail = arena[arena.numel() - len(slots) * ALIGNMENT_BYTES :].view(dtype)
+    tail = arena[arena.numel() - len(slots) * _SCALING_BYTES :].view(dtype)
     return tail.view(len(slots), -1)[: len(fqns), 0], fqns
 
 

@@ -9,7 +9,6 @@ import copy
 import warnings
 import weakref
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -18,9 +17,7 @@ from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError
 from ..methods import Adapter, neutral_config, refuse_unsupported_options
 from .discover import unwrap
-from .dropout import SlotDropout
 from .slots import Slot
-from .state_dict import TrueRank
 
 # A slot that no live adapter fills keeps a rank and a scaling of 1, so that PEFT's alpha / r stays a number.
 NEUTRAL_SCALING = 1.0
@@ -33,22 +30,22 @@ class SlotRecord(NamedTuple):
     lora_alpha: float
     use_rslora: bool
     lora_bias: bool
-    shown_rank: int
     dropout: float
+    shown_rank: int
 
 
 class Records(NamedTuple):
     """All records of one adapter, and the attributes of its peft config (None where the model has none).
 
-    `values` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on.
+    `columns` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on.
     """
 
-    values: tuple[Any, ...]
+    columns: tuple[tuple[Any, ...], ...]
     config: dict[str, Any] | None
 
 
-def _columns(records: list[SlotRecord]) -> tuple[Any, ...]:
-    return tuple(chain.from_iterable(zip(*records, strict=True)))
+def _columns(records: list[SlotRecord]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(zip(*records, strict=True))
 
 
 def peft_config(model: nn.Module | None, adapter_name: str) -> Any:
@@ -106,7 +103,7 @@ def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) ->
             records.append(_unused(slot, adapter.dropout))
         else:
             bias = "lora_B.bias" in target.parts
-            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, target.rank, adapter.dropout)
+            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, adapter.dropout, target.rank)
             records.append(record)
     return Records(_columns(records), dict(config.__dict__))
 
@@ -120,58 +117,4 @@ def neutral_records(slots: Mapping[str, Slot]) -> Records:
 
 
 def _unused(slot: Slot, dropout: float) -> SlotRecord:
-    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, 0, dropout)
-
-
-class Ledger:
-    """Where PEFT keeps its records of one adapter: dicts and keys, looked up once, in the order of `Records.values`.
-
-    Module attributes and per-slot objects would cost a swap a millisecond for 224 slots; this takes a twentieth.
-    """
-
-    def __init__(self, slots: Mapping[str, Slot], hooks: Mapping[str, TrueRank]) -> None:
-        name = self._adapter_name = next(iter(slots.values())).adapter_name
-        layers = [slot.layer for slot in slots.values()]
-        columns: list[tuple[list[dict[str, Any]], str]] = [
-            ([layer.r for layer in layers], name),
-            ([layer.lora_alpha for layer in layers], name),
-            ([layer.use_rslora for layer in layers], name),
-            ([layer.lora_bias for layer in layers], name),
-            ([hooks[fqn].__dict__ for fqn in slots], "rank"),
-            ([_dropout_record(layer.lora_dropout[name]) for layer in layers], "p"),
-        ]
-        self._dicts = [holder for holders, _ in columns for holder in holders]
-        self._keys = [key for holders, key in columns for _ in holders]
-
-    def capture(self, model: nn.Module | None) -> Records:
-        """The records as they are now."""
-        config = peft_config(model, self._adapter_name)
-        values = tuple(map(dict.__getitem__, self._dicts, self._keys))
-        return Records(values, dict(config.__dict__) if config is not None else None)
-
-    def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
-        """Make the model's records say `records`, of which `current` is known to be said already.
-
-        Compiled code guards none of them, but for the config object: that stays the same one.
-        """
-        if current is None or current.values != records.values:
-            for holder, key, value in zip(self._dicts, self._keys, records.values, strict=True):
-                holder[key] = value
-        config = peft_config(model, self._adapter_name)
-        if config is not None and records.config is not None:
-            # The model's copy: who edits it must not edit the adapter's.
-            said = {
-                key: copy.copy(value) if isinstance(value, _MUTABLE) else value for key, value in records.config.items()
-            }
-            said["inference_mode"] = config.__dict__["inference_mode"]
-            for key in config.__dict__.keys() - said.keys():
-                del config.__dict__[key]
-            config.__dict__.update(said)
-
-
-_MUTABLE = (list, dict, set)
-
-
-def _dropout_record(dropout: nn.Module) -> dict[str, Any]:
-    """Where the dropout's p is kept. PEFT's own stays as it is, where the model was compiled before: that guards it."""
-    return dropout.__dict__ if type(dropout) is SlotDropout else {"p": getattr(dropout, "p", 0.0)}
+    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, dropout, 0)

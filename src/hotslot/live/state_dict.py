@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import ModelError
 from ..methods import PARTS
 from .corner import corner, fill
+from .slots import Slot
 
 
 class TrueRank:
@@ -18,17 +19,21 @@ class TrueRank:
     Attributes:
         params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
             `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
-        rank: of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown.
     """
 
-    def __init__(
-        self, adapter_name: str, groups: int, experts: int, params: dict[str, nn.Parameter], rank: int
-    ) -> None:
-        self.adapter_name = adapter_name
-        self.groups = groups
-        self.experts = experts
-        self.params = params
-        self.rank = rank
+    def __init__(self, slot: Slot, ranks: Mapping[str, int]) -> None:
+        """Speak for `slot`; `ranks`, which all hooks of an adapter share, has its live rank under its path."""
+        self.fqn = slot.fqn
+        self.adapter_name = slot.adapter_name
+        self.groups = slot.groups
+        self.experts = slot.experts
+        self.params = slot.params
+        self._ranks = ranks
+
+    @property
+    def rank(self) -> int:
+        """Of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown."""
+        return self._ranks[self.fqn]
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
