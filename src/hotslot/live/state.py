@@ -123,6 +123,9 @@ def _unused(slot: Slot, dropout: float) -> SlotRecord:
     return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, 0, dropout)
 
 
+_COLUMNS = len(SlotRecord._fields)
+
+
 class Ledger:
     """Where PEFT keeps its records of one adapter: dicts and keys, looked up once, in the order of `Records.values`.
 
@@ -142,6 +145,7 @@ class Ledger:
         ]
         self._dicts = [holder for holders, _ in columns for holder in holders]
         self._keys = [key for holders, key in columns for _ in holders]
+        self._unused = _columns([_unused(slot, 0.0) for slot in slots.values()])
 
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
@@ -154,8 +158,9 @@ class Ledger:
 
         Compiled code guards none of them, but for the config object: that stays the same one.
         """
-        if current is None or current.values != records.values:
-            for holder, key, value in zip(self._dicts, self._keys, records.values, strict=True):
+        values = self._widened(records.values)
+        if current is None or current.values != values:
+            for holder, key, value in zip(self._dicts, self._keys, values, strict=True):
                 holder[key] = value
         config = peft_config(model, self._adapter_name)
         if config is not None and records.config is not None:
@@ -167,6 +172,17 @@ class Ledger:
             for key in config.__dict__.keys() - said.keys():
                 del config.__dict__[key]
             config.__dict__.update(said)
+
+    def _widened(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Records that were taken before the last slots were added say that those are not in use."""
+        known, slots = len(values) // _COLUMNS, len(self._dicts) // _COLUMNS
+        if known == slots:
+            return values
+        columns = [
+            values[i * known : (i + 1) * known] + self._unused[i * slots + known : (i + 1) * slots]
+            for i in range(_COLUMNS)
+        ]
+        return tuple(chain.from_iterable(columns))
 
 
 _MUTABLE = (list, dict, set)
