@@ -315,6 +315,27 @@ def attaching(came_with: str | None) -> Make:
     return make
 
 
+def growing(came_with: str | None) -> Make:
+    """More slots and larger ones under a live adapter that was trained on; on a PEFT model beside its own."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build() if came_with is None else fresh(entry, folders[came_with])
+        swapper = hotslot.attach(model, adapters={"b": folders["b"]})
+        if came_with is None:
+            swapper.activate("b")
+        train(model)
+        plan = hotslot.plan(model, [folders["a"]])
+
+        def swap() -> None:
+            swapper.grow(plan)
+            swapper.load("a", folders["a"])
+            swapper.activate("a")
+
+        return Stage(entry, model, lambda: swapper.grow(plan), swap, folders["a"])
+
+    return make
+
+
 def preparing(entry: Entry, folders: dict[str, Path]) -> Stage:
     model = fresh(entry, folders["a"])
     act = functools.partial(hotslot.prepare_model_for_compiled_hotswap, model, target_rank=8, config=model.peft_config)
@@ -347,6 +368,9 @@ PREPARATIONS: dict[str, Scenario] = {
     "attach to a grouped convolution": (attaching(None), "conv2d"),
     "attach to a PEFT model": (attaching("b"), "embedding"),
     "prepare_model_for_compiled_hotswap": (preparing, "mlp"),
+    "grow": (growing(None), "mlp"),
+    "grow beside embeddings": (growing(None), "embedding"),
+    "grow a PEFT model": (growing("b"), "conv2d"),
 }
 
 

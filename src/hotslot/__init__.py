@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         unpatch_peft,
     )
     from .errors import HotslotError
+    from .planning import Plan, plan
     from .report import Fit, SwapReport
     from .swapper import Swapper, attach
 
 _HOMES = {
     "Fit": ".report",
     "HotslotError": ".errors",
+    "Plan": ".planning",
     "SwapReport": ".report",
     "Swapper": ".swapper",
     "attach": ".swapper",
@@ -39,6 +41,7 @@ _HOMES = {
     "hotswap_adapter": ".dropin",
     "hotswap_adapter_from_state_dict": ".dropin",
     "patch_peft": ".dropin",
+    "plan": ".planning",
     "prepare_model_for_compiled_hotswap": ".dropin",
     "testing": ".testing",
     "unpatch_peft": ".dropin",
@@ -47,6 +50,7 @@ _HOMES = {
 __all__ = [
     "Fit",
     "HotslotError",
+    "Plan",
     "SwapReport",
     "Swapper",
     "attach",
@@ -55,6 +59,7 @@ __all__ = [
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
     "patch_peft",
+    "plan",
     "prepare_model_for_compiled_hotswap",
     "testing",
     "unpatch_peft",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -136,7 +136,7 @@ class Engine:
         if self.original is not None:
             self.swap(self.original)
         else:
-            self._refuse_if_merged()
+            self.refuse_if_merged()
             self.binding.put_right()
 
     def release(self) -> None:
@@ -161,7 +161,7 @@ class Engine:
         """
         started = time.perf_counter()
         binding, previous = self.binding, self.live
-        self._refuse_if_merged()
+        self.refuse_if_merged()
         moved, touched = binding.put_right()
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
@@ -185,7 +185,8 @@ class Engine:
             self.previous, self.original = history
             raise
 
-    def _refuse_if_merged(self) -> None:
+    def refuse_if_merged(self) -> None:
+        """Raise if the slot's adapter is merged into the base weights."""
         if any(self.binding.merged):
             for slot in self.binding.slots.values():
                 slot.refuse_if_merged()
@@ -199,7 +200,7 @@ class Engine:
         biased = [fqn for fqn, target in targets.items() if target.parts.keys() - slots[fqn].held.keys()]
         if not biased and all(slots[fqn].rank >= rank for fqn, rank in ranks.items()):
             return self.swap(State(entry))
-        self._refuse_if_merged()
+        self.refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
         undo: Callable[[], None] | None = None
         try:
@@ -208,6 +209,32 @@ class Engine:
         except BaseException:
             if undo is not None:
                 undo()
+            raise
+
+    def grow(
+        self, slots: Mapping[str, live.Slot], ranks: Mapping[str, int], *, biased: Iterable[str]
+    ) -> Callable[[], None]:
+        """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and biases to `biased`.
+
+        What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
+        """
+        binding, kept = self.binding, (self.neutral, self.live, self.previous, self.original)
+        records, shrink = binding.capture(), binding.undo_extend(slots)
+
+        def undo() -> None:
+            shrink()
+            self.neutral, self.live, self.previous, self.original = kept
+            binding.apply(records)
+
+        try:
+            binding.extend(slots, ranks, biased=biased)
+            neutral = State(None, records=live.neutral_records(binding.slots))
+            states = [neutral if state is self.neutral else state for state in kept]
+            binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
+            self.neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
+            return undo
+        except BaseException:
+            undo()
             raise
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:

@@ -121,7 +121,20 @@ class UnsupportedError(HotslotError, ValueError):
 
 
 class DoesNotFitError(HotslotError, RuntimeError):
-    """A sound adapter that this model, or its plan, has no place for."""
+    """A sound adapter that this model, or its plan, has no place for.
+
+    Attributes:
+        plan: the `hotslot.Plan` that would take it, where it is only beyond the plan of a Swapper; else None.
+    """
+
+    plan: Any = None
+
+    def within(self, plan: Any) -> DoesNotFitError:
+        """The same refusal, which knows the plan that would take the adapter."""
+        hint = f"swapper.grow(error.plan), at one recompilation of compiled code: {plan!r}"
+        refusal = type(self)(self.summary, where=self.where, found=self.found, expected=self.expected, hint=hint)
+        refusal.plan = plan
+        return refusal
 
 
 class UnexpectedTargetError(DoesNotFitError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,13 @@ class Fit:
         route: "side", or None if it does not fit.
         nbytes: that a swap would bring in.
         reason: why it does not fit, the whole message of the error that `load` would raise.
+        plan: the Plan that would take it, for `Swapper.grow`, if it is only beyond the present one.
     """
 
     route: str | None
     nbytes: int
     reason: str | None
+    plan: Any = None
 
     def __bool__(self) -> bool:
         return self.route is not None

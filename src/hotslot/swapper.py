@@ -6,21 +6,34 @@ is as it was.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from . import checkpoint as checkpoints
 from . import live
-from .block import Layout, arrange, pack
 from .cache import HostTier
 from .checkpoint import Source
 from .engine import Engine, Entry, State
-from .errors import CheckpointError, DoesNotFitError, ModelError, UnknownAdapterError, UnsupportedError
+from .errors import (
+    CheckpointError,
+    DoesNotFitError,
+    ModelError,
+    RankError,
+    UnexpectedTargetError,
+    UnknownAdapterError,
+    UnsupportedError,
+)
+from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit, SwapReport
+
+logger = logging.getLogger(__name__)
 
 # Model → PEFT's adapter name → its Swapper: one slot has one writer.
 _attached: weakref.WeakKeyDictionary[nn.Module, dict[str, Swapper]] = weakref.WeakKeyDictionary()
@@ -33,9 +46,10 @@ class Swapper:
     overlaps a swap may see parts of two adapters.
     """
 
-    def __init__(self, engine: Engine, injection: live.Injection | None, entries: Iterable[Entry]) -> None:
+    def __init__(self, engine: Engine, injection: live.Injection | None, entries: Iterable[Entry], plan: Plan) -> None:
         self._engine = engine
-        self._injection = injection
+        self._injections = [injection] if injection is not None else []
+        self._plan = plan
         self._tier: HostTier[Entry] = HostTier()
         self._lock = engine.lock
         self._detaching = self._detached = False
@@ -75,6 +89,12 @@ class Swapper:
         return self._engine.live.version
 
     @property
+    def plan(self) -> Plan:
+        """The slots that the model has now, and what they were planned for."""
+        slots = self._bound().binding.slots
+        return replace(self._plan, slots=MappingProxyType({fqn: slot.shape() for fqn, slot in slots.items()}))
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of host memory that the loaded adapters hold."""
         return self._tier.nbytes
@@ -91,7 +111,8 @@ class Swapper:
             **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
-            CheckpointError, UnsupportedError, DoesNotFitError: what is wrong with it, and where.
+            CheckpointError, UnsupportedError, DoesNotFitError: what is wrong with it, and where. What is only beyond
+                the plan has as its `plan` the one that would take it, for `grow`.
         """
         entry = self._read(name, source, config, hub)
         with self._lock:
@@ -123,8 +144,37 @@ class Swapper:
             with self._lock:
                 self._compile(entry)
         except (DoesNotFitError, UnsupportedError) as error:
-            return Fit(None, entry.nbytes, str(error))
+            return Fit(None, entry.nbytes, str(error), getattr(error, "plan", None))
         return Fit("side", entry.nbytes, None)
+
+    def grow(self, plan: Plan) -> None:
+        """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.
+
+        What is live stays live, and what is loaded stays loaded. Parameters keep being the same objects, but those
+        of other shapes move, on a model that was attached before it was compiled all of them: compiled code compiles
+        once more, and a CUDA graph has to be captured anew. All of it, or none of it if this raises.
+
+        Raises:
+            ModelError: the plan is for another model; a parameter whose shape would change is in training.
+            MergedError: the slot's adapter is merged into the base weights.
+        """
+        with self._lock:
+            engine = self._bound()
+            grown = self.plan | plan
+            slots, name = engine.binding.slots, engine.adapter_name
+            grown.refuse_other_model(engine.model, slots)
+            engine.refuse_if_merged()
+            engine.binding.put_right()
+            missing = {fqn: shape for fqn, shape in grown.slots.items() if fqn not in slots}
+            larger = [fqn for fqn, slot in slots.items() if grown.slots[fqn].parts != slot.shape().parts]
+            if missing or larger:
+                self._grow(engine, grown, missing)
+                logger.warning(
+                    "slot %r: %d slots added and %d made larger, %d slots of %d bytes now; what was compiled of the "
+                    "model compiles once more",
+                    name, len(missing), len(larger), len(grown.slots), grown.nbytes,
+                )  # fmt: skip
+            self._plan = grown
 
     # -- swapping ---------------------------------------------------------------------------------------------------
 
@@ -189,8 +239,8 @@ class Swapper:
 
     def _let_go(self) -> None:
         self._engine.release()
-        if self._injection is not None:
-            live.remove(self._injection)
+        for injection in reversed(self._injections):
+            live.remove(injection)
         _attached.get(self._engine.model, {}).pop(self._engine.adapter_name, None)
         for name in self.adapters:
             self._tier.remove(name)
@@ -201,11 +251,42 @@ class Swapper:
             raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
         return self._engine
 
+    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any]) -> None:
+        model, name = engine.model, engine.adapter_name
+        injection = undo = None
+        try:
+            if missing:
+                injection = live.inject(model, name, missing)
+            found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
+            biased = [fqn for fqn, slot in plan.slots.items() if "lora_B.bias" in slot.parts]
+            undo = engine.grow(found, plan.ranks, biased=biased)
+            for entry in self._tier.values():
+                entry.compile(engine.binding)  # now, and not while it is activated
+        except BaseException:
+            if undo is not None:
+                undo()
+            if injection is not None:
+                live.remove(injection)
+            raise
+        if injection is not None:
+            self._injections.append(injection)
+
     def _compile(self, entry: Entry) -> None:
         engine = self._bound()
         live.refuse_other_base(engine.model, entry.adapter)
         live.refuse_other_parameters(engine.model, engine.adapter_name, entry.adapter)
-        entry.compile(engine.binding)
+        try:
+            entry.compile(engine.binding)
+        except (RankError, UnexpectedTargetError) as error:
+            raise self._with_plan(error, entry) from None
+
+    def _with_plan(self, error: DoesNotFitError, entry: Entry) -> DoesNotFitError:
+        """The refusal of what is beyond the plan, with the plan that would take it."""
+        model, name, own = self._engine.model, self._engine.adapter_name, self.plan
+        options: Any = {"max_blend": own.max_blend, "dtype": own.dtype, "adapter_name": name}
+        larger = own | plan_adapters(model, [entry.adapter], **options)
+        refuse_unfit(model, entry.adapter, larger, name)
+        return error.within(larger)
 
     def _entry(self, name: str) -> Entry:
         try:
@@ -228,6 +309,7 @@ def attach(
     *,
     adapter_name: str = "default",
     route: str = "auto",
+    plan: Plan | None = None,
 ) -> Swapper:
     """Make a model ready for swaps, in place; nothing is activated.
 
@@ -235,12 +317,16 @@ def attach(
     them has there: all of them activate later, in any order, without recompilation. On a model that carries PEFT
     LoRA layers named `adapter_name`, those are the slots; their Parameter objects stay, and are padded if need be.
 
+    That is room for one adapter at a time, and no more, for a slot of an adapter's own rank is written in one copy
+    and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
+
     Args:
         model: any nn.Module, PeftModel, or transformers model; best before torch.compile. On a model that is compiled
             already no parameter moves and none can be padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
         route: "auto" or "side".
+        plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
 
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
@@ -261,19 +347,23 @@ def attach(
     slots = live.find_slots(model, adapter_name)
     if slots:
         live.refuse_unsupported_resident(model, adapter_name)
-    elif not entries:
+    elif not entries and plan is None:
         raise ModelError(
             f"The model has no adapter {adapter_name!r}, and there are no adapters to plan slots for.",
             found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
             hint="attach(model, adapters={name: source, …}), or name one of the model's own with adapter_name=",
         )
-    shapes = live.slot_shapes(model, [entry.adapter for entry in entries], slots)
-    layout = _planned_layout(slots, shapes, resizable=not compiled)
+    if plan is None:
+        adapters_only = [entry.adapter for entry in entries]
+        plan = plan_adapters(model, adapters_only, max_blend=1, adapter_name=adapter_name)
+    else:
+        plan.refuse_other_model(model, slots)
+        if compiled:
+            _refuse_moves(plan, slots)
+    plan = plan.on(slots, resizable=not compiled)
     for entry in entries:
-        live.refuse_other_base(model, entry.adapter)
-        live.refuse_other_parameters(model, adapter_name, entry.adapter)
-        pack(entry.adapter, layout)  # raises here, before anything is touched
-    missing = {fqn: shape for fqn, shape in shapes.items() if fqn not in slots}
+        refuse_unfit(model, entry.adapter, plan, adapter_name)  # raises here, before anything is touched
+    missing = {fqn: shape for fqn, shape in plan.slots.items() if fqn not in slots}
     known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
     if known is not None:
         known.release()
@@ -281,14 +371,14 @@ def attach(
     binding = None
     try:
         found = live.find_slots(model, adapter_name)
-        ranks = {fqn: layout.slots[fqn].rank for fqn in found}
-        biased = [fqn for fqn in found if "lora_B.bias" in layout.slots[fqn].parts]
+        ranks = {fqn: plan.slots[fqn].rank for fqn in found}
+        biased = [fqn for fqn in found if "lora_B.bias" in plan.slots[fqn].parts]
         empty = missing if slots else ()
         binding = live.Binding(model, found, ranks, arena=not compiled, biased=biased, empty=empty)
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:
             entry.compile(binding)
-        return Swapper(engine, injection, entries)
+        return Swapper(engine, injection, entries, plan)
     except BaseException:
         if binding is not None:
             binding.release()
@@ -297,13 +387,13 @@ def attach(
         raise
 
 
-def _planned_layout(slots: Mapping[str, live.Slot], shapes: Mapping[str, Any], *, resizable: bool) -> Layout:
-    """The slots that the model has and those that it will get, each with the larger of its rank and the adapters'."""
-    planned = dict(shapes)
-    for fqn, slot in slots.items():
-        if fqn in shapes and resizable:
-            bias = "lora_B.bias" in shapes[fqn].parts
-            planned[fqn] = slot.shape(max(slot.rank, shapes[fqn].rank), bias=bias)
-        else:
-            planned[fqn] = slot.shape()
-    return arrange(planned.values())
+def _refuse_moves(plan: Plan, slots: Mapping[str, live.Slot]) -> None:
+    small = [fqn for fqn, slot in slots.items() if fqn in plan.slots and slot.rank < plan.slots[fqn].rank]
+    if small:
+        raise ModelError(
+            "The model is compiled already, and the plan has more room than its slots.",
+            where=small[0],
+            found=f"rank {slots[small[0]].rank}, and {len(small) - 1} more slots like it",
+            expected=f"rank {plan.slots[small[0]].rank} by the plan, without moving a parameter",
+            hint="attach before torch.compile; or attach without the plan, and swapper.grow(plan) at one recompilation",
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,16 @@ class SlotShape:
     experts: int
     dtype: torch.dtype
     parts: Mapping[str, tuple[int, ...]]
+
+    def at_rank(self, rank: int) -> SlotShape:
+        """The same slot with room for another rank."""
+        parts = {}
+        for suffix, shape in self.parts.items():
+            dim, sizes = PARTS[suffix].rank_dim, list(shape)
+            if dim is not None:
+                sizes[dim] = self.experts * (rank if dim == 0 else rank // self.groups)
+            parts[suffix] = tuple(sizes)
+        return replace(self, rank=rank, parts=parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,8 +74,7 @@ def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | No
     Raises:
         ModelError: there is no such model, or it cannot be built from its config alone.
     """
-    from .. import live
-    from ..block import arrange
+    from ..planning import plan_adapters
 
     skeleton = _build_on_meta(model, model_class)
     verdicts: list[Verdict] = []
@@ -85,18 +84,20 @@ def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | No
         verdicts.append(verdict)
         if adapter is not None:
             fitting.append(adapter)
-    layout = arrange(live.slot_shapes(skeleton, fitting).values())
+    slots, arena_bytes = 0, 0
+    if fitting:
+        plan = plan_adapters(skeleton, fitting, max_blend=1)  # as attach does
+        slots, arena_bytes = len(plan.slots), plan.nbytes
     notes = []
     if getattr(skeleton.config, "quantization_config", None):
         notes.append("the config asks for quantised weights; the layers were checked as if they were not quantised")
-    return Check(model, type(skeleton).__name__, verdicts, len(layout.slots), layout.nbytes, notes)
+    return Check(model, type(skeleton).__name__, verdicts, slots, arena_bytes, notes)
 
 
 def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
-    from .. import live
-    from ..block import arrange, pack
     from ..checkpoint import read
     from ..engine import Entry
+    from ..planning import plan_adapters, refuse_unfit
 
     known: dict[str, Any] = {"adapter": source}
     notes: list[str] = []
@@ -107,10 +108,7 @@ def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
         ranks = sorted({target.rank for target in adapter.targets.values()})
         known |= {"slots": len(adapter.targets), "ranks": ranks}
         notes += _copies(adapter)
-        layout = arrange(live.slot_shapes(skeleton, [adapter]).values())
-        live.refuse_other_base(skeleton, adapter)
-        live.refuse_other_parameters(skeleton, "default", adapter)
-        pack(adapter, layout)
+        refuse_unfit(skeleton, adapter, plan_adapters(skeleton, [adapter], max_blend=1), "default")
     except (CheckpointError, UnsupportedError, DoesNotFitError) as error:
         if isinstance(error, DoesNotFitError):
             notes += _other_class(adapter, skeleton)

@@ -4,15 +4,17 @@ Takes a model and Blocks; changes parameters, scalings and PEFT's own records of
 touches a live model, and the first of the line that imports peft.
 """
 
-from .base import refuse_other_base, refuse_other_parameters
+from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .discover import adapter_names, count_slots, is_compiled, unwrap
-from .inject import Injection, inject, remove, slot_shapes
+from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
+from .targets import matching_targets
 
 __all__ = [
+    "OUT_PROJ",
     "Binding",
     "Image",
     "Injection",
@@ -21,11 +23,13 @@ __all__ = [
     "Slot",
     "Writes",
     "adapter_names",
+    "base_modules",
     "build_config",
     "count_slots",
     "find_slots",
     "inject",
     "is_compiled",
+    "matching_targets",
     "neutral_records",
     "refuse_other_base",
     "refuse_other_parameters",

@@ -68,7 +68,7 @@ class Binding:
                 compact(slots)
             self._add_biases(biased)
             self.memory = bind(slots, self._ranks, ranks, arena=arena)
-            self._install(compiled=is_compiled(model))
+            self._install(slots, compiled=is_compiled(model))
             self._ledger = Ledger(slots, self._ranks, watch=arena)
         except BaseException:
             self._uninstall()
@@ -153,6 +153,40 @@ class Binding:
             undo()
             raise
 
+    def extend(self, slots: Mapping[str, Slot], ranks: Mapping[str, int], *, biased: Iterable[str]) -> None:
+        """`resize`, and take in more slots, which hold nothing yet. If it raises, call what `undo_extend` has given."""
+        _, dirty = self.memory.moved_and_dirty()
+        self._ranks.update(dict.fromkeys(slots, 0))
+        self._originals.update((key, (held.param, held.param.data)) for s in slots.values() for key, held in _keyed(s))
+        self._scalings.update((fqn, slot.layer.scaling) for fqn, slot in slots.items())
+        self.slots.update(slots)
+        self._install(slots, compiled=False)  # what is new to compiled code is guarded by none
+        self._add_biases(biased)
+        self.memory = bind(self.slots, self.live_ranks, ranks, arena=self.arena)
+        self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
+        self._ledger = Ledger(self.slots, self._ranks, watch=self.arena)
+        self._records.clear()
+        if dirty:
+            self.memory.mark_dirty()
+
+    def undo_extend(self, slots: Mapping[str, Slot]) -> Callable[[], None]:
+        """A function that undoes an `extend` by `slots`, whole or broken off; to be made before."""
+        resized, merged, ledger = self._undo(), self.merged, self._ledger
+        handles, parts = len(self._handles), len(self._swapped_parts)
+
+        def undo() -> None:
+            self._uninstall_from(handles, parts)
+            del self._handles[handles:], self._swapped_parts[parts:]
+            for key in [key for key in self._originals if key[0] in slots]:
+                del self._originals[key]
+            for fqn in slots:
+                for known in (self.slots, self.hooks, self._scalings, self._ranks):
+                    known.pop(fqn, None)
+            self.merged, self._ledger = merged, ledger
+            resized()
+
+        return undo
+
     def _undo(self) -> Callable[[], None]:
         memory, arena, slots, biased = self.memory, self.arena, dict(self.slots), set(self._biased)
         homes = Homes(self.slots)
@@ -179,8 +213,8 @@ class Binding:
 
     # -- on and off ----------------------------------------------------------------------------------------------------
 
-    def _install(self, *, compiled: bool) -> None:
-        for fqn, slot in self.slots.items():
+    def _install(self, slots: Mapping[str, Slot], *, compiled: bool) -> None:
+        for fqn, slot in slots.items():
             hook = self.hooks[fqn] = TrueRank(slot, self._ranks)
             layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
             self._handles.append(layer.register_state_dict_post_hook(hook))
@@ -232,9 +266,12 @@ class Binding:
         for fqn in self._biased:
             self.slots[fqn].drop_bias()
         self._biased.clear()
-        for handle in self._handles:
+        self._uninstall_from(0, 0)
+
+    def _uninstall_from(self, first_handle: int, first_part: int) -> None:
+        for handle in self._handles[first_handle:]:
             handle.remove()
-        for holder, key, found in reversed(self._swapped_parts):
+        for holder, key, found in reversed(self._swapped_parts[first_part:]):
             if key == "__class__":
                 holder.__class__ = found
             elif key in holder:

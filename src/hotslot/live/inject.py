@@ -21,7 +21,7 @@ from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
 from .slots import Slot
 
-_OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
+OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
 _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -38,19 +38,31 @@ class Injection:
 
 
 def slot_shapes(
-    model: nn.Module, adapters: Iterable[Adapter], slots: Mapping[str, Slot] = MappingProxyType({})
+    model: nn.Module,
+    adapters: Iterable[Adapter],
+    slots: Mapping[str, Slot] = MappingProxyType({}),
+    *,
+    also: Mapping[str, int] = MappingProxyType({}),
+    dtype: torch.dtype | str | None = None,
 ) -> dict[str, SlotShape]:
     """The slots that a model needs for all of these adapters: the union of their targets, the largest rank of each.
+
+    Args:
+        model: the model.
+        adapters: the adapters.
+        slots: those that the model has already.
+        also: fqn → rank of further targets.
+        dtype: of slots that the model does not have: "base" is their base layer's, None what a fresh PEFT load gives.
 
     Raises:
         UnexpectedTargetError: a target is no module of the model.
         UnsupportedError: a target is a module that LoRA does not adapt.
     """
     modules = base_modules(model)
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int] = dict(also)
     biased: set[str] = set()
     for adapter in adapters:
-        unknown = [fqn for fqn in adapter.targets if fqn not in slots and fqn.removesuffix(_OUT_PROJ) not in modules]
+        unknown = [fqn for fqn in adapter.targets if fqn not in slots and fqn.removesuffix(OUT_PROJ) not in modules]
         if unknown:
             raise UnexpectedTargetError(
                 f"{adapter.checkpoint.origin} targets modules that the model does not have.",
@@ -66,15 +78,17 @@ def slot_shapes(
     return {
         fqn: slots[fqn].shape(rank, bias=fqn in biased)
         if fqn in slots
-        else _slot_shape(fqn, modules, rank, fqn in biased)
+        else _slot_shape(fqn, modules, rank, fqn in biased, dtype)
         for fqn, rank in ranks.items()
     }
 
 
-def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: bool) -> SlotShape:
+def _slot_shape(
+    fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: bool, dtype: torch.dtype | str | None
+) -> SlotShape:
     from transformers.pytorch_utils import Conv1D
 
-    root = fqn.removesuffix(_OUT_PROJ)
+    root = fqn.removesuffix(OUT_PROJ)
     down: tuple[int, ...]
     up: tuple[int, ...]
     module: Any = modules[root]
@@ -85,7 +99,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
     if isinstance(module, nn.Embedding):
         down, up = (rank, module.num_embeddings), (module.embedding_dim, rank)
         embedding = {"lora_embedding_A": down, "lora_embedding_B": up}
-        return SlotShape(fqn, rank, 1, 1, _slot_dtype(module.weight.dtype), embedding)
+        return SlotShape(fqn, rank, 1, 1, _slot_dtype(module.weight.dtype, dtype), embedding)
     if isinstance(module, nn.Linear):
         down, up = (rank, module.in_features), (module.out_features, rank)
     elif isinstance(module, Conv1D):
@@ -107,11 +121,15 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: boo
     parts = {"lora_A.weight": down, "lora_B.weight": up}
     if bias:
         parts["lora_B.bias"] = (up[0],)
-    return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype), parts)
+    return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype, dtype), parts)
 
 
-def _slot_dtype(base: torch.dtype) -> torch.dtype:
-    """What a fresh PEFT load gives: the base layer's dtype, but float32 where that is of low precision."""
+def _slot_dtype(base: torch.dtype, wanted: torch.dtype | str | None) -> torch.dtype:
+    """The one that is wanted; by default, as in PEFT, the base layer's, and float32 where that is of low precision."""
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    if wanted == "base" and base.is_floating_point and base.itemsize > 1:  # matmuls do not take float8
+        return base
     return torch.float32 if base in _LOW_PRECISION or not base.is_floating_point else base
 
 
@@ -138,10 +156,11 @@ def _inject(
     from peft import inject_adapter_in_model
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
-    roots = {names[fqn.removesuffix(_OUT_PROJ)] for fqn in shapes}
+    roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn in shapes}
     _refuse_compiled_targets(roots)
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
+    own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
     attention = _plain_attentions(inner)
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
@@ -155,6 +174,8 @@ def _inject(
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after.values()), attention)
     photo.put_back_flags()
+    if own:
+        _keep_active(own[0], active, (layer for _, _, layer in after.values()))
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
@@ -209,6 +230,13 @@ def _settle_attention(
             for module, saved in zip((base, projection.get_base_layer()), parameters[base], strict=True):
                 module._parameters.clear()
                 module._parameters.update(saved)
+
+
+def _keep_active(own: Any, active: Mapping[int, Any], layers: Iterable[Any]) -> None:
+    """PEFT activates the adapter, and it alone, on all layers. One that was there before stays as active as it was."""
+    for layer in layers:
+        layer._active_adapter = active.get(id(layer), active[id(own)])
+        layer._disable_adapters = own._disable_adapters
 
 
 def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:

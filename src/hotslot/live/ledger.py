@@ -11,7 +11,7 @@ from torch import nn
 from .dropout import SlotDropout
 from .scaling import ScalingMap
 from .slots import Slot
-from .state import Records, peft_config
+from .state import Columns, Records, peft_config, unused_columns
 
 _WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias")  # attributes of a layer: dicts by adapter name
 _MUTABLE = (list, dict, set)
@@ -90,7 +90,8 @@ class Ledger:
         self._watched = len(_WATCHED) if watched else 0
         dropouts = [_dropout_record(layer.lora_dropout[name]) for layer in self._layers]
         self._columns += [(dropouts, ["p"] * len(slots)), ([ranks] * len(slots), list(slots))]
-        self._said: tuple[tuple[Any, ...], ...] | None = None  # by `apply`, when there had been so many edits:
+        self._unused = unused_columns(slots)
+        self._said: Columns | None = None  # by `apply`, when there had been so many edits:
         self._edits = 0
 
     def _records(self) -> list[tuple[Any, str]]:
@@ -99,7 +100,7 @@ class Ledger:
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
         config = peft_config(model, self._adapter_name)
-        known: tuple[tuple[Any, ...], ...] = ()
+        known: Columns = ()
         if self._said is not None and self._edits == _edits[0]:
             known = self._said[: self._watched]
         read = (tuple(map(dict.__getitem__, *column)) for column in self._columns[len(known) :])
@@ -112,7 +113,8 @@ class Ledger:
         """
         self._said, self._edits = None, _edits[0]
         said = current.columns if current is not None else [None] * len(self._columns)
-        for (holders, keys), old, new in zip(self._columns, said, records.columns, strict=True):
+        columns = self._widened(records.columns)
+        for (holders, keys), old, new in zip(self._columns, said, columns, strict=True):
             if old != new:
                 for holder, key, value in zip(holders, keys, new, strict=True):
                     dict.__setitem__(holder, key, value)
@@ -126,7 +128,14 @@ class Ledger:
             for key in config.__dict__.keys() - stated.keys():
                 del config.__dict__[key]
             config.__dict__.update(stated)
-        self._said = records.columns
+        self._said = columns
+
+    def _widened(self, columns: Columns) -> Columns:
+        """Records that were taken before the last slots were added say that those are not in use."""
+        known = len(columns[0])
+        if known == len(self._layers):
+            return columns
+        return tuple(column + unused[known:] for column, unused in zip(columns, self._unused, strict=True))
 
     def release(self) -> None:
         """Give the layers plain dicts again, unless another adapter of theirs has a Ledger, too."""

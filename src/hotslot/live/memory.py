@@ -301,8 +301,8 @@ class Memory:
             for key, view in self._views.items():
                 if key not in image.parts:  # a bias that a slot was given later
                     view.zero_()
-            for fqn, value in image.scalings.items():
-                _put_back_scaling(self.slots[fqn], value)
+            for fqn, slot in self.slots.items():
+                _put_back_scaling(slot, image.scalings.get(fqn, 1.0))  # a slot that was added later is neutral
             torch.autograd.graph.increment_version(self._params)
             self.mark_clean()
 

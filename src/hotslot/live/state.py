@@ -9,7 +9,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from .slots import Slot
 
 # A slot that no live adapter fills keeps a rank and a scaling of 1, so that PEFT's alpha / r stays a number.
 NEUTRAL_SCALING = 1.0
+
+
+Columns: TypeAlias = tuple[tuple[Any, ...], ...]
 
 
 class SlotRecord(NamedTuple):
@@ -40,11 +43,11 @@ class Records(NamedTuple):
     `columns` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on.
     """
 
-    columns: tuple[tuple[Any, ...], ...]
+    columns: Columns
     config: dict[str, Any] | None
 
 
-def _columns(records: list[SlotRecord]) -> tuple[tuple[Any, ...], ...]:
+def _columns(records: list[SlotRecord]) -> Columns:
     return tuple(zip(*records, strict=True))
 
 
@@ -114,6 +117,11 @@ def neutral_records(slots: Mapping[str, Slot]) -> Records:
     # Shown at its smallest rank, all zeros: what is saved loads again, and adds nothing.
     records = [_unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
     return Records(_columns(records), dict(config.__dict__))
+
+
+def unused_columns(slots: Mapping[str, Slot]) -> Columns:
+    """`Records.columns` of slots that the live adapter does not target."""
+    return _columns([_unused(slot, 0.0) for slot in slots.values()])
 
 
 def _unused(slot: Slot, dropout: float) -> SlotRecord:
