@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ class _Guard:
         owners: who wants it there; it goes with the last of them.
     """
 
-    # torch.compile takes a callable of this name as it is, where it would trace another with its call inlined.
+    __slots__ = ("_attribute", "_call", "_gate", "_module", "owners", "was")
+
+    # `module.compile()` hands `_call_impl` to torch.compile, which takes a function of this name as it is; any other
+    # it would trace from outside, the lease with it.
     __name__ = _PLAIN
+    __code__: CodeType
 
     def __init__(self, gate: Gate, module: nn.Module, attribute: str) -> None:
         self.owners: set[object] = set()
@@ -54,7 +59,8 @@ class _Guard:
 
 
 # Dynamo goes past this frame to those that it calls, and compiles what it would without it.
-torch._dynamo.eval_frame.skip_code(_Guard.__call__.__code__)
+_Guard.__code__ = _Guard.__call__.__code__
+torch._dynamo.eval_frame.skip_code(_Guard.__code__)
 
 
 def guard(model: nn.Module, gate: Gate, owner: object) -> None:
