@@ -25,6 +25,7 @@ from . import live
 from .block import arrange, pack
 from .engine import Engine, Entry, State
 from .errors import ModelError, UnexpectedTargetError, UnsupportedError
+from .leases import Gate
 from .methods import PARTS, refuse_unsupported_options, split_key
 from .swapper import Swapper
 
@@ -148,7 +149,7 @@ def prepare_model_for_compiled_hotswap(
         for by_fqn in slots.values():
             for slot in by_fqn.values():
                 _refuse_target_rank(slot, target_rank)
-    with _lock:
+    with Gate.of(live.innermost(model)).swap(), _lock:
         created: list[Engine] = []
         try:
             for name in names:
@@ -221,7 +222,7 @@ def unpatch_peft() -> None:
 
 
 def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
-    with _lock:
+    with Gate.of(live.innermost(model)).swap(), _lock:  # the gate first: who holds a lock must not wait for leases
         engine, created = _known_engine(model, adapter_name), False
         if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
             entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits

@@ -17,6 +17,7 @@ from . import live
 from .block import pack
 from .checkpoint import Checkpoint
 from .errors import ModelError
+from .leases import Gate
 from .live import Binding, Image, Memory, Records, Writes
 from .methods import Adapter, interpret
 from .report import SwapReport
@@ -97,7 +98,7 @@ class State:
 
 
 class Engine:
-    """Swaps states in the slots of a Binding. Whoever calls it holds its `lock`.
+    """Swaps states in the slots of a Binding. Whoever calls it holds its `lock`, and to swap its `gate` before that.
 
     Args:
         model: the model, which is not kept alive by this.
@@ -115,6 +116,7 @@ class Engine:
         self.binding = binding
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
+        self.gate = Gate.of(live.innermost(model))  # of all slots of the model, for a forward pass reads all of them
         self.neutral = State(None, records=live.neutral_records(binding.slots))
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
         self._foreign = None if empty else State(None)
@@ -165,7 +167,7 @@ class Engine:
         moved, touched = binding.put_right()
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
-            return _report(target, previous, 0, started, changed=False)
+            return self._report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
             target.entry.compile(binding)
         history = self.previous, self.original
@@ -177,8 +179,9 @@ class Engine:
             self.live = target
             if self.keeps_history:
                 self.previous, self.original = before, self.original or before
+            self.gate.generation += 1
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
-            return _report(target, previous, nbytes, started, changed=True)
+            return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:
             self._write(before, binding.room, None)
             self.live = before if before.image is not None else previous
@@ -250,6 +253,11 @@ class Engine:
             return False
         return live.count_slots(self.model, self.adapter_name) == len(self.binding.slots)
 
+    def finds_live(self, target: State) -> bool:
+        """Whether `swap` would have nothing to do. Touches nothing, so it needs no gate."""
+        moved, touched = self.binding.memory.moved_and_dirty()
+        return self._is_live(target) and not moved and (not touched or self._is_foreign(target))
+
     def _is_live(self, target: State) -> bool:
         if target is self.live:
             return True
@@ -283,8 +291,9 @@ class Engine:
             nothing = memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING))
             memory.write(nothing, occupied, clean=clean)
 
-
-def _report(target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
-    tier = "host" if nbytes else "none"
-    seconds = time.perf_counter() - started
-    return SwapReport(target.name, previous.name, target.version, "side", tier, nbytes, seconds, changed)
+    def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
+        tier = "host" if nbytes else "none"
+        generation, seconds = self.gate.generation, time.perf_counter() - started
+        return SwapReport(
+            target.name, previous.name, target.version, generation, "side", tier, nbytes, seconds, changed
+        )

@@ -14,7 +14,8 @@
     │   ├── ShapeError                                        made for a base layer of other dimensions
     │   └── RankError                                         a rank beyond what the slot was planned for
     ├── ModelError                  (also RuntimeError)       the model is not in a state to be swapped
-    │   └── MergedError             (also ValueError)         the slot's adapter is merged into the base weights
+    │   ├── MergedError             (also ValueError)         the slot's adapter is merged into the base weights
+    │   └── InFlightError           (also TimeoutError)       work in flight did not end in time
     └── UnknownAdapterError         (also KeyError)           a name that was never loaded
 
 Each says where it happened, what was found, what was expected and by whose word, and what to do next; the four are
@@ -32,6 +33,7 @@ __all__ = [
     "CorruptFileError",
     "DoesNotFitError",
     "HotslotError",
+    "InFlightError",
     "MergedError",
     "ModelError",
     "NonFiniteError",
@@ -155,6 +157,10 @@ class ModelError(HotslotError, RuntimeError):
 
 class MergedError(ModelError, ValueError):
     """The slot's adapter is merged into the base weights; to unmerge after a swap would spoil them."""
+
+
+class InFlightError(ModelError, TimeoutError):
+    """Forward passes or other leases did not end within the time that a swap was given to wait for them."""
 
 
 class UnknownAdapterError(HotslotError, KeyError):

@@ -14,16 +14,19 @@ class SwapReport:
         adapter: name of what is live now; None for the base model, or for what was on the model before hotslot.
         previous: name of what was live before.
         version: digest of what is live now; None where `adapter` is.
+        generation: how many swaps have changed the model's adapters so far, all of its swappers counted.
         route: "side", the low-rank branch beside the base layer.
         tier: where the bytes came from: "host", or "none" if there were none to bring.
         nbytes: adapter bytes brought in.
-        seconds: wall time of the call. On a GPU the copies may still be under way, in the stream's order.
+        seconds: wall time of the swap, without the wait for work in flight. On a GPU the copies may still be under way,
+            in the stream's order.
         changed: False if this adapter was live already, untouched, and nothing was written.
     """
 
     adapter: str | None
     previous: str | None
     version: str | None
+    generation: int
     route: str
     tier: str
     nbytes: int

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ from .errors import (
     UnknownAdapterError,
     UnsupportedError,
 )
+from .leases import InFlight, check_in_flight
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit, SwapReport
 
@@ -42,8 +43,13 @@ _attached: weakref.WeakKeyDictionary[nn.Module, dict[str, Swapper]] = weakref.We
 class Swapper:
     """Swaps adapters in one slot of a live model. Made by `hotslot.attach`.
 
-    All methods may be called from any thread; swaps happen one after the other. A forward pass in another thread that
-    overlaps a swap may see parts of two adapters.
+    All methods may be called from any thread; swaps happen one after the other. A swap waits for leases on the model
+    to end, and new ones wait for it: a block of `lease()`, and once `guard()` was called each forward pass, sees one
+    adapter from start to end. What holds none may see parts of two.
+
+    Methods that swap take `in_flight`: "finish", the default, waits for leases as long as they take; "drain" waits
+    `timeout_seconds`; "now" waits for none, and work in flight may mix adapters. Within one's own lease they raise,
+    all but `using`. An event loop must not wait: `await asyncio.to_thread(swapper.activate, name)`.
     """
 
     def __init__(self, engine: Engine, injection: live.Injection | None, entries: Iterable[Entry], plan: Plan) -> None:
@@ -93,6 +99,11 @@ class Swapper:
         """The slots that the model has now, and what they were planned for."""
         slots = self._bound().binding.slots
         return replace(self._plan, slots=MappingProxyType({fqn: slot.shape() for fqn, slot in slots.items()}))
+
+    @property
+    def generation(self) -> int:
+        """How many swaps have changed the model's adapters. Only grows, and counts all of the model's swappers."""
+        return self._engine.gate.generation
 
     @property
     def host_bytes(self) -> int:
@@ -158,7 +169,7 @@ class Swapper:
             ModelError: the plan is for another model; a parameter whose shape would change is in training.
             MergedError: the slot's adapter is merged into the base weights.
         """
-        with self._lock:
+        with self._bound().gate.swap(None, None), self._lock:
             engine = self._bound()
             grown = self.plan | plan
             slots, name = engine.binding.slots, engine.adapter_name
@@ -178,56 +189,74 @@ class Swapper:
 
     # -- swapping ---------------------------------------------------------------------------------------------------
 
-    def activate(self, name: str) -> SwapReport:
+    def activate(
+        self, name: str, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None
+    ) -> SwapReport:
         """Make a loaded adapter the live one, in place: all of it, or none of it if this raises.
+
+        If it is live already and untouched, this waits for nobody, and the report says `changed=False`.
+
+        Args:
+            name: of `load` or `attach`.
+            in_flight: "finish", "drain" or "now"; see the class.
+            timeout_seconds: for "drain".
 
         Raises:
             UnknownAdapterError: no adapter of that name is loaded.
+            InFlightError: work in flight did not end in time.
             MergedError: the slot's adapter is merged into the base weights.
-            ModelError: the slot's layers or parameters were taken from the model.
+            ModelError: the slot's layers or parameters were taken from the model; or this is within one's own lease.
         """
-        with self._lock:
-            return self._bound().swap(State(self._entry(name)))
+        return self._swap(lambda engine: State(self._entry(name)), in_flight, timeout_seconds)
 
-    def deactivate(self) -> SwapReport:
+    def deactivate(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> SwapReport:
         """Make the slot neutral: the model computes what its base computes."""
-        with self._lock:
-            engine = self._bound()
-            return engine.swap(engine.neutral)
+        return self._swap(lambda engine: engine.neutral, in_flight, timeout_seconds)
 
-    def rollback(self) -> SwapReport:
+    def rollback(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> SwapReport:
         """Swap back to what was live before the last swap, weights that were trained then included.
 
         Raises:
             ModelError: there was no swap yet.
         """
-        with self._lock:
-            engine = self._bound()
-            if engine.previous is None:
-                raise ModelError("There is nothing to roll back to.", hint="activate an adapter first")
-            return engine.swap(engine.previous)
+        return self._swap(_previous, in_flight, timeout_seconds)
 
     @contextmanager
-    def using(self, name: str | None) -> Iterator[SwapReport]:
-        """Activate an adapter, or the base model with None, for a block; then swap back to what was live before."""
-        with self._lock:
-            engine = self._bound()
-            report = self.deactivate() if name is None else self.activate(name)
-            before = engine.previous if report.changed else engine.live
-        try:
-            yield report
-        finally:
-            assert before is not None
-            with self._lock:
-                self._bound().swap(before)
+    def using(
+        self, name: str | None, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None
+    ) -> Iterator[SwapReport]:
+        """Activate an adapter, or the base model with None, for a block; then swap back to what was live before.
 
-    def detach(self) -> None:
-        """Give the model back as it was at attach, and forget it.
+        The block holds a lease from the one swap to the other. It may stand within another, and within `lease()`. Two
+        threads' blocks overlap only if the second finds live what it wants, else it waits for the first to end. The
+        swap back waits for other leases too, but without a timeout, and comes before any other swap that waits.
+
+        Raises:
+            ModelError: within a lease, while another thread that holds a lease waits for that one to end.
+        """
+        engine = self._bound()
+
+        def choose() -> State:
+            return engine.neutral if name is None else State(self._entry(name))
+
+        with engine.gate.visit(in_flight, timeout_seconds) as visit:
+            with visit.arriving(lambda: self._finds_live(choose)), self._lock:
+                report = self._bound().swap(choose())
+                before = engine.previous if report.changed else engine.live
+            assert before is not None
+            try:
+                yield report
+            finally:
+                with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
+                    self._bound().swap(before)
+
+    def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
+        """Give the model back as it was at attach, unguarded, and forget it.
 
         Slots that attach made are taken out. On a model that had the adapter before, the parameters get their own
         memory and shapes back; the adapter that came with it is live again, with whatever training it has had.
         """
-        with self._lock:
+        with self._bound().gate.swap(in_flight, timeout_seconds), self._lock:
             engine = self._bound()
             if not self._detaching:
                 if engine.is_current():
@@ -235,9 +264,54 @@ class Swapper:
                 self._detaching = True  # from here on each step may be repeated, if it is broken off
             self._let_go()
 
+    # -- work in flight ---------------------------------------------------------------------------------------------
+
+    def guard(self) -> None:
+        """Let each forward pass of the model hold a lease, until `detach`; outside of what torch.compile traces.
+
+        Before or after torch.compile; call it again after a `model.compile()`. Guarded are calls of the model, of the
+        PeftModel around it and of the base model within, and so each step of `generate`, not the whole of it. Not
+        guarded are a direct call of `model.forward`, and a function that was compiled around the model: hold a
+        `lease()` there. Copies of the model are not guarded.
+        """
+        with self._lock:
+            engine = self._bound()
+            live.guard(engine.model, engine.gate, self)
+
+    def lease(self) -> AbstractContextManager[None]:
+        """For a block: no swap begins before it has ended, but with `in_flight="now"`.
+
+            with swapper.lease():
+                model.generate(…)
+
+        It goes with the context: tasks and `asyncio.to_thread` calls that the block starts, and waits for, share it.
+        Other threads' forward passes do not; if they are guarded, the block must not wait for them.
+        """
+        return self._bound().gate.lease()
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
+    def _swap(
+        self, choose: Callable[[Engine], State], in_flight: InFlight | None, timeout_seconds: float | None
+    ) -> SwapReport:
+        check_in_flight(in_flight, timeout_seconds)
+        gate = self._bound().gate
+        if gate.busy and not gate.holds_lease:
+            with self._lock:  # a mistake, or nothing to do: known without waiting
+                engine = self._bound()
+                target = choose(engine)
+                if engine.finds_live(target):
+                    return engine.swap(target)
+        with gate.swap(in_flight, timeout_seconds), self._lock:
+            engine = self._bound()
+            return engine.swap(choose(engine))
+
+    def _finds_live(self, choose: Callable[[], State]) -> bool:
+        with self._lock:
+            return self._bound().finds_live(choose())
+
     def _let_go(self) -> None:
+        live.unguard(self._engine.model, self)
         self._engine.release()
         for injection in reversed(self._injections):
             live.remove(injection)
@@ -301,6 +375,12 @@ class Swapper:
     def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
         pinned = any(device.type == "cuda" for device in self._bound().binding.memory.devices)
         return Entry(name, checkpoints.read(source, config=config, pin_memory=pinned, **hub))
+
+
+def _previous(engine: Engine) -> State:
+    if engine.previous is None:
+        raise ModelError("There is nothing to roll back to.", hint="activate an adapter first")
+    return engine.previous
 
 
 def attach(

@@ -6,7 +6,8 @@ touches a live model, and the first of the line that imports peft.
 
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
-from .discover import adapter_names, count_slots, is_compiled, unwrap
+from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
+from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .slots import Slot, find_slots
@@ -27,7 +28,9 @@ __all__ = [
     "build_config",
     "count_slots",
     "find_slots",
+    "guard",
     "inject",
+    "innermost",
     "is_compiled",
     "matching_targets",
     "neutral_records",
@@ -36,5 +39,6 @@ __all__ = [
     "refuse_unsupported_resident",
     "remove",
     "slot_shapes",
+    "unguard",
     "unwrap",
 ]

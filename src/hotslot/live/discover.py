@@ -21,6 +21,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def callable_roots(model: nn.Module) -> list[nn.Module]:
+    """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    roots = [unwrap(model)]
+    while isinstance(roots[-1], (PeftModel, BaseTuner)):
+        outer: Any = roots[-1]
+        inner = outer.base_model if isinstance(outer, PeftModel) else outer.model
+        if not isinstance(inner, nn.Module):
+            break
+        roots.append(unwrap(inner))
+    return roots
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The base model within whatever PEFT and torch.compile have put around it."""
+    return callable_roots(model)[-1]
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model or a part of it has been given to torch.compile, in any of the three ways.
 

@@ -1,0 +1,94 @@
+"""Makes each forward pass of a model hold a lease: around its calls, outside of what torch.compile traces."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..leases import Gate
+from .discover import callable_roots
+
+# nn.Module.__call__ looks both up on the instance: the first where `module.compile()` has set it, else the second.
+_COMPILED, _PLAIN = "_compiled_call_impl", "_call_impl"
+
+_lock = threading.Lock()
+
+
+class _Guard:
+    """Stands in a module's `__dict__` for one of the two, and calls it under a lease.
+
+    Not a hook: a pre-hook that raises leaves the other hooks out, dynamo traces hooks in place of running them, and
+    has no guard that would notice one that came later.
+
+    Attributes:
+        owners: who wants it there; it goes with the last of them.
+    """
+
+    __slots__ = ("_attribute", "_call", "_gate", "_module", "owners", "was")
+
+    # `module.compile()` hands `_call_impl` to torch.compile, which takes a function of this name as it is; any other
+    # it would trace from outside, the lease with it.
+    __name__ = _PLAIN
+    __code__: CodeType
+
+    def __init__(self, gate: Gate, module: nn.Module, attribute: str) -> None:
+        self.owners: set[object] = set()
+        self.was = module.__dict__.get(attribute)
+        self._gate = gate
+        self._module = module
+        self._attribute = attribute
+        self._call: Callable[..., Any] = getattr(module, attribute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # within a function that was compiled around the model: no place to wait
+            return self._call(*args, **kwargs)
+        lease = self._gate.enter()
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            self._gate.leave(lease)
+
+    def __reduce__(self) -> Any:
+        # A copy or pickle of the model is not guarded: it gets its own class's method.
+        return getattr, (self._module, self._attribute)
+
+
+# Dynamo goes past this frame to those that it calls, and compiles what it would without it.
+_Guard.__code__ = _Guard.__call__.__code__
+torch._dynamo.eval_frame.skip_code(_Guard.__code__)
+
+
+def guard(model: nn.Module, gate: Gate, owner: object) -> None:
+    """Guard the calls of the model, of the PeftModel around it, and of the base model within; for `owner`.
+
+    Called again it also reaches what `model.compile()` has set since.
+    """
+    with _lock:
+        for module in callable_roots(model):
+            for attribute in (_COMPILED, _PLAIN):
+                present = module.__dict__.get(attribute)
+                if present is None and attribute == _COMPILED:
+                    continue
+                if not isinstance(present, _Guard):
+                    present = _Guard(gate, module, attribute)
+                    module.__dict__[attribute] = present
+                present.owners.add(owner)
+
+
+def unguard(model: nn.Module, owner: object) -> None:
+    """Undo `guard`, unless another owner wants it. May be repeated."""
+    with _lock:
+        for module in callable_roots(model):
+            for attribute in (_COMPILED, _PLAIN):
+                present = module.__dict__.get(attribute)
+                if isinstance(present, _Guard):
+                    present.owners.discard(owner)
+                    if not present.owners and present.was is not None:
+                        module.__dict__[attribute] = present.was
+                    elif not present.owners:
+                        del module.__dict__[attribute]
