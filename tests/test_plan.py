@@ -19,7 +19,7 @@ from adapters import expected_peft_warnings, make_adapter, random_config
 from compiling import WAYS, Backend
 from hotslot import errors
 from oracle import assert_same_output, assert_unchanged, fresh, fresh_output, snapshot
-from zoo import ZOO, Entry
+from zoo import ZOO
 
 Make = Callable[..., Path]
 
