@@ -171,6 +171,7 @@ class Stage:
 
 
 Make = Callable[[Entry, dict[str, Path]], Stage]
+Weights = str | dict[str, float]
 
 
 FOLDERS = {
@@ -238,6 +239,20 @@ def deactivation(entry: Entry, folders: dict[str, Path]) -> Stage:
     model, swapper = staged(entry, folders)
     swapper.activate("a")
     return Stage(entry, model, swapper.deactivate, lambda: swapper.activate("b"), folders["b"])
+
+
+def blending(first: Weights, second: Weights) -> Make:
+    """Between an adapter and a blend, and between blends that differ in their weights alone."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build()
+        sources = {"a": folders["a"], "b": folders["b"]}
+        swapper = hotslot.attach(model, sources, plan=hotslot.plan(model, sources))
+        swapper.activate("b")
+        swapper.activate(first)
+        return Stage(entry, model, lambda: swapper.activate(second), lambda: swapper.activate("a"), folders["a"])
+
+    return make
 
 
 def rollback(entry: Entry, folders: dict[str, Path]) -> Stage:
@@ -355,6 +370,10 @@ SWAPS: dict[str, Scenario] = {
     "from the adapter that came with the model": (resident_to_other, "embedding"),
     "in a compiled model": (without_arena, "mlp"),
     "after the user moved the parameters": (moved_by_the_user, "embedding"),
+    "to a blend": (blending("a", {"a": 0.7, "b": -1.0}), "mlp"),
+    "from a blend": (blending({"a": 0.7, "b": -1.0}, "b"), "embedding"),
+    "to other weights of a blend": (blending({"a": 0.7, "b": -1.0}, {"a": 0.7, "b": 0.5}), "conv2d"),
+    "to another weight of one adapter": (blending({"a": 0.7}, {"a": -0.5}), "mlp"),
     "drop-in, same rank": (drop_in("same"), "mlp"),
     "drop-in, again": (drop_in("a", earlier=True), "mlp"),
     "drop-in, smaller rank": (drop_in("smaller"), "mlp"),

@@ -318,9 +318,10 @@ def test_trained_weights_survive_growing_and_what_was_before_can_be_rolled_back_
     swapper.activate("a")
     train(model)
     trained = entry.output(model, entry.inputs())
-    with swapper.using(None):
-        swapper.grow(hotslot.plan(model, [b]))
-        assert_same_output(entry.output(model, entry.inputs()), base)
+    swapper.deactivate()
+    swapper.grow(hotslot.plan(model, [b]))
+    assert_same_output(entry.output(model, entry.inputs()), base)
+    swapper.rollback()
     assert_same_output(entry.output(model, entry.inputs()), trained)
     swapper.load("b", b)
     swapper.activate("b")

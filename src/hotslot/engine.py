@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -45,6 +45,8 @@ class Entry:
         self.adapter: Adapter = interpret(checkpoint)
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
+        self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
+        self.error: float | None = None  # of what it is an approximation of
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +72,13 @@ class Entry:
             records = binding.records(self.adapter)
             self._compiled = Compiled(memory, memory.compile(block, scalings), records)
         return self._compiled
+
+    def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
+        """What is to be written where `since` is live, untouched, or anything if None; and its bytes of adapter."""
+        whole = self.compile(binding).writes
+        if since is not None and since.contents == self.contents:
+            return replace(whole, staged=[], targets=[], sources=[], unused=()), 0
+        return whole, self.adapter.checkpoint.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +184,13 @@ class Engine:
         try:
             # Others may have written anything anywhere, the padding included.
             known = not (touched or moved or before.image is not None)
-            self._write(target, binding.live_ranks if known else binding.room, before.records, clean=not touched)
+            occupied = binding.live_ranks if known else binding.room
+            since = previous.entry if known else None
+            nbytes = self._write(target, occupied, before.records, clean=not touched, since=since)
             self.live = target
             if self.keeps_history:
                 self.previous, self.original = before, self.original or before
             self.gate.generation += 1
-            nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:
             self._write(before, binding.room, None)
@@ -275,25 +285,38 @@ class Engine:
         image = self.binding.memory.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
-    def _write(self, target: State, occupied: Mapping[str, int], said: Records | None, *, clean: bool = False) -> None:
-        """Put `target` into the model, whose slots may hold values up to `occupied` and whose records say `said`."""
-        memory, records = self.binding.memory, target.records
-        compiled = target.entry.compile(self.binding) if target.entry is not None else None
+    def _write(
+        self,
+        target: State,
+        occupied: Mapping[str, int],
+        said: Records | None,
+        *,
+        clean: bool = False,
+        since: Entry | None = None,
+    ) -> int:
+        """Put `target` into the model, whose slots may hold values up to `occupied` and whose records say `said`.
+
+        If `since` is given, they hold that entry and nothing else. Returns the bytes of adapter that were written.
+        """
+        binding, memory, records, nbytes = self.binding, self.binding.memory, target.records, 0
         if records is None:
-            assert compiled is not None
-            records = compiled.records
-        self.binding.apply(records, said)  # before the copy, which takes all else out of the cache
+            assert target.entry is not None
+            records = target.entry.compile(binding).records
+        binding.apply(records, said)  # before the copy, which takes all else out of the cache
         if target.image is not None:
             memory.restore(target.image)
-        elif compiled is not None:
-            memory.write(compiled.writes, occupied, clean=clean)
+        elif target.entry is not None:
+            writes, nbytes = target.entry.writes(binding, since)
+            memory.write(writes, occupied, clean=clean)
         else:
-            nothing = memory.compile(None, dict.fromkeys(self.binding.slots, NEUTRAL_SCALING))
+            nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
             memory.write(nothing, occupied, clean=clean)
+        return nbytes
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
         tier = "host" if nbytes else "none"
+        error = target.entry.error if target.entry is not None else None
         generation, seconds = self.gate.generation, time.perf_counter() - started
         return SwapReport(
-            target.name, previous.name, target.version, generation, "side", tier, nbytes, seconds, changed
+            target.name, previous.name, target.version, generation, "side", tier, nbytes, seconds, changed, error
         )

@@ -83,9 +83,11 @@ class Plan:
             slots[fqn] = shape.at_rank(rank)
         return Plan(MappingProxyType(slots), max_blend, max(capped, default=None), self.dtype, largest)
 
-    def with_room(self, ranks: Mapping[str, int]) -> Plan:
-        """The same slots, each with room for at least its rank in `ranks`."""
+    def with_room(self, ranks: Mapping[str, int], *, biased: bool) -> Plan:
+        """The same slots, each with room for at least its rank in `ranks`, and with `biased` for a bias."""
         slots = {fqn: slot.at_rank(max(slot.rank, ranks.get(fqn, 0))) for fqn, slot in self.slots.items()}
+        if biased:
+            slots = {fqn: _with_bias(slot) for fqn, slot in slots.items()}
         return replace(self, slots=MappingProxyType(slots))
 
     def on(self, slots: Mapping[str, live.Slot], *, resizable: bool = True) -> Plan:
@@ -236,6 +238,9 @@ def plan_adapters(
         floor = slots[fqn].rank if fqn in slots else 1
         rank = max_rank if max_rank is not None else _room(largest.get(fqn, ()), blended=True)
         planned[fqn] = shape.at_rank(-(-max(rank, floor) // shape.groups) * shape.groups)
+    if max_blend > 1 and len(adapters) > 1 and any(adapter.lora_bias for adapter in adapters):
+        # PEFT's config has one lora_bias for all modules: in a blend with one that has biases, all have.
+        planned = {fqn: _with_bias(shape) for fqn, shape in planned.items()}
     return Plan(MappingProxyType(planned), max_blend, max_rank, dtype, largest)
 
 
@@ -270,6 +275,11 @@ def _matched(model: nn.Module, target_modules: str | Iterable[str] | None) -> li
             hint="print([name for name, _ in model.named_modules()]) shows the paths",
         )
     return matched
+
+
+def _with_bias(slot: SlotShape) -> SlotShape:
+    up = slot.parts.get("lora_B.weight")
+    return slot if up is None else replace(slot, parts={**slot.parts, _BIAS: (up[0],)})
 
 
 def _merged(first: Largest, second: Largest, count: int) -> Largest:

@@ -21,6 +21,8 @@ class SwapReport:
         seconds: wall time of the swap, without the wait for work in flight. On a GPU the copies may still be under way,
             in the stream's order.
         changed: False if this adapter was live already, untouched, and nothing was written.
+        error: of a blend that was cut to its slots' rank: the largest relative error (Frobenius norm) of any module's
+            delta. None where what is live is exact.
     """
 
     adapter: str | None
@@ -32,6 +34,7 @@ class SwapReport:
     nbytes: int
     seconds: float
     changed: bool
+    error: float | None = None
 
     @property
     def gigabytes_per_second(self) -> float:

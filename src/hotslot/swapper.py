@@ -7,6 +7,7 @@ is as it was.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 
 from . import checkpoint as checkpoints
 from . import live
+from .blending import Blend, Blender, Ingredient, needed_ranks
 from .cache import HostTier
 from .checkpoint import Source
 from .engine import Engine, Entry, State
@@ -57,6 +59,7 @@ class Swapper:
         self._injections = [injection] if injection is not None else []
         self._plan = plan
         self._tier: HostTier[Entry] = HostTier()
+        self._blender = Blender()
         self._lock = engine.lock
         self._detaching = self._detached = False
         for entry in entries:
@@ -81,7 +84,10 @@ class Swapper:
 
     @property
     def active(self) -> str | None:
-        """Name of the live adapter; None for the base model, or for what was on the model before hotslot."""
+        """Name of the live adapter, of a blend such as "character:1.0+style:0.7", by name.
+
+        None for the base model, or for what was on the model before hotslot.
+        """
         return self._engine.live.name
 
     @property
@@ -107,8 +113,8 @@ class Swapper:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that the loaded adapters hold."""
-        return self._tier.nbytes
+        """Bytes of host memory that the loaded adapters hold, and the last few blends of them."""
+        return self._tier.nbytes + self._blender.nbytes
 
     # -- loading: off the hot path ----------------------------------------------------------------------------------
 
@@ -139,10 +145,12 @@ class Swapper:
         """
         with self._lock:
             entry = self._entry(name)
-            if self._engine.live.entry is entry:
+            now = self._engine.live.entry
+            if now is entry or (isinstance(now, Blend) and name in now.names):
                 raise ModelError(
                     f"The adapter {name!r} is live.", where=name, hint="activate another one or deactivate() before"
                 )
+            self._blender.forget(name)
             self._tier.remove(name)
 
     def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
@@ -190,24 +198,41 @@ class Swapper:
     # -- swapping ---------------------------------------------------------------------------------------------------
 
     def activate(
-        self, name: str, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None
+        self,
+        adapter: str | Mapping[str, float],
+        *,
+        blend: str | None = None,
+        in_flight: InFlight | None = None,
+        timeout_seconds: float | None = None,
     ) -> SwapReport:
         """Make a loaded adapter the live one, in place: all of it, or none of it if this raises.
 
         If it is live already and untouched, this waits for nobody, and the report says `changed=False`.
 
+        A blend, `activate({"style": 0.7, "character": 1.0})`, computes the sum of its adapters, each times its weight,
+        as PEFT's `add_weighted_adapter(combination_type="cat")` does. Its ranks add up, and a plan leaves room for
+        them: `hotslot.plan(model, sources, max_blend=2)`. Weights may be negative or zero; if nothing but weights
+        changes, nothing but what they scale is written.
+
         Args:
-            name: of `load` or `attach`.
+            adapter: a name, or name → weight.
+            blend: None for an exact sum; "svd" to cut it to the slots' ranks where it is beyond them, at an error
+                that the report states.
             in_flight: "finish", "drain" or "now"; see the class.
             timeout_seconds: for "drain".
 
         Raises:
             UnknownAdapterError: no adapter of that name is loaded.
+            RankError: a blend's rank is beyond the plan; the error's `plan` would take it.
+            UnsupportedError: adapters that cannot be blended.
+            NonFiniteError: weights that make values overflow.
             InFlightError: work in flight did not end in time.
             MergedError: the slot's adapter is merged into the base weights.
             ModelError: the slot's layers or parameters were taken from the model; or this is within one's own lease.
         """
-        return self._swap(lambda engine: State(self._entry(name)), in_flight, timeout_seconds)
+        with self._lock:  # a blend is made before anybody waits for it
+            target = self._state(adapter, blend)
+        return self._swap(lambda engine: target, in_flight, timeout_seconds)
 
     def deactivate(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> SwapReport:
         """Make the slot neutral: the model computes what its base computes."""
@@ -223,9 +248,13 @@ class Swapper:
 
     @contextmanager
     def using(
-        self, name: str | None, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None
+        self,
+        adapter: str | Mapping[str, float] | None,
+        *,
+        in_flight: InFlight | None = None,
+        timeout_seconds: float | None = None,
     ) -> Iterator[SwapReport]:
-        """Activate an adapter, or the base model with None, for a block; then swap back to what was live before.
+        """Activate an adapter or a blend, or the base model with None, for a block; then swap back to what was live.
 
         The block holds a lease from the one swap to the other. It may stand within another, and within `lease()`. Two
         threads' blocks overlap only if the second finds live what it wants, else it waits for the first to end. The
@@ -236,8 +265,11 @@ class Swapper:
         """
         engine = self._bound()
 
+        with self._lock:
+            wanted = self._state(adapter) if adapter is not None else None
+
         def choose() -> State:
-            return engine.neutral if name is None else State(self._entry(name))
+            return wanted or engine.neutral
 
         with engine.gate.visit(in_flight, timeout_seconds) as visit:
             with visit.arriving(lambda: self._finds_live(choose)), self._lock:
@@ -316,6 +348,7 @@ class Swapper:
         for injection in reversed(self._injections):
             live.remove(injection)
         _attached.get(self._engine.model, {}).pop(self._engine.adapter_name, None)
+        self._blender.clear()
         for name in self.adapters:
             self._tier.remove(name)
         self._detached = True
@@ -361,6 +394,35 @@ class Swapper:
         larger = own | plan_adapters(model, [entry.adapter], **options)
         refuse_unfit(model, entry.adapter, larger, name)
         return error.within(larger)
+
+    def _ingredients(self, weights: Mapping[str, float]) -> list[Ingredient]:
+        """By name, so that the order in which a blend is written makes no other blend of it."""
+        if not weights:
+            raise ValueError("A blend of no adapters; deactivate() makes the base model live")
+        given: Mapping[str, Any] = weights
+        for name, weight in given.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits
+                raise ValueError(f"The weight of {name!r} in the blend must be a finite number, got {weight!r}")
+        return [Ingredient(self._entry(name), float(weights[name])) for name in sorted(weights)]
+
+    def _state(self, adapter: str | Mapping[str, float], blend: str | None = None) -> State:
+        engine = self._bound()
+        if blend not in (None, "svd"):
+            raise ValueError(f"blend must be None or 'svd', got {blend!r}")
+        if isinstance(adapter, str):
+            return State(self._entry(adapter))
+        ingredients = self._ingredients(adapter)
+        if len(ingredients) == 1 and ingredients[0].weight == 1.0:
+            return State(ingredients[0].entry)
+        try:
+            mixed = self._blender.blend(ingredients, engine.binding, svd=blend == "svd")
+            mixed.compile(engine.binding)
+        except (RankError, UnexpectedTargetError) as error:
+            biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
+            raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
+        self._blender.hold(mixed)
+        return State(mixed)
 
     def _entry(self, name: str) -> Entry:
         try:

@@ -236,6 +236,11 @@ class Memory:
         view = self._views[tile.fqn, tile.suffix]
         return self.slots[tile.fqn].band(view, tile.suffix, 0, block.ranks[tile.fqn])
 
+    def band(self, fqn: str, suffix: str, low: int, high: int) -> torch.Tensor:
+        """The ranks from `low` to `high` of a part, to be written; all of a part that has none."""
+        view = self._views[fqn, suffix]
+        return view if PARTS[suffix].rank_dim is None else self.slots[fqn].band(view, suffix, low, high)
+
     def write(self, writes: Writes, occupied: Mapping[str, int], *, clean: bool = False) -> None:
         """Clear, copy and scale. Not atomic: whoever calls it puts back what was there if it raises.
 
