@@ -3,8 +3,8 @@
     scripts/bench concurrency [--json]        or    python -m benchmarks.bench_concurrency
 
 Four threads run forward passes. First without swaps, on a guarded and an unguarded model by turns; then while a fifth
-thread swaps two adapters: by PEFT, by hotslot without waiting, and by hotslot with the model guarded. An output is whole
-if it is bit for bit that of one of the two adapters, on the same model at rest.
+thread swaps two adapters: by PEFT, by hotslot without waiting, and by hotslot with the model guarded. An output is
+whole if it is bit for bit that of one of the two adapters, on the same model at rest.
 """
 
 from __future__ import annotations
