@@ -179,7 +179,7 @@ class Engine:
             self.live = target
             if self.keeps_history:
                 self.previous, self.original = before, self.original or before
-            self.gate.generation += 1
+            self.gate.count_change()
             nbytes = target.entry.nbytes if target.entry is not None and target.image is None else 0
             return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:

@@ -226,7 +226,7 @@ class Swapper:
         """
         with self._lock:
             engine = self._bound()
-            live.guard(engine.model, engine.gate, self)
+            live.guard(engine.model, engine.gate, engine.adapter_name)
 
     def lease(self) -> AbstractContextManager[None]:
         """For a block: no swap begins before it has ended, but with `in_flight="now"`.
@@ -261,7 +261,7 @@ class Swapper:
             return self._bound().finds_live(choose())
 
     def _let_go(self) -> None:
-        live.unguard(self._engine.model, self)
+        live.unguard(self._engine.model, self._engine.adapter_name)
         self._engine.release()
         if self._injection is not None:
             live.remove(self._injection)
