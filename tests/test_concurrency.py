@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 import hotslot
@@ -776,6 +776,21 @@ def test_guards_are_outside_of_what_is_compiled(
             with Held(threads, swapper) as held:
                 held.assert_holds_up(lambda: made.output(call, made.inputs()))
     assert backend.graphs > 0
+
+
+def test_a_sequential_is_guarded_but_under_torch_compile(threads: Any) -> None:
+    """dynamo enters modules of torch.nn from outside: they are within the trace, as in a function around a model."""
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    swapper = hotslot.attach(model)
+    swapper.guard()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    run(compiled)
+    with Held(threads, swapper) as held:
+        held.assert_passes(lambda: run(compiled))
+        held.assert_holds_up(lambda: run(model))
+    model.compile(backend="eager", fullgraph=True)
+    with Held(threads, swapper) as held:
+        held.assert_holds_up(lambda: run(model))
 
 
 def test_copies_and_pickles_of_a_guarded_model_are_whole_and_not_guarded(threads: Any) -> None:

@@ -219,10 +219,10 @@ class Swapper:
     def guard(self) -> None:
         """Let each forward pass of the model hold a lease, until `detach`; outside of what torch.compile traces.
 
-        Before or after torch.compile; call it again after a `model.compile()`. Guarded are calls of the model, of the
-        PeftModel around it and of the base model within, and so each step of `generate`, not the whole of it. Not
-        guarded are a direct call of `model.forward`, and a function that was compiled around the model: hold a
-        `lease()` there. Copies of the model are not guarded.
+        Before or after torch.compile, which compiles nothing again. Guarded are calls of the model, of the PeftModel
+        around it and of the base model within; so each step of `generate`, not the whole of it. Not guarded are a
+        direct call of `model.forward`, the backward pass, a function that was compiled around the model, and
+        `torch.compile(nn.Sequential(…))`, which is one: hold a `lease()` there. Copies are not guarded.
         """
         with self._lock:
             engine = self._bound()

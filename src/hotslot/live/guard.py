@@ -75,7 +75,7 @@ torch._dynamo.eval_frame.skip_code(_Guard.__code__)
 def guard(model: nn.Module, gate: Gate, owner: str) -> None:
     """Guard the calls of the model, of the PeftModel around it, and of the base model within; for `owner`.
 
-    Called again it also reaches what `model.compile()` has set since.
+    May be repeated.
     """
     with _lock:
         for module in callable_roots(model):
