@@ -1,9 +1,10 @@
-"""The swap benchmark runs, compares what it times, and says so in a table, as JSON and in a plot. No test of time."""
+"""The benchmarks run, compare what they time, and say so in tables and as JSON. No test of time."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from hotslot.cli import bench
 from hotslot.errors import HotslotError
 
 swap = bench.load("swap")
+concurrency, soak = bench.load("concurrency"), bench.load("soak")
 report = import_module("hotslot_benchmarks.report")
 OPTIONS: dict[str, Any] = {"sizes": ["tiny"], "rounds": 1, "device": "cpu"}
 
@@ -106,3 +108,50 @@ def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench, "_PACKAGE", "hotslot_benchmarks_elsewhere")
     with pytest.raises(HotslotError, match=r"clone the repository and run scripts/bench swap"):
         bench.load("swap")
+
+
+# --- under load, and for long ---------------------------------------------------------------------------------------
+
+
+def test_swaps_under_load(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run_bench("concurrency", as_json=True, sizes=["tiny"], rounds=2, device="cpu")
+    told = json.loads(capsys.readouterr().out)
+    assert told["benchmark"] == "concurrency"
+    assert [row["way"] for row in told["rows"]] == list(concurrency.WAYS)
+    assert told["rows"][-1]["torn_percent"] == 0
+    assert all(row["forwards"] and row["swaps_per_second"] for row in told["rows"])
+    assert told["costs"][0]["percent_of_unguarded"] > 0
+
+
+def test_torn_outputs_of_a_guarded_model_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(concurrency.WAYS, concurrency.GUARDED, concurrency.WAYS['hotslot, in_flight="now"'])
+    with pytest.raises(HotslotError, match="parts of two adapters"):
+        concurrency.run(["tiny"], rounds=4, seconds=0.5, device="cpu")
+
+
+def test_nothing_grows_over_many_swaps() -> None:
+    tenths = soak.soak(5_000)
+    assert len(tenths) == 10
+    assert tenths[-1].swaps >= 5_000
+    assert [text for text in soak.growth(tenths) if "times as long" not in text] == []  # no test of time
+
+
+@pytest.mark.parametrize("kind", ["memory", "objects", "file handles"])
+def test_what_grows_is_noticed(kind: str, tmp_path: Path) -> None:
+    kept: list[Any] = []
+    leaks = {
+        "memory": lambda: kept.append(bytearray(10_000)),
+        "objects": lambda: kept.append([]),
+        "file handles": lambda: kept.append(os.open(tmp_path, os.O_RDONLY)) if len(kept) < 500 else None,
+    }
+    try:
+        assert any(kind in text for text in soak.growth(soak.soak(1_000, leak=leaks[kind])))
+    finally:
+        for handle in kept if kind == "file handles" else []:
+            os.close(handle)
+
+
+def test_a_swap_that_takes_longer_and_longer_is_noticed() -> None:
+    tenths = [soak.Tenth(i, 0, 0, 0, 100.0 + 5 * i) for i in range(10)]
+    assert soak.growth(tenths) == ["a swap takes 1.38 times as long"]
+    assert soak.growth([replace(tenth, swap_us=100.0) for tenth in tenths]) == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import io
 import pickle
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,12 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 import hotslot
 from adapters import make_adapter
 from compiling import WAYS, Backend
+from hotslot import leases
 from hotslot.errors import InFlightError, ModelError
 from hotslot.leases import Gate
 from hotslot.testing import no_recompile
@@ -198,6 +201,17 @@ def test_leases_nest_while_a_swap_waits(threads: Any) -> None:
     assert is_free(gate)
 
 
+def test_the_writer_may_read_and_not_write_again() -> None:
+    """A callback within a swap may run the model."""
+    gate = Gate()
+    with gate.swap():
+        with gate.lease(), gate.lease():
+            pass
+        with pytest.raises(ModelError, match="within another swap"), gate.swap():
+            pass
+    assert is_free(gate)
+
+
 def test_two_gates_do_not_know_each_other(threads: Any) -> None:
     one, two = Gate(), Gate()
     with one.lease(), two.lease(), one.lease():
@@ -300,10 +314,6 @@ def test_what_raises_gives_back(threads: Any) -> None:
 
 
 def test_a_gate_goes_with_its_model() -> None:
-    import gc
-
-    from hotslot import leases
-
     model = nn.Linear(2, 2)
     gate = Gate.of(model)
     assert Gate.of(model) is gate
@@ -768,6 +778,21 @@ def test_guards_are_outside_of_what_is_compiled(
     assert backend.graphs > 0
 
 
+def test_a_sequential_is_guarded_but_under_torch_compile(threads: Any) -> None:
+    """dynamo enters modules of torch.nn from outside: they are within the trace, as in a function around a model."""
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(8, 8), nn.Tanh()))
+    swapper = hotslot.attach(model)
+    swapper.guard()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    run(compiled)
+    with Held(threads, swapper) as held:
+        held.assert_passes(lambda: run(compiled))
+        held.assert_holds_up(lambda: run(model))
+    model.compile(backend="eager", fullgraph=True)
+    with Held(threads, swapper) as held:
+        held.assert_holds_up(lambda: run(model))
+
+
 def test_copies_and_pickles_of_a_guarded_model_are_whole_and_not_guarded(threads: Any) -> None:
     model, swapper = tower()
     swapper.activate("a")
@@ -804,6 +829,37 @@ def test_detach_leaves_no_guard(way: str | None, threads: Any) -> None:
         assert vars(module).keys() == attributes[name].keys(), name
         for key in ("_call_impl", "_compiled_call_impl"):
             assert vars(module).get(key) is attributes[name].get(key)
+
+
+def test_a_guard_does_not_keep_the_model() -> None:
+    """Its memory is free when it goes, without the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model, swapper = tower()
+        swapper.guard()
+        run(model)
+        alive = weakref.ref(model), weakref.ref(model.get_base_model())
+        del model
+        assert [ref() for ref in alive] == [None, None]
+        cycle = Tower()
+        cycle.__dict__["_call_impl"] = cycle._call_impl
+        alive_too = weakref.ref(cycle)
+        del cycle
+        assert alive_too() is not None  # the control
+    finally:
+        gc.enable()
+
+
+def test_what_was_compiled_with_the_guard_in_it_is_not_held_up_after_detach(threads: Any) -> None:
+    model, swapper = tower()
+    swapper.guard()
+    model.compile(backend="eager")
+    run(model)
+    gate = swapper.engine.gate
+    swapper.detach()
+    with gate.swap():
+        threads(run, model).result(SOON)
 
 
 def test_a_forward_that_raises_gives_its_lease_back() -> None:

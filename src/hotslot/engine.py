@@ -190,7 +190,7 @@ class Engine:
             self.live = target
             if self.keeps_history:
                 self.previous, self.original = before, self.original or before
-            self.gate.generation += 1
+            self.gate.count_change()
             return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:
             self._write(before, binding.room, None)

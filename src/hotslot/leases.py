@@ -58,16 +58,18 @@ class Turn:
         exclusive: whether it wants to write.
         gives_way: an upgrade that is refused rather than one that must be.
         refused: whether it was.
+        thread: identity of the thread that waits, and then writes.
         passed: released when its turn has come.
     """
 
-    __slots__ = ("exclusive", "gives_way", "lease", "passed", "refused")
+    __slots__ = ("exclusive", "gives_way", "lease", "passed", "refused", "thread")
 
     def __init__(self, lease: Lease | None, *, exclusive: bool, gives_way: bool = False) -> None:
         self.lease = lease
         self.exclusive = exclusive
         self.gives_way = gives_way
         self.refused = False
+        self.thread = threading.get_ident()
         self.passed = threading.Lock()
         self.passed.acquire()
 
@@ -131,7 +133,7 @@ class Gate:
             if own is not None and own.uses:
                 own.uses += 1
                 return own
-            if self._writer is None and not self._queue:
+            if (self._writer is None and not self._queue) or self._writes():
                 lease.uses = 1
                 self._open[lease] = None
             else:
@@ -175,6 +177,8 @@ class Gate:
         """
         check_in_flight(in_flight, timeout_seconds)
         own = self._own()
+        if self._writes():
+            raise ModelError("A swap within another swap of the model.", hint="swap when that one has ended")
         if own is not None:
             raise ModelError(
                 "A swap within one's own lease would wait for itself.",
@@ -196,14 +200,24 @@ class Gate:
     def visit(self, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> Iterator[Visit]:
         """A lease for a block that swaps when it begins and back when it ends."""
         check_in_flight(in_flight, timeout_seconds)
-        visit = Visit(self, self.enter(timeout_seconds), in_flight, timeout_seconds)
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        visit = Visit(self, self.enter(timeout_seconds), in_flight, deadline)
         try:
             yield visit
         finally:
             if visit.lease is not None:
                 self.leave(visit.lease)
 
+    def count_change(self) -> None:
+        """Note that a swap has changed something."""
+        with self._mutex:  # two slots may be written "now"
+            self.generation += 1
+
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _writes(self) -> bool:
+        """Whether this thread is the writer."""
+        return self._writer is not None and self._writer.thread == threading.get_ident()
 
     def _enter_writing(self, writer: Turn) -> Lease:
         """A lease for the writer, which lasts when it has written."""
@@ -220,8 +234,6 @@ class Gate:
         with self._mutex:
             self._enqueue(turn, first=True)
         self.leave(lease)
-        with self._mutex:
-            self._admit_next()
         self._wait(turn, None)
         return turn
 
@@ -286,7 +298,7 @@ class Gate:
         if not passed:
             self._give_up(turn)
             raise InFlightError(
-                f"Work in flight did not end within {timeout_seconds:g} s.",
+                f"Work in flight did not end within {timeout_seconds:.3g} s.",
                 found=self._describe(),
                 expected="leases that end: of guarded forward passes, swapper.lease() and swapper.using(…)",
                 hint='a longer timeout_seconds; or in_flight="now", under which work in flight may mix adapters',
@@ -326,11 +338,11 @@ class Visit:
         lease: None once it was given up for the swap at the end.
     """
 
-    def __init__(self, gate: Gate, lease: Lease, in_flight: InFlight | None, timeout_seconds: float | None) -> None:
+    def __init__(self, gate: Gate, lease: Lease, in_flight: InFlight | None, deadline: float | None) -> None:
         self.lease: Lease | None = lease
         self._gate = gate
         self._now = in_flight == "now"
-        self._timeout_seconds = timeout_seconds
+        self._deadline = deadline
 
     @contextmanager
     def arriving(self, needless: Callable[[], bool]) -> Iterator[None]:
@@ -345,13 +357,14 @@ class Visit:
         if self._now or needless():
             yield
             return
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         if lease.uses > 1:
-            turn = gate._join(Turn(lease, exclusive=True, gives_way=True), self._timeout_seconds)
+            turn = gate._join(Turn(lease, exclusive=True, gives_way=True), left)
         else:
             # Two that hold leases and wait for each other's end would wait for ever.
             self.lease = None
             gate.leave(lease)
-            turn = gate._join(Turn(None, exclusive=True), self._timeout_seconds)
+            turn = gate._join(Turn(None, exclusive=True), left)
             self.lease = gate._enter_writing(turn)
         try:
             yield

@@ -301,14 +301,14 @@ class Swapper:
     def guard(self) -> None:
         """Let each forward pass of the model hold a lease, until `detach`; outside of what torch.compile traces.
 
-        Before or after torch.compile; call it again after a `model.compile()`. Guarded are calls of the model, of the
-        PeftModel around it and of the base model within, and so each step of `generate`, not the whole of it. Not
-        guarded are a direct call of `model.forward`, and a function that was compiled around the model: hold a
-        `lease()` there. Copies of the model are not guarded.
+        Before or after torch.compile, which compiles nothing again. Guarded are calls of the model, of the PeftModel
+        around it and of the base model within; so each step of `generate`, not the whole of it. Not guarded are a
+        direct call of `model.forward`, the backward pass, a function that was compiled around the model, and
+        `torch.compile(nn.Sequential(…))`, which is one: hold a `lease()` there. Copies are not guarded.
         """
         with self._lock:
             engine = self._bound()
-            live.guard(engine.model, engine.gate, self)
+            live.guard(engine.model, engine.gate, engine.adapter_name)
 
     def lease(self) -> AbstractContextManager[None]:
         """For a block: no swap begins before it has ended, but with `in_flight="now"`.
@@ -343,7 +343,7 @@ class Swapper:
             return self._bound().finds_live(choose())
 
     def _let_go(self) -> None:
-        live.unguard(self._engine.model, self)
+        live.unguard(self._engine.model, self._engine.adapter_name)
         self._engine.release()
         for injection in reversed(self._injections):
             live.remove(injection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -26,10 +27,10 @@ class _Guard:
     has no guard that would notice one that came later.
 
     Attributes:
-        owners: who wants it there; it goes with the last of them.
+        owners: slots whose swappers want it there; it goes with the last of them.
     """
 
-    __slots__ = ("_attribute", "_call", "_gate", "_module", "owners", "was")
+    __slots__ = ("_attribute", "_call", "_gate", "_is_method", "_module", "owners", "was")
 
     # `module.compile()` hands `_call_impl` to torch.compile, which takes a function of this name as it is; any other
     # it would trace from outside, the lease with it.
@@ -37,15 +38,23 @@ class _Guard:
     __code__: CodeType
 
     def __init__(self, gate: Gate, module: nn.Module, attribute: str) -> None:
-        self.owners: set[object] = set()
+        self.owners: set[str] = set()
         self.was = module.__dict__.get(attribute)
         self._gate = gate
-        self._module = module
         self._attribute = attribute
-        self._call: Callable[..., Any] = getattr(module, attribute)
+        # Held strongly, in a bound method or otherwise, the module would be part of a cycle, and its memory would wait
+        # for the garbage collector.
+        self._module = weakref.ref(module)
+        call: Any = getattr(module, attribute)
+        self._is_method = getattr(call, "__self__", None) is module
+        self._call: Callable[..., Any] = call.__func__ if self._is_method else call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # within a function that was compiled around the model: no place to wait
+        if self._is_method:
+            args = (self._module(), *args)
+        # Within a function that was compiled around the model there is no place to wait. Without an owner it is a
+        # remnant: `module.compile()` was handed it.
+        if torch.compiler.is_compiling() or not self.owners:
             return self._call(*args, **kwargs)
         lease = self._gate.enter()
         try:
@@ -55,7 +64,7 @@ class _Guard:
 
     def __reduce__(self) -> Any:
         # A copy or pickle of the model is not guarded: it gets its own class's method.
-        return getattr, (self._module, self._attribute)
+        return getattr, (self._module(), self._attribute)
 
 
 # Dynamo goes past this frame to those that it calls, and compiles what it would without it.
@@ -63,10 +72,10 @@ _Guard.__code__ = _Guard.__call__.__code__
 torch._dynamo.eval_frame.skip_code(_Guard.__code__)
 
 
-def guard(model: nn.Module, gate: Gate, owner: object) -> None:
+def guard(model: nn.Module, gate: Gate, owner: str) -> None:
     """Guard the calls of the model, of the PeftModel around it, and of the base model within; for `owner`.
 
-    Called again it also reaches what `model.compile()` has set since.
+    May be repeated.
     """
     with _lock:
         for module in callable_roots(model):
@@ -80,7 +89,7 @@ def guard(model: nn.Module, gate: Gate, owner: object) -> None:
                 present.owners.add(owner)
 
 
-def unguard(model: nn.Module, owner: object) -> None:
+def unguard(model: nn.Module, owner: str) -> None:
     """Undo `guard`, unless another owner wants it. May be repeated."""
     with _lock:
         for module in callable_roots(model):
