@@ -136,8 +136,10 @@ def parse_header(header: bytes, path: Path) -> list[TensorSpec]:
         raise _corrupt(path, f"a header that is no JSON ({error})", "a JSON object") from error
     if not isinstance(entries, dict):
         raise _corrupt(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
-    metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(map(_is_text, [*metadata, *metadata.values()]))
+    ):
         raise _corrupt(path, f"{metadata!r:.100}", "an object of texts", where="__metadata__")
     if len(entries) > MAX_TENSORS:
         raise _corrupt(path, f"{len(entries):,} tensors", f"at most {MAX_TENSORS:,}")
@@ -206,6 +208,10 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
         found = f"{stop - start:,} bytes for shape {tuple(shape)!s:.80} of {dtype_name}"
         raise _corrupt(path, found, "as many bytes as the shape takes", where=name)
     return TensorSpec(name, dtype, tuple(shape), start, stop)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _naturals(values: Any) -> bool:

@@ -70,6 +70,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
     modules, copies = _by_module(checkpoint)
+    _refuse_transposed_attention(config, modules, origin)
     keys = _pattern_keys(modules, parameters, origin)
     paths = {path for found in keys.values() for path in found}
     refuse_endless(config, paths, origin)
@@ -144,7 +145,7 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
         if config[key]:
             raise ConfigError(
                 f"{origin} has an option that hotslot does not know.",
-                where=key,
+                where=key or "an option without a name",
                 found=f"{config[key]!r:.200}",
                 expected="an option of PEFT 0.21's LoraConfig",
                 hint="a newer PEFT wrote it; update hotslot, or remove the key if it has no effect",
@@ -156,7 +157,7 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
 
 
 def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
-    dropout = config.get("lora_dropout") or 0.0
+    dropout = config.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
         raise ConfigError(
             f"{origin} has no valid dropout.",
@@ -164,6 +165,20 @@ def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
             found=f"{dropout!r:.80}",
             expected="a number from 0 to 1",
             hint=_SAVE_AGAIN,
+        )
+
+
+def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[str], origin: str) -> None:
+    # Linear and Conv1D know which of the two they are, and PEFT corrects the option. Its MultiheadAttention does not,
+    # and transposes the projection's square update.
+    attention = next((fqn for fqn in modules if fqn.endswith(".base_layer.out_proj")), None)
+    if config.get("fan_in_fan_out") and attention is not None:
+        raise UnsupportedError(
+            f"{origin} uses fan_in_fan_out on a MultiheadAttention, whose update PEFT then transposes.",
+            where=attention,
+            found=f"fan_in_fan_out: {config['fan_in_fan_out']!r:.80}",
+            expected="fan_in_fan_out: false",
+            hint="load it with PEFT itself",
         )
 
 
@@ -225,9 +240,8 @@ def split_key(name: str) -> tuple[str, str] | None:
     if last not in PARTS:  # lora_embedding_A has no tensor name behind it, lora_A.weight has
         head, _, container = head.rpartition(".")
         last = f"{container}.{last}"
-    if last not in PARTS or not head:
-        return None
-    return head.removeprefix(_PREFIX), last
+    path = head.removeprefix(_PREFIX)
+    return (path, last) if path and last in PARTS else None
 
 
 def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:

@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from ..checkpoint.limits import MAX_NAME_PARTS
 from ..errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -27,7 +28,8 @@ else:
 
 MAX_PATTERNS = 100_000  # ten thousand modules, each with a key of its own, are real
 MAX_PATTERN_LENGTH = 4_096  # as a module's path; the longest known, a target_modules with every name, has 1,000
-# Of all that are more than a plain path, together. Python compiles 500,000 a second; a hundred such keys have 5,000.
+# Of those that are more than a plain path. To bound and compile one of 20 characters takes 0.6 ms.
+MAX_REGEXES = 1_000
 MAX_REGEX_CHARACTERS = 200_000
 # Of the matcher, a bound and not an estimate; it takes 1 to 20 ns for one. 840 modules under ten keys like
 # `.*attn.*proj` take 20 million, a single `.*.*.*.*x` on one path of 4,096 characters 10 ** 13.
@@ -101,24 +103,25 @@ class Rules:
         # the key.
         self._plain: dict[tuple[int, bool], dict[tuple[tuple[int, int], ...], dict[str, int]]] = {}
         self._others: list[tuple[int, re.Pattern[str]]] = []
-        self._all = [*patterns]
         sizes = _Paths(paths)
-        steps = characters = 0
-        for number, key in enumerate(self._all):
+        others = []
+        for number, key in enumerate(patterns):
             if len(key) > MAX_PATTERN_LENGTH:
                 found, expected = f"a pattern of {len(key):,} characters", f"at most {MAX_PATTERN_LENGTH:,}"
                 raise _refusal(found, expected, where, origin)
             plain = _PLAIN.fullmatch(key)
-            if plain is not None and sizes.one_line:
+            if plain is not None and sizes.one_line and key.count(".") < MAX_NAME_PARTS:
                 self._add_plain(plain[2], number, anchored=bool(plain[1]))
                 continue
-            characters += len(key)
-            if characters > MAX_REGEX_CHARACTERS:
-                expected = f"regular expressions of at most {MAX_REGEX_CHARACTERS:,} characters together"
-                raise _refusal("more", expected, where, origin)
+            others.append((number, key))
+        _refuse_too_many([key for _, key in others], where, origin)
+        steps = 0
+        for number, key in others:
             pattern, cost = compiled(rf"(.*\.)?({key})$", sizes, key, where, origin)
             self._others.append((number, pattern))
             steps += cost * len(paths)
+            if steps > MAX_STEPS:
+                break
         if self._plain:
             kinds = ((size, slices) for (size, _), by_slices in self._plain.items() for slices in by_slices)
             look_up = sum(10 * (len(slices) + 1) + size // 16 for size, slices in kinds)
@@ -243,12 +246,9 @@ def refuse_endless(config: Mapping[str, Any], paths: Collection[str], origin: st
     for value in [layers] if isinstance(layers, str) else layers if isinstance(layers, (list, tuple)) else []:
         if isinstance(value, str):
             given.append(("layers_pattern", value, rf"(?:^|.*?\.){value}\.(?P<idx>\d+)\."))
-    if sum(len(value) for _, value, _ in given) > MAX_REGEX_CHARACTERS or len(given) > MAX_PATTERNS:
-        expected = f"regular expressions of at most {MAX_REGEX_CHARACTERS:,} characters together"
-        raise _refusal("more", expected, given[-1][0], origin)
+    given = [one for one in given if not re.fullmatch(r"[\w.-]*", one[1])]
+    _refuse_too_many([value for _, value, _ in given], "target_modules, exclude_modules, layers_pattern", origin)
     for where, value, pattern in given:
-        if re.fullmatch(r"[\w.-]*", value):
-            continue
         if len(value) > MAX_PATTERN_LENGTH:
             found, expected = f"a pattern of {len(value):,} characters", f"at most {MAX_PATTERN_LENGTH:,}"
             raise _refusal(found, expected, where, origin)
@@ -466,6 +466,13 @@ def _characters(kind: Any, value: Any) -> frozenset[int]:
 def _folded(low: int, high: int) -> frozenset[int]:
     characters = frozenset(ord(chr(c).lower()) for c in range(low, min(high, 127) + 1))
     return characters | _OTHERS if high >= _OTHER else characters
+
+
+def _refuse_too_many(patterns: list[str], where: str, origin: str) -> None:
+    characters = sum(map(len, patterns))
+    if characters > MAX_REGEX_CHARACTERS or len(patterns) > MAX_REGEXES:
+        found = f"{len(patterns):,} regular expressions, {characters:,} characters together"
+        raise _refusal(found, f"at most {MAX_REGEXES:,} of {MAX_REGEX_CHARACTERS:,} characters", where, origin)
 
 
 def _refusal(found: str, expected: str, where: str, origin: str) -> ConfigError:
