@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,19 @@ def _forget_compiled() -> None:
     if dynamo is not None:
         dynamo.reset()  # a tenth of a millisecond when there is nothing to forget
         dynamo.utils.counters.clear()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the fuzzer's tests counted, whichever process ran them."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    recorded = [found for report in reports for found in getattr(report, "user_properties", ())]
+    counts: Counter[str] = Counter()
+    for name, counted in recorded:
+        if name == "fuzz":
+            counts.update(counted)
+    if counts:
+        terminalreporter.section("malformed adapters")
+        terminalreporter.write_line(", ".join(f"{name} {count:,}" for name, count in counts.most_common()))
+        for name, line in recorded:
+            if name == "fuzz cost":
+                terminalreporter.write_line(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 import errno
 import importlib
@@ -181,10 +180,7 @@ OS_ERRORS = [
 
 # Where the file system is asked. Each name is checked to be reached, or this table has grown stale.
 FILE_SYSTEM: dict[str, Callable[[pytest.MonkeyPatch, BaseException], None]] = {
-    "open": lambda patch, error: patch.setattr(builtins, "open", _raising(error, _of_the_adapter, open)),
-    "Path.read_bytes": lambda patch, error: patch.setattr(
-        Path, "read_bytes", _raising(error, _of_the_adapter, Path.read_bytes)
-    ),
+    "os.open": lambda patch, error: patch.setattr(os, "open", _raising(error, _of_the_adapter, os.open)),
     "os.preadv": lambda patch, error: patch.setattr(os, "preadv", _raising(error)),
 }
 

@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+# A name of a million characters belongs in no log. The longest message of our own making has 700.
+MAX_LINE_CHARACTERS = 2_000
+
+
 class HotslotError(Exception):
     """Root of the tree.
 
@@ -67,7 +71,10 @@ class HotslotError(Exception):
         self.expected = expected
         self.hint = hint
         details = (("where", where), ("found", found), ("expected", expected), ("next step", hint))
-        lines = [summary, *(f"  {label}: {text}" for label, text in details if text is not None)]
+        lines = [
+            summary,
+            *(f"  {label}: {text!s:.{MAX_LINE_CHARACTERS + 1}}" for label, text in details if text is not None),
+        ]
         super().__init__("\n".join(map(_printable, lines)))
 
     def __str__(self) -> str:
@@ -80,8 +87,11 @@ class HotslotError(Exception):
 
 
 def _printable(text: str) -> str:
-    """Names and values come from strangers' files: no line breaks, terminal escapes or lone surrogates."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """Names and values come from strangers' files: no line breaks, terminal escapes or lone surrogates, no end."""
+    text = text[: MAX_LINE_CHARACTERS + 1]
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= MAX_LINE_CHARACTERS else f"{text[:MAX_LINE_CHARACTERS]}…"
 
 
 def _rebuild(

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CorruptFileError, PickleRefusedError, TensorError
+from ..errors import AdapterNotFoundError, CorruptFileError, PickleRefusedError, TensorError
 from .buffers import host_buffer
 from .checkpoint import Fill, TensorSpec
-from .limits import MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
+from .limits import MAX_DATA_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, bad_name
 
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -41,7 +43,7 @@ def read_header(path: Path) -> bytes:
         CorruptFileError: it does not lie within the file.
         PickleRefusedError: a pickle under another name.
     """
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -68,12 +70,13 @@ def open_data(
     """
     begin = 8 + len(header)
     size = begin + sum(spec.stop - spec.start for spec in specs)
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
         if file.read(begin)[8:] != header:
             raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
+        _refuse_beyond_memory(size - begin, path)
         data = host_buffer(size - begin, pin_memory=pin_memory)
         target = data.numpy().data
 
@@ -87,6 +90,47 @@ def open_data(
         yield data, fill
 
 
+def open_regular(path: Path) -> FileIO:
+    """Open a file to read it, and nothing but a file: opening a pipe would wait for a writer, and a device may act.
+
+    Symbolic links are followed: the Hub's cache consists of links out of the folder, and users make their own. A link
+    in a folder gives nobody a file that they could not name; where a caller is remote, paths are confined before.
+
+    Raises:
+        AdapterNotFoundError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    # Asked before, since to open a device may do something, and after, since it may be another one by then.
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise _not_regular(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    file = FileIO(descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise _not_regular(path)
+    return file
+
+
+def _not_regular(path: Path) -> AdapterNotFoundError:
+    return AdapterNotFoundError(
+        f"{path} is no file.",
+        where=path,
+        found="a folder, a pipe, a socket or a device",
+        expected="a file, or a link to one",
+        hint="give the folder that save_pretrained wrote",
+    )
+
+
+def _refuse_beyond_memory(nbytes: int, path: Path) -> None:
+    # Asked of the machine too: where memory is handed out before there is any, torch.empty would not fail.
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if nbytes > min(here, MAX_DATA_BYTES):
+        expected = f"at most {min(here, MAX_DATA_BYTES):,}, " + (
+            "the memory of this machine" if here < MAX_DATA_BYTES else "far above any real adapter"
+        )
+        raise _corrupt(path, f"tensors of {nbytes:,} bytes", expected)
+
+
 def parse_header(header: bytes, path: Path) -> list[TensorSpec]:
     """The tensors' specs in the order of the bytes.
 
@@ -95,12 +139,19 @@ def parse_header(header: bytes, path: Path) -> list[TensorSpec]:
         TensorError: a dtype that is no adapter's.
     """
     try:
-        entries = json.loads(header, object_pairs_hook=lambda pairs: _unique(pairs, path))
+        # Decoded here: json would also take UTF-16 and a byte order mark, at which other readers see another file.
+        entries = json.loads(header.decode(), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except CorruptFileError:
+        raise
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise _corrupt(path, f"a header that is no JSON ({error})", "a JSON object") from error
     if not isinstance(entries, dict):
         raise _corrupt(path, f"a header that is a JSON {type(entries).__name__}", "a JSON object")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(map(_is_text, [*metadata, *metadata.values()]))
+    ):
+        raise _corrupt(path, f"{metadata!r:.100}", "an object of texts", where="__metadata__")
     if len(entries) > MAX_TENSORS:
         raise _corrupt(path, f"{len(entries):,} tensors", f"at most {MAX_TENSORS:,}")
     specs = [_spec(name, entry, path) for name, entry in entries.items()]
@@ -143,10 +194,9 @@ def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
-    if len(name) > MAX_NAME_LENGTH:
-        raise _corrupt(
-            path, f"a tensor name of {len(name):,} characters", f"at most {MAX_NAME_LENGTH:,}", where=name[:80]
-        )
+    problem = bad_name(name)
+    if problem is not None:
+        raise _corrupt(path, *problem, where=name[:80])
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _corrupt(path, f"{entry!r:.100}", "an object with dtype, shape and data_offsets", where=name)
     shape, offsets, dtype_name = entry["shape"], entry["data_offsets"], entry["dtype"]
@@ -169,6 +219,10 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
         found = f"{stop - start:,} bytes for shape {tuple(shape)!s:.80} of {dtype_name}"
         raise _corrupt(path, found, "as many bytes as the shape takes", where=name)
     return TensorSpec(name, dtype, tuple(shape), start, stop)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _naturals(values: Any) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 import torch
@@ -17,8 +17,17 @@ import torch
 from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec, view
-from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH
-from .safetensors_file import FLOAT_DTYPES, aligned, is_aligned, open_data, parse_header, pickle_refused, read_header
+from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
+from .safetensors_file import (
+    FLOAT_DTYPES,
+    aligned,
+    is_aligned,
+    open_data,
+    open_regular,
+    parse_header,
+    pickle_refused,
+    read_header,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -63,6 +72,7 @@ def read(
             )
         return from_tensors(source, config)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
+    _refuse_escape(subfolder)
     folder = Path(source, subfolder or "")
     try:
         if folder.is_dir():
@@ -77,6 +87,19 @@ def read(
         raise
     except OSError as error:  # no permission, a name too long, a broken disk
         raise _not_found(str(folder), "a folder that can be read", _said(error)) from error
+
+
+def _refuse_escape(subfolder: str | None) -> None:
+    """A subfolder lies within the source, whoever chose it: that is what callers who pass one on rely on."""
+    path = PurePath(subfolder or "")
+    if path.is_absolute() or ".." in path.parts:
+        raise AdapterNotFoundError(
+            "The subfolder leads out of the adapter's folder.",
+            where="subfolder",
+            found=f"{subfolder!r:.200}",
+            expected="a relative path without '..'",
+            hint="give the folder itself as the source",
+        )
 
 
 def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) -> Checkpoint:
@@ -140,6 +163,15 @@ def from_tensors(
                 where=name,
                 found=tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__,
                 expected=f"a tensor of {', '.join(str(d) for d in FLOAT_DTYPES.values())}",
+                hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
+            )
+        problem = bad_name(name)
+        if problem is not None:
+            raise TensorError(
+                f"{origin} holds a tensor of an impossible name.",
+                where=f"{name:.80}",
+                found=problem[0],
+                expected=problem[1],
                 hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
             )
         if tensor.is_meta or tensor.layout is not torch.strided:
@@ -235,7 +267,9 @@ def _not_found(source: str, expected: str, found: str) -> AdapterNotFoundError:
 def _config_text(path: Path) -> bytes:
     if not path.is_file():
         raise _not_found(str(path.parent), f"{path.name} in it", "weights without it")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
+    with open_regular(path) as file:
+        text = file.read(MAX_CONFIG_BYTES + 1)  # not as many as its size is said to be: some files grow, or say 0
+    if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(
             f"{path} is too large.",
             where=path,
@@ -243,12 +277,14 @@ def _config_text(path: Path) -> bytes:
             expected=f"at most {MAX_CONFIG_BYTES:,}",
             hint=_SAVE_AGAIN,
         )
-    return path.read_bytes()
+    return text
 
 
 def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text.decode(), object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except HotslotError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{path} is no JSON.", where=path, found=str(error), expected="what save_pretrained wrote", hint=_SAVE_AGAIN
@@ -262,6 +298,20 @@ def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
             hint=_SAVE_AGAIN,
         )
     return config_dict(parsed)
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ConfigError(
+            f"{path} has a key twice, of which readers see one or the other.",
+            where=twice,
+            found="the same key twice",
+            expected="each key once",
+            hint=_SAVE_AGAIN,
+        )
+    return found
 
 
 def config_dict(config: Any) -> dict[str, Any]:
@@ -297,6 +347,14 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {str(_plain(key, depth + 1)): _plain(entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
+        raise ConfigError(
+            "The config holds a number that is beyond all bounds.",
+            where="config",
+            found=f"a whole number of {value.bit_length():,} bits",
+            expected=f"at most {MAX_NUMBER_BITS:,}",
+            hint=_SAVE_AGAIN,
+        )
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(entry, depth + 1) for entry in value), key=str)
     if isinstance(value, (list, tuple)):

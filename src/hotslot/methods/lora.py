@@ -6,12 +6,13 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ..checkpoint import Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
 from .base import PARTS, Adapter, Target
+from .patterns import Rules, refuse_endless
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +67,17 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     refuse_unsupported_options(config, origin)
     _refuse_bad_values(config, origin)
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
-    ranks = _Pattern(config, "rank_pattern", "r", origin)
-    alphas = _Pattern(config, "alpha_pattern", "lora_alpha", origin)
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
     modules, copies = _by_module(checkpoint)
+    _refuse_transposed_attention(config, modules, origin)
+    keys = _pattern_keys(modules, parameters, origin)
+    paths = {path for found in keys.values() for path in found}
+    refuse_endless(config, paths, origin)
+    ranks = _Pattern(config, "rank_pattern", "r", paths, origin)
+    alphas = _Pattern(config, "alpha_pattern", "lora_alpha", paths, origin)
     for fqn, parts in modules.items():
-        stated = {(ranks.of(key), alphas.of(key)) for key in _pattern_keys(fqn, parameters)}
+        stated = {(ranks.of(key), alphas.of(key)) for key in keys[fqn]}
         if len(stated) > 1:
             raise UnsupportedError(
                 f"{origin} adapts several bare parameters of one module, of different rank or alpha.",
@@ -135,20 +140,24 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
             hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
     known = _READ | _WITHOUT_EFFECT | _REFUSED.keys() | {"bias", "init_lora_weights"}
-    for key in sorted(config.keys() - known):
+    unknown = sorted(config.keys() - known)
+    for key in unknown:
         if config[key]:
             raise ConfigError(
                 f"{origin} has an option that hotslot does not know.",
-                where=key,
+                where=key or "an option without a name",
                 found=f"{config[key]!r:.200}",
                 expected="an option of PEFT 0.21's LoraConfig",
                 hint="a newer PEFT wrote it; update hotslot, or remove the key if it has no effect",
             )
-        logger.warning("%s has the unknown option %s = %r, which is taken as unused", origin, key, config[key])
+    if unknown:  # one line: a hostile config has a million
+        shown = ", ".join(f"{key:.80} = {config[key]!r}" for key in unknown[:8])
+        more = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
+        logger.warning("%s has unknown options, which are taken as unused: %s%s", origin, shown, more)
 
 
 def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
-    dropout = config.get("lora_dropout") or 0.0
+    dropout = config.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
         raise ConfigError(
             f"{origin} has no valid dropout.",
@@ -156,6 +165,20 @@ def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
             found=f"{dropout!r:.80}",
             expected="a number from 0 to 1",
             hint=_SAVE_AGAIN,
+        )
+
+
+def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[str], origin: str) -> None:
+    # Linear and Conv1D know which of the two they are, and PEFT corrects the option. Its MultiheadAttention does not,
+    # and transposes the projection's square update.
+    attention = next((fqn for fqn in modules if fqn.endswith(".base_layer.out_proj")), None)
+    if config.get("fan_in_fan_out") and attention is not None:
+        raise UnsupportedError(
+            f"{origin} uses fan_in_fan_out on a MultiheadAttention, whose update PEFT then transposes.",
+            where=attention,
+            found=f"fan_in_fan_out: {config['fan_in_fan_out']!r:.80}",
+            expected="fan_in_fan_out: false",
+            hint="load it with PEFT itself",
         )
 
 
@@ -175,7 +198,9 @@ def _strings(config: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...
 class _Pattern:
     """`rank_pattern` over `r`, or `alpha_pattern` over `lora_alpha`, matched as PEFT's `get_pattern_key` does."""
 
-    def __init__(self, config: Mapping[str, Any], pattern_key: str, default_key: str, origin: str) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], pattern_key: str, default_key: str, paths: Collection[str], origin: str
+    ) -> None:
         self._origin = origin
         self._whole = default_key == "r"
         self._default = self._number(config.get(default_key, 8), default_key)
@@ -188,23 +213,12 @@ class _Pattern:
                 expected="an object: pattern → number",
                 hint=_SAVE_AGAIN,
             )
-        self._rules = []
-        for pattern, value in patterns.items():
-            number = self._number(value, f"{pattern_key}[{pattern!r}]")
-            try:
-                self._rules.append((re.compile(rf"(.*\.)?({pattern})$"), number))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ConfigError(
-                    f"{origin} has a pattern that is no regular expression.",
-                    where=pattern_key,
-                    found=f"{pattern!r:.200}: {error}",
-                    expected="what Python's re module compiles, as PEFT does",
-                    hint=_SAVE_AGAIN,
-                ) from error
+        numbers = {str(key): self._number(value, f"{pattern_key}[{key!r:.200}]") for key, value in patterns.items()}
+        self._rules = Rules(numbers, paths, pattern_key, origin)
 
     def of(self, fqn: str) -> Any:
         """The value for a module path: of the first pattern that matches, else the default."""
-        return next((value for rule, value in self._rules if rule.match(fqn)), self._default)
+        return self._rules.first(fqn, self._default)
 
     def _number(self, value: Any, where: str) -> Any:
         kinds = (int,) if self._whole else (int, float)
@@ -226,9 +240,8 @@ def split_key(name: str) -> tuple[str, str] | None:
     if last not in PARTS:  # lora_embedding_A has no tensor name behind it, lora_A.weight has
         head, _, container = head.rpartition(".")
         last = f"{container}.{last}"
-    if last not in PARTS or not head:
-        return None
-    return head.removeprefix(_PREFIX), last
+    path = head.removeprefix(_PREFIX)
+    return (path, last) if path and last in PARTS else None
 
 
 def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
@@ -269,15 +282,41 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
 _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
 
 
-def _pattern_keys(fqn: str, parameters: tuple[str, ...]) -> list[str]:
-    """What PEFT matches the patterns against: the module's path, or for bare parameters theirs.
+# Real layers of a mixture of experts have two or three; each is matched against every pattern.
+_MAX_PARAMETERS_OF_A_MODULE = 64
+
+
+def _pattern_keys(modules: Iterable[str], parameters: tuple[str, ...], origin: str) -> dict[str, list[str]]:
+    """Module path → what PEFT matches the patterns against: the path, or for bare parameters theirs.
 
     The output projection inside a MultiheadAttention has the rank and alpha of the attention itself.
     """
-    root = fqn.replace(".base_layer", "")  # PEFT nests one layer for each parameter of a module
-    owned = [parameter.rpartition(".") for parameter in parameters]
-    names = [f"{root}.{name}" for owner, _, name in owned if not owner or f".{root}".endswith(f".{owner}")]
-    return names or [fqn.removesuffix(".base_layer.out_proj")]
+    owned: dict[str, list[str]] = {}
+    for parameter in parameters:
+        owner, _, name = parameter.rpartition(".")
+        owned.setdefault(owner, []).append(name)
+    keys = {}
+    for fqn in modules:
+        root = fqn.replace(".base_layer", "")  # PEFT nests one layer for each parameter of a module
+        names = [f"{root}.{name}" for ending in _endings(root) for name in owned.get(ending, ())] if owned else []
+        if len(names) > _MAX_PARAMETERS_OF_A_MODULE:
+            raise ConfigError(
+                f"{origin} adapts more bare parameters of one module than there can be.",
+                where=fqn,
+                found=f"{len(names):,} of target_parameters",
+                expected=f"at most {_MAX_PARAMETERS_OF_A_MODULE}",
+                hint=_SAVE_AGAIN,
+            )
+        keys[fqn] = names or [fqn.removesuffix(".base_layer.out_proj")]
+    return keys
+
+
+def _endings(path: str) -> Iterator[str]:
+    """The path, what stands behind each of its dots, and the empty one."""
+    yield path
+    while path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: Mapping[str, Any], origin: str) -> None:
