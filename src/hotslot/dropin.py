@@ -11,7 +11,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -238,7 +238,8 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
         if engine is None:
             room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}
-            pack(entry.adapter, arrange(slot.shape(room[fqn], bias=True) for fqn, slot in slots.items()))
+            shapes = [slot.shape(room[fqn], extra=_gained(slot, entry)) for fqn, slot in slots.items()]
+            pack(entry.adapter, arrange(shapes))
             engine, created = _new_engine(model, adapter_name, slots), True
         if engine.binding.arena and any(slots[fqn].rank < rank for fqn, rank in wanted.items()):
             logger.warning(
@@ -256,7 +257,7 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
 def _entry(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], adapter_name: str) -> Entry:
     """The adapter, with PEFT's own message for layers that are not there, and PEFT's leniency for half pairs."""
     keys = {name: key for name in checkpoint.tensors if (key := split_key(name)) is not None}
-    unexpected = [name for name, (fqn, suffix) in keys.items() if fqn not in slots or not _fits(suffix, slots[fqn])]
+    unexpected = [name for name, (fqn, suffix) in keys.items() if fqn not in slots or not slots[fqn].can_have(suffix)]
     if unexpected:
         raise _unexpected([_with_adapter_name(name, keys[name][1], adapter_name) for name in unexpected])
     # PEFT fills in zeros for a matrix that is missing, so that the module adds nothing: as if it were not there.
@@ -273,9 +274,10 @@ def _entry(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], a
     return Entry(adapter_name, checkpoint)
 
 
-def _fits(suffix: str, slot: live.Slot) -> bool:
-    """Whether the slot has this part, or can be given it."""
-    return suffix in slot.held or (suffix == "lora_B.bias" and "lora_B.weight" in slot.held)
+def _gained(slot: live.Slot, entry: Entry) -> Iterable[str]:
+    """The parts that the adapter has and the slot will be given."""
+    target = entry.adapter.targets.get(slot.fqn)
+    return target.parts.keys() - slot.held.keys() if target is not None else ()
 
 
 _OTHER_HALF = {
@@ -397,16 +399,15 @@ def _unexpected(keys: list[str]) -> UnexpectedTargetError:
 
 
 def _with_adapter_name(name: str, suffix: str, adapter_name: str) -> str:
-    container, dot, tensor = suffix.partition(".")
-    return f"{name.removesuffix(suffix)}{container}.{adapter_name}{dot}{tensor}"
+    head = name.removesuffix(".weight").removesuffix(suffix.removesuffix(".weight"))  # a magnitude has it or not
+    return head + PARTS[suffix].key(adapter_name)
 
 
 def _without_adapter_name(key: str, adapter_name: str) -> str | None:
     """The name that a file has for this key of a model, or None if it is none of this adapter's."""
     key = key.replace("_orig_mod.", "")
-    for suffix in PARTS:
-        container, dot, tensor = suffix.partition(".")
-        ending = f".{container}.{adapter_name}{dot}{tensor}"
+    for suffix, part in PARTS.items():
+        ending = "." + part.key(adapter_name)
         if key.endswith(ending):
             return f"{key.removesuffix(ending)}.{suffix}"
     return None

@@ -205,19 +205,19 @@ class Engine:
                 slot.refuse_if_merged()
 
     def swap_in(self, entry: Entry, ranks: Mapping[str, int]) -> SwapReport:
-        """`swap` to an adapter that may need more room than the slots have: they get `ranks`, and biases.
+        """`swap` to an adapter that may need more room than the slots have: they get `ranks`, and parts that they lack.
 
         Parameters whose shape changes get other memory, and code compiled for the old shapes is compiled anew.
         """
         slots, targets = self.binding.slots, entry.adapter.targets
-        biased = [fqn for fqn, target in targets.items() if target.parts.keys() - slots[fqn].held.keys()]
-        if not biased and all(slots[fqn].rank >= rank for fqn, rank in ranks.items()):
+        extra = [(fqn, part) for fqn, target in targets.items() for part in target.parts if part not in slots[fqn].held]
+        if not extra and all(slots[fqn].rank >= rank for fqn, rank in ranks.items()):
             return self.swap(State(entry))
         self.refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
         undo: Callable[[], None] | None = None
         try:
-            undo = self.binding.resize(room, arena=self.binding.arena, biased=biased)
+            undo = self.binding.resize(room, arena=self.binding.arena, extra=extra)
             return self.swap(State(entry))
         except BaseException:
             if undo is not None:
@@ -225,9 +225,9 @@ class Engine:
             raise
 
     def grow(
-        self, slots: Mapping[str, live.Slot], ranks: Mapping[str, int], *, biased: Iterable[str]
+        self, slots: Mapping[str, live.Slot], ranks: Mapping[str, int], *, extra: Iterable[tuple[str, str]]
     ) -> Callable[[], None]:
-        """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and biases to `biased`.
+        """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and the parts of `extra`.
 
         What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
         """
@@ -240,7 +240,7 @@ class Engine:
             binding.apply(records)
 
         try:
-            binding.extend(slots, ranks, biased=biased)
+            binding.extend(slots, ranks, extra=extra)
             neutral = State(None, records=live.neutral_records(binding.slots))
             states = [neutral if state is self.neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)

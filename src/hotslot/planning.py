@@ -96,7 +96,7 @@ class Plan:
         for fqn, slot in slots.items():
             wanted = self.slots.get(fqn)
             if wanted is not None and resizable:
-                planned[fqn] = slot.shape(max(slot.rank, wanted.rank), bias=_BIAS in wanted.parts)
+                planned[fqn] = slot.shape(max(slot.rank, wanted.rank), extra=wanted.parts)
             else:
                 planned[fqn] = slot.shape()
         return replace(self, slots=MappingProxyType(planned))
@@ -278,8 +278,7 @@ def _matched(model: nn.Module, target_modules: str | Iterable[str] | None) -> li
 
 
 def _with_bias(slot: SlotShape) -> SlotShape:
-    up = slot.parts.get("lora_B.weight")
-    return slot if up is None else replace(slot, parts={**slot.parts, _BIAS: (up[0],)})
+    return slot.with_parts([_BIAS])
 
 
 def _merged(first: Largest, second: Largest, count: int) -> Largest:

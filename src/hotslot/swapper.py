@@ -365,8 +365,8 @@ class Swapper:
             if missing:
                 injection = live.inject(model, name, missing)
             found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
-            biased = [fqn for fqn, slot in plan.slots.items() if "lora_B.bias" in slot.parts]
-            undo = engine.grow(found, plan.ranks, biased=biased)
+            extra = [(fqn, suffix) for fqn, slot in plan.slots.items() for suffix in slot.parts]
+            undo = engine.grow(found, plan.ranks, extra=extra)
             for entry in self._tier.values():
                 entry.compile(engine.binding)  # now, and not while it is activated
         except BaseException:
@@ -514,9 +514,9 @@ def attach(
     try:
         found = live.find_slots(model, adapter_name)
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}
-        biased = [fqn for fqn in found if "lora_B.bias" in plan.slots[fqn].parts]
+        extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
         empty = missing if slots else ()
-        binding = live.Binding(model, found, ranks, arena=not compiled, biased=biased, empty=empty)
+        binding = live.Binding(model, found, ranks, arena=not compiled, extra=extra, empty=empty)
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:
             entry.compile(binding)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import DoesNotFitError, RankError, ShapeError, UnexpectedTargetError
-from ..methods import PARTS, Adapter, Target
+from ..methods import MAGNITUDE, PARTS, Adapter, Target
 from .layout import Layout, SlotShape
 
 
@@ -62,6 +62,11 @@ class Block:
     def version(self) -> str:
         """The checkpoint's digest."""
         return self.adapter.checkpoint.version
+
+    @property
+    def dora(self) -> frozenset[str]:
+        """Paths of the modules that are adapted by DoRA."""
+        return frozenset(fqn for fqn, target in self.adapter.targets.items() if MAGNITUDE in target.parts)
 
     @property
     def nbytes(self) -> int:

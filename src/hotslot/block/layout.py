@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Schema
-from ..methods import PARTS
+from ..methods import MAGNITUDE, PARTS
 
 # Inductor assumes 16-byte alignment of what it was compiled with, and a cache line is 64. Sizes of LoRA matrices are
 # multiples of this as a rule, so that the arena and a file of the same shapes have the same bytes in the same order.
@@ -51,6 +51,18 @@ class SlotShape:
                 sizes[dim] = self.experts * (rank if dim == 0 else rank // self.groups)
             parts[suffix] = tuple(sizes)
         return replace(self, rank=rank, parts=parts)
+
+    def with_parts(self, extra: Iterable[str]) -> SlotShape:
+        """The same slot with those of `extra` that such a layer can have: a bias, DoRA's magnitude."""
+        parts = dict(self.parts)
+        for suffix in extra:
+            up = parts.get("lora_B.weight")
+            if suffix == MAGNITUDE:
+                up = up or parts["lora_embedding_B"]
+                parts.setdefault(suffix, (up[0],) if len(up) == 2 else (1, up[0], *(1 for _ in up[2:])))
+            elif suffix == "lora_B.bias" and up is not None:
+                parts.setdefault(suffix, (up[0],))
+        return replace(self, parts=parts)
 
 
 @dataclass(frozen=True, slots=True)

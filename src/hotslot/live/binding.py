@@ -31,7 +31,7 @@ class Binding:
         slots: of `find_slots`.
         ranks: fqn → rank to make room for, at least the slots' own.
         arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
-        biased: slots that are to have a bias.
+        extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
         empty: slots that hold nothing beside an adapter that came with the model.
 
     Raises:
@@ -45,7 +45,7 @@ class Binding:
         ranks: Mapping[str, int],
         *,
         arena: bool,
-        biased: Iterable[str] = (),
+        extra: Iterable[tuple[str, str]] = (),
         empty: Container[str] = (),
     ) -> None:
         self._model = weakref.ref(unwrap(model))
@@ -58,15 +58,18 @@ class Binding:
         }
         self._scalings = {fqn: slot.layer.scaling for fqn, slot in slots.items()}
         self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
-        self._biased: set[str] = set()
+        self._added: set[tuple[str, str]] = set()
         self._handles: list[Any] = []
         self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
         self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
+        if is_compiled(model):
+            _refuse_compiled_dora(slots)
         homes = Homes(slots)
         try:
             if arena and not _bound(slots):
                 compact(slots)
-            self._add_biases(biased)
+            self._install_dora(slots)
+            self._add_parts(extra)
             self.memory = bind(slots, self._ranks, ranks, arena=arena)
             self._install(slots, compiled=is_compiled(model))
             self._ledger = Ledger(slots, self._ranks, watch=arena)
@@ -131,8 +134,10 @@ class Binding:
         self.memory.mark_dirty()  # who moved it may have trained it before
         return True, True
 
-    def resize(self, ranks: Mapping[str, int], *, arena: bool, biased: Iterable[str] = ()) -> Callable[[], None]:
-        """Give the slots room for `ranks`, and for biases those in `biased`; values are kept, parameters move.
+    def resize(
+        self, ranks: Mapping[str, int], *, arena: bool, extra: Iterable[tuple[str, str]] = ()
+    ) -> Callable[[], None]:
+        """Give the slots room for `ranks`, and the parts of `extra`; values are kept, parameters move.
 
         If it raises, all is where it was. Returns a function that puts all where it was.
         """
@@ -142,7 +147,7 @@ class Binding:
                 if not _bound(self.slots):
                     compact(self.slots)
                 self._ledger = Ledger(self.slots, self._ranks, watch=True)
-            self._add_biases(biased)
+            self._add_parts(extra)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
             self.arena = arena
             self._records.clear()
@@ -153,7 +158,7 @@ class Binding:
             undo()
             raise
 
-    def extend(self, slots: Mapping[str, Slot], ranks: Mapping[str, int], *, biased: Iterable[str]) -> None:
+    def extend(self, slots: Mapping[str, Slot], ranks: Mapping[str, int], *, extra: Iterable[tuple[str, str]]) -> None:
         """`resize`, and take in more slots, which hold nothing yet. If it raises, call what `undo_extend` has given."""
         _, dirty = self.memory.moved_and_dirty()
         self._ranks.update(dict.fromkeys(slots, 0))
@@ -161,7 +166,7 @@ class Binding:
         self._scalings.update((fqn, slot.layer.scaling) for fqn, slot in slots.items())
         self.slots.update(slots)
         self._install(slots, compiled=False)  # what is new to compiled code is guarded by none
-        self._add_biases(biased)
+        self._add_parts(extra)
         self.memory = bind(self.slots, self.live_ranks, ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
         self._ledger = Ledger(self.slots, self._ranks, watch=self.arena)
@@ -188,14 +193,14 @@ class Binding:
         return undo
 
     def _undo(self) -> Callable[[], None]:
-        memory, arena, slots, biased = self.memory, self.arena, dict(self.slots), set(self._biased)
+        memory, arena, slots, added = self.memory, self.arena, dict(self.slots), set(self._added)
         homes = Homes(self.slots)
 
         def undo() -> None:
-            for fqn in self._biased - biased:
-                self.slots[fqn].drop_bias()
+            for fqn, suffix in self._added - added:
+                self.slots[fqn].drop_part(suffix)
             self.slots.update(slots)
-            self._biased = biased
+            self._added = added
             homes.put_back()
             self.memory, self.arena = memory, arena
             self._records.clear()
@@ -203,11 +208,11 @@ class Binding:
 
         return undo
 
-    def _add_biases(self, fqns: Iterable[str]) -> None:
-        for fqn in fqns:
-            if "lora_B.bias" not in self.slots[fqn].held:
-                self._biased.add(fqn)
-                self.slots[fqn] = self.slots[fqn].with_bias()
+    def _add_parts(self, extra: Iterable[tuple[str, str]]) -> None:
+        for fqn, suffix in extra:
+            if suffix not in self.slots[fqn].held:
+                self._added.add((fqn, suffix))
+                self.slots[fqn] = self.slots[fqn].with_part(suffix)
                 if fqn in self.hooks:
                     self.hooks[fqn].params = self.slots[fqn].params
 
@@ -243,6 +248,16 @@ class Binding:
             self._swapped_parts.append((slot.layer, "__class__", MultiheadAttention))
             use_slot_attention(slot.layer)
 
+    def _install_dora(self, slots: Mapping[str, Slot]) -> None:
+        for slot in slots.values():
+            if slot.dora is not None:
+                from .dora import use_slot_dora
+
+                replaced = use_slot_dora(slot.layer, slot.adapter_name)
+                if replaced is not None:
+                    module, before = replaced
+                    self._swapped_parts.append((module, "__class__", before))
+
     def release(self) -> None:
         """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
         self._uninstall()
@@ -263,9 +278,9 @@ class Binding:
     def _uninstall(self) -> None:
         for param, _ in self._originals.values():
             param.__dict__.pop("__reduce_ex__", None)
-        for fqn in self._biased:
-            self.slots[fqn].drop_bias()
-        self._biased.clear()
+        for fqn, suffix in self._added:
+            self.slots[fqn].drop_part(suffix)
+        self._added.clear()
         self._uninstall_from(0, 0)
 
     def _uninstall_from(self, first_handle: int, first_part: int) -> None:
@@ -274,6 +289,7 @@ class Binding:
         for holder, key, found in reversed(self._swapped_parts[first_part:]):
             if key == "__class__":
                 holder.__class__ = found
+                holder.__dict__.pop("in_use", None)  # of DoRA
             elif key in holder:
                 holder[key] = found
 
@@ -299,6 +315,20 @@ def _pickle_alone(param: nn.Parameter) -> None:
 
 def _keyed(slot: Slot) -> list[tuple[tuple[str, str], Any]]:
     return [((slot.fqn, suffix), held) for suffix, held in slot.held.items()]
+
+
+def _refuse_compiled_dora(slots: Mapping[str, Slot]) -> None:
+    from .dora import is_slot_dora
+
+    for fqn, slot in slots.items():
+        if slot.dora is not None and not is_slot_dora(slot.dora):
+            raise ModelError(
+                "The model was compiled with a DoRA on it, which compiled code knows as PEFT computes it.",
+                where=fqn,
+                found=type(slot.dora).__name__,
+                expected="a model that is attached, or prepared for hot-swapping, before it is compiled",
+                hint="hotslot.attach(model, …), then torch.compile",
+            )
 
 
 def _bound(slots: Mapping[str, Slot]) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..block import SlotShape
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
-from ..methods import Adapter
+from ..methods import MAGNITUDE, Adapter
 from .base import base_modules
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
@@ -60,7 +60,7 @@ def slot_shapes(
     """
     modules = base_modules(model)
     ranks: dict[str, int] = dict(also)
-    biased: set[str] = set()
+    parts: dict[str, set[str]] = {}
     for adapter in adapters:
         unknown = [fqn for fqn in adapter.targets if fqn not in slots and fqn.removesuffix(OUT_PROJ) not in modules]
         if unknown:
@@ -73,19 +73,30 @@ def slot_shapes(
             )
         for fqn, target in adapter.targets.items():
             ranks[fqn] = max(ranks.get(fqn, 0), target.rank)
-            if "lora_B.bias" in target.parts:
-                biased.add(fqn)
-    return {
-        fqn: slots[fqn].shape(rank, bias=fqn in biased)
-        if fqn in slots
-        else _slot_shape(fqn, modules, rank, fqn in biased, dtype)
-        for fqn, rank in ranks.items()
-    }
+            parts.setdefault(fqn, set()).update(target.parts)
+    shapes = {}
+    for fqn, rank in ranks.items():
+        extra = sorted(parts.get(fqn, ()))
+        if MAGNITUDE in extra and not _can_be_dora(fqn, modules, slots):
+            raise UnsupportedError(
+                "An adapter with DoRA targets a module that PEFT has no DoRA for.",
+                where=fqn,
+                found=f"{MAGNITUDE} on a {type(modules.get(fqn)).__name__}",
+                expected="Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d",
+                hint="train it without DoRA there",
+            )
+        shape = slots[fqn].shape(rank) if fqn in slots else _slot_shape(fqn, modules, rank, dtype)
+        shapes[fqn] = shape.with_parts(extra)
+    return shapes
 
 
-def _slot_shape(
-    fqn: str, modules: Mapping[str, nn.Module], rank: int, bias: bool, dtype: torch.dtype | str | None
-) -> SlotShape:
+def _can_be_dora(fqn: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> bool:
+    if fqn in slots:
+        return slots[fqn].can_have(MAGNITUDE)
+    return not fqn.endswith(OUT_PROJ) and not isinstance(modules[fqn], nn.MultiheadAttention)
+
+
+def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, dtype: torch.dtype | str | None) -> SlotShape:
     from transformers.pytorch_utils import Conv1D
 
     root = fqn.removesuffix(OUT_PROJ)
@@ -119,8 +130,6 @@ def _slot_shape(
             expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention with one embedding size",
         )
     parts = {"lora_A.weight": down, "lora_B.weight": up}
-    if bias:
-        parts["lora_B.bias"] = (up[0],)
     return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype, dtype), parts)
 
 
@@ -259,7 +268,9 @@ def _layers_with_parents(model: nn.Module) -> dict[str, tuple[nn.Module, str, An
 
 
 def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
-    """Zero the new slot's parameters, in the dtype and with the bias that the plan wants."""
+    """Zero the new slot's parameters, in the dtype and with the parts that the plan wants."""
+    from .dora import add_magnitude
+
     with torch.inference_mode(False), torch.no_grad():
         if "lora_B.bias" in shape.parts:
             up = layer.lora_B[name]
@@ -270,6 +281,8 @@ def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
                 for param in [held] if isinstance(held, nn.Parameter) else list(held.parameters()):
                     param.data = torch.zeros_like(param, dtype=shape.dtype)
                     param.requires_grad_(False)
+        if MAGNITUDE in shape.parts:
+            add_magnitude(layer, name, shape.parts[MAGNITUDE], shape.dtype)
         for container in (layer.lora_A, layer.lora_B, layer.lora_dropout):
             if name in container:
                 container[name].train(layer.get_base_layer().training)

@@ -13,7 +13,7 @@ from .scaling import ScalingMap
 from .slots import Slot
 from .state import Columns, Records, peft_config, unused_columns
 
-_WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias")  # attributes of a layer: dicts by adapter name
+_WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias", "use_dora")  # attributes of a layer: dicts by adapter name
 _MUTABLE = (list, dict, set)
 _edits = [0]  # of any RecordMap: they are rare, and a few readings in vain cost less than to tell them apart
 

@@ -2,7 +2,7 @@
 
 Who owns which bytes of an arena:
 
-    [ part | part | … by name, each padded to its slot's rank, 64-byte aligned | one scaling per slot ]
+    [ part | part | … by name, each padded to its slot's rank, 64-byte aligned | scaling, use of DoRA: per slot ]
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ _DIRECT_COPIES = 8
 
 
 class Image(NamedTuple):
-    """Parts and scalings as they were at one moment, and the ranks that the slots had room for."""
+    """Parts and scalings as they were at one moment, which slots DoRA used, and the ranks they had room for."""
 
     parts: dict[tuple[str, str], torch.Tensor]
     scalings: dict[str, Any]
+    dora: frozenset[str]
     ranks: dict[str, int]
 
 
@@ -52,7 +53,8 @@ class Writes:
         staged: (buffer on the device, the block's bytes) to be copied before anything else.
         targets, sources: views to be copied one onto the other.
         scalings: fqn → scaling, for each slot.
-        columns: (the arena's column of scalings, its new values), where there is an arena.
+        dora: fqn of the slots that are used for DoRA.
+        columns: (the arena's columns of scalings and uses, their new values), where there is an arena.
         ranks: fqn → rank that is written.
         unused: (fqn, suffix) of parts without a rank that are not written.
         through_arena: whether all targets are views of an arena, and none of a part.
@@ -62,6 +64,7 @@ class Writes:
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
     scalings: Mapping[str, float]
+    dora: frozenset[str]
     columns: list[Copy]
     ranks: Mapping[str, int]
     unused: tuple[tuple[str, str], ...]
@@ -175,14 +178,18 @@ class Memory:
         found = []
         for column, fqns in self._scalings:
             for i, fqn in enumerate(fqns):
-                layer, name = self.slots[fqn].layer, self.slots[fqn].adapter_name
-                view = column[i]
+                slot = self.slots[fqn]
+                layer, name = slot.layer, slot.adapter_name
+                view = column[i, 0]
                 view.fill_(float(layer.scaling[name]))
                 if isinstance(layer.scaling, ScalingMap):
                     layer.scaling.bind(name, view)
                 else:
                     layer.scaling = ScalingMap(layer.scaling, name, view)
                 found.append((layer.__dict__, "scaling", layer.scaling, name, view))
+                if slot.dora is not None:
+                    column[i, 1] = slot.dora.in_use
+                    slot.dora.in_use = column[i, 1]
         self._scaling_views = tuple(map(list, zip(*found, strict=True)))
         self.mark_clean()
 
@@ -197,12 +204,13 @@ class Memory:
             stage: copy the bytes to the device in one piece first; by default where that is faster.
         """
         with torch.inference_mode(False), torch.no_grad():
+            dora = block.dora if block is not None else frozenset()
             columns = [
-                (column, torch.tensor([scalings[fqn] for fqn in fqns], dtype=column.dtype))
+                (column, torch.tensor([(scalings[fqn], fqn in dora) for fqn in fqns], dtype=column.dtype))
                 for column, fqns in self._scalings
             ]
             if block is None:
-                return Writes([], [], [], scalings, columns, {}, self.layout.rankless, bool(self._arenas))
+                return Writes([], [], [], scalings, dora, columns, {}, self.layout.rankless, bool(self._arenas))
             assert block.layout is self.layout
             if stage is None:
                 many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
@@ -216,7 +224,7 @@ class Memory:
             sources = _sources(block, targets, staging)
             staged = [(buffer, block.data) for buffer in staging.values()]
             through_arena = bool(self._arenas) and not block.tiles
-            return Writes(staged, targets, sources, scalings, columns, block.ranks, block.unused, through_arena)
+            return Writes(staged, targets, sources, scalings, dora, columns, block.ranks, block.unused, through_arena)
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
         """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
@@ -250,11 +258,15 @@ class Memory:
             clean: whether it is known that nobody else has written since `mark_clean`.
         """
         clear = self._leftovers(occupied, writes)
+        ones = [self._views[key] for key in writes.unused if PARTS[key[1]].neutral]
         with torch.inference_mode(False), torch.no_grad():
             # Before the copy, which takes all else out of the cache.
             torch.autograd.graph.increment_version(self._params)
             if clear:
                 torch._foreach_zero_(clear)
+            if ones:
+                torch._foreach_zero_(ones)
+                torch._foreach_add_(ones, 1.0)
             for buffer, data in writes.staged:
                 buffer.copy_(data, non_blocking=True)
             if len(writes.targets) == 1:  # a call of its own costs less than a list of one
@@ -266,14 +278,20 @@ class Memory:
             if not writes.columns:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
-            if clean and writes.through_arena and not clear:  # each part has counted one: no need to look again
+                self._use_dora(writes.dora)
+            if clean and writes.through_arena and not clear and not ones:  # each part has counted one
                 counted = [version + 1 for version in self._versions[: len(self._params)]]
                 self._versions = [*counted, *map(_version_of, self._arenas)]
             else:
                 self.mark_clean()
 
+    def _use_dora(self, fqns: frozenset[str]) -> None:
+        for fqn, slot in self.slots.items():
+            if slot.dora is not None:
+                slot.dora.in_use.fill_(fqn in fqns)
+
     def _leftovers(self, occupied: Mapping[str, int], writes: Writes) -> list[torch.Tensor]:
-        views = [self._views[key] for key in writes.unused]
+        views = [self._views[key] for key in writes.unused if not PARTS[key[1]].neutral]
         if occupied != writes.ranks:
             for fqn, rank in occupied.items():
                 kept, slot = writes.ranks.get(fqn, 0), self.slots[fqn]
@@ -290,7 +308,8 @@ class Memory:
         with torch.inference_mode(False), torch.no_grad():
             parts = {key: view.clone() for key, view in self._views.items()}
             scalings = {fqn: _copied(slot.layer.scaling.get(slot.adapter_name)) for fqn, slot in self.slots.items()}
-        return Image(parts, scalings, {fqn: slot.rank for fqn, slot in self.slots.items()})
+        dora = frozenset(fqn for fqn, slot in self.slots.items() if slot.dora is not None and slot.dora.in_use > 0)
+        return Image(parts, scalings, dora, {fqn: slot.rank for fqn, slot in self.slots.items()})
 
     def restore(self, image: Image) -> None:
         """Put an image back: bit for bit, if shapes and dtypes are as they were."""
@@ -304,8 +323,9 @@ class Memory:
                     rank = min(slot.rank, image.ranks[fqn])
                     slot.fill(view, suffix, slot.corner(saved, suffix, rank), rank)
             for key, view in self._views.items():
-                if key not in image.parts:  # a bias that a slot was given later
-                    view.zero_()
+                if key not in image.parts:  # that a slot was given later
+                    view.fill_(PARTS[key[1]].neutral)
+            self._use_dora(image.dora)
             for fqn, slot in self.slots.items():
                 _put_back_scaling(slot, image.scalings.get(fqn, 1.0))  # a slot that was added later is neutral
             torch.autograd.graph.increment_version(self._params)
@@ -335,6 +355,8 @@ class Homes:
             (slot.layer, slot.adapter_name, slot.layer.scaling, slot.layer.scaling.get(slot.adapter_name))
             for slot in slots.values()
         ]
+        modules = [slot.dora for slot in slots.values() if slot.dora is not None]
+        self._uses = [(module, getattr(module, "in_use", None)) for module in modules]
 
     def put_back(self) -> None:
         """Parameters and scalings at their memory again; what was written there since stays written."""
@@ -345,6 +367,9 @@ class Homes:
                 layer.scaling = scaling
                 if isinstance(scaling, ScalingMap) and isinstance(value, torch.Tensor):
                     scaling.bind(name, value)
+            for dora, in_use in self._uses:
+                if in_use is not None:
+                    dora.in_use = in_use
 
 
 def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mapping[str, int], *, arena: bool) -> Memory:
@@ -453,13 +478,13 @@ def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
 def _scaling_column(
     arena: torch.Tensor, slots: Mapping[str, Slot], region: int, layout: Layout
 ) -> tuple[torch.Tensor, list[str]]:
-    """One scaling in each 16 bytes of the arena's tail as one strided view, and the slots they belong to."""
+    """Scaling, and use of DoRA, in each 16 bytes of the arena's tail as one view [slots, 2]; and whose they are."""
     fqns = [
         fqn for fqn, slot in slots.items() if any(layout.places[fqn, suffix].region == region for suffix in slot.held)
     ]
     dtype = _scaling_dtype(slots)
     tail = arena[arena.numel() - len(slots) * _SCALING_BYTES :].view(dtype)
-    return tail.view(len(slots), -1)[: len(fqns), 0], fqns
+    return tail.view(len(slots), -1)[: len(fqns), :2], fqns
 
 
 def _sources(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
-from ..methods import PARTS
+from ..methods import MAGNITUDE, PARTS
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
 
@@ -81,26 +81,47 @@ class Slot:
         """Of the parameters."""
         return next(iter(self.held.values())).param.dtype
 
-    def shape(self, rank: int | None = None, *, bias: bool = False) -> SlotShape:
-        """The shapes of the parts as they are, or as they would be at another rank and with a bias."""
+    def shape(self, rank: int | None = None, *, extra: Iterable[str] = ()) -> SlotShape:
+        """The shapes of the parts as they are, or as they would be at another rank and with those of `extra`."""
         rank = self.rank if rank is None else rank
         parts = {suffix: self._part_shape(suffix, held.param.shape, rank) for suffix, held in self.held.items()}
-        if bias and "lora_B.weight" in parts:
-            parts["lora_B.bias"] = (parts["lora_B.weight"][0],)
-        return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts)
+        return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts).with_parts(extra)
 
-    def with_bias(self) -> Slot:
-        """The same slot, whose up-projection has been given a bias of zeros."""
-        module: Any = self.layer.lora_B[self.adapter_name]
-        weight = module.weight
-        bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        module.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
-        return replace(self, held=_held(self.layer, self.adapter_name))
+    def with_part(self, suffix: str) -> Slot:
+        """The same slot, whose layer has been given a bias of the up-projection, or DoRA's magnitude; neutral both."""
+        layer: Any = self.layer
+        shape = self.shape(extra=[suffix]).parts[suffix]
+        if suffix == MAGNITUDE:
+            from .dora import add_magnitude
 
-    def drop_bias(self) -> None:
-        """Undo `with_bias`."""
-        module: Any = self.layer.lora_B[self.adapter_name]
-        module.bias = None
+            trained = next(iter(self.held.values())).param.requires_grad
+            add_magnitude(layer, self.adapter_name, shape, self.dtype, requires_grad=trained)
+        else:
+            weight = layer.lora_B[self.adapter_name].weight
+            bias = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            layer.lora_B[self.adapter_name].bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
+        return replace(self, held=_held(layer, self.adapter_name))
+
+    def drop_part(self, suffix: str) -> None:
+        """Undo `with_part`."""
+        layer: Any = self.layer
+        if suffix == MAGNITUDE:
+            from .dora import drop_magnitude
+
+            drop_magnitude(layer, self.adapter_name)
+        else:
+            layer.lora_B[self.adapter_name].bias = None
+
+    def can_have(self, suffix: str) -> bool:
+        """Whether the layer has this part or can be given it."""
+        if suffix == MAGNITUDE and suffix not in self.held:
+            return ("use_dora",) in self.layer.lora_variants
+        return suffix in self.held or (suffix == "lora_B.bias" and "lora_B.weight" in self.held)
+
+    @property
+    def dora(self) -> Any:
+        """The module of DoRA's magnitude, or None."""
+        return self.layer.lora_magnitude_vector._modules.get(self.adapter_name)
 
     def _part_shape(self, suffix: str, shape: torch.Size, rank: int) -> tuple[int, ...]:
         part, sizes = PARTS[suffix], list(shape)
@@ -186,6 +207,13 @@ def _held(layer: LoraLayer, name: str) -> dict[str, Held]:
         if name in container:
             params = container._parameters
             held[container_name] = Held(params, name, params[name], params, name, params[name])
+    magnitudes = layer.lora_magnitude_vector._modules
+    if held and name in magnitudes:
+        module = magnitudes[name]
+        assert module is not None
+        param = module._parameters["weight"]
+        assert param is not None
+        held[MAGNITUDE] = Held(magnitudes, name, module, module._parameters, "weight", param)
     return held
 
 
@@ -195,17 +223,19 @@ _ALLOWED = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embed
 def _refuse_unsupported(fqn: str, layer: LoraLayer, name: str, held: Mapping[str, Held]) -> None:
     from peft.tuners.adalora import AdaLoraLayer
 
+    from .dora import is_dora
+
     variant = layer.lora_variant.get(name)
-    if isinstance(layer, AdaLoraLayer) or variant is not None:
+    if isinstance(layer, AdaLoraLayer) or (variant is not None and not is_dora(variant)):
         kind = type(variant or layer).__name__
         raise UnsupportedError(
             f"The adapter {name!r} on the model is of a kind that hotslot does not swap.",
             where=fqn,
             found=kind,
-            expected="plain LoRA",
+            expected="plain LoRA or DoRA",
             hint="docs/supported.md lists what hotslot swaps",
         )
-    if set(held) - {"lora_B.bias"} not in _ALLOWED:
+    if set(held) - {"lora_B.bias", MAGNITUDE} not in _ALLOWED:
         raise UnsupportedError(f"The layer has unknown adapter tensors of {name!r}.", where=fqn, found=sorted(held))
     for suffix, entry in held.items():
         if entry.param.is_meta:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError
-from ..methods import Adapter, neutral_config, refuse_unsupported_options
+from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options
 from .discover import unwrap
 from .slots import Slot
 
@@ -33,6 +33,7 @@ class SlotRecord(NamedTuple):
     lora_alpha: float
     use_rslora: bool
     lora_bias: bool
+    use_dora: bool
     dropout: float
     shown_rank: int
 
@@ -105,8 +106,8 @@ def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) ->
         if target is None:
             records.append(_unused(slot, adapter.dropout))
         else:
-            bias = "lora_B.bias" in target.parts
-            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, adapter.dropout, target.rank)
+            bias, dora = "lora_B.bias" in target.parts, MAGNITUDE in target.parts
+            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, dora, adapter.dropout, target.rank)
             records.append(record)
     return Records(_columns(records), dict(config.__dict__))
 
@@ -125,4 +126,4 @@ def unused_columns(slots: Mapping[str, Slot]) -> Columns:
 
 
 def _unused(slot: Slot, dropout: float) -> SlotRecord:
-    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, dropout, 0)
+    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, False, dropout, 0)

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..methods import PARTS
+from ..methods import MAGNITUDE, PARTS
 from .corner import corner, fill
 from .slots import Slot
+
+# Which of the layer's records says that the live adapter has the part.
+_FLAGS = {"lora_B.bias": "lora_bias", MAGNITUDE: "use_dora"}
 
 
 class TrueRank:
@@ -83,18 +86,13 @@ class TrueRank:
 
     def _shown(self, layer: Any, value: torch.Tensor, suffix: str) -> torch.Tensor | None:
         """The live adapter's part of a padded tensor; None if it has none there."""
-        if self.rank == 0 or (PARTS[suffix].rank_dim is None and not layer.lora_bias.get(self.adapter_name)):
+        if self.rank == 0 or not getattr(layer, _FLAGS.get(suffix, "r")).get(self.adapter_name):
             return None
         return corner(value, suffix, self.rank, self.groups, self.experts)
 
     def _keys(self, prefix: str) -> dict[str, str]:
         """Key in a state_dict → suffix in a file."""
-        name = self.adapter_name
-        keys = {}
-        for suffix in PARTS:
-            container, _, tensor = suffix.partition(".")
-            keys[f"{prefix}{container}.{name}" + (f".{tensor}" if tensor else "")] = suffix
-        return keys
+        return {prefix + part.key(self.adapter_name): suffix for suffix, part in PARTS.items()}
 
     def _refuse_load_around_the_slot(self, state_dict: dict[str, Any], prefix: str, suffix: str) -> None:
         # PEFT maps a file's keys to the model's by the model's own state_dict, which does not show an unused slot: the

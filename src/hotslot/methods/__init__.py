@@ -11,10 +11,11 @@ import weakref
 from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
 from . import lora
-from .base import PARTS, Adapter, Meaning, Part, Target
+from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
 from .lora import neutral_config, refuse_unsupported_options, split_key
 
 __all__ = [
+    "MAGNITUDE",
     "PARTS",
     "Adapter",
     "Part",

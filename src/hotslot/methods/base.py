@@ -18,15 +18,27 @@ class Part:
         rank_dim: the dimension that grows with the rank and pads neutrally with zeros; None if there is none.
         grouped: whether the rank dimension is cut into one block for each group of a grouped convolution, or for
             each expert; see `hotslot.live.corner`.
+        neutral: the value of a part that no live adapter fills.
+        tensor: the tensor's name in a live model's module, where the file's key leaves it out.
     """
 
     suffix: str
     rank_dim: int | None
     grouped: bool = False
+    neutral: float = 0.0
+    tensor: str = ""
+
+    def key(self, adapter_name: str) -> str:
+        """What stands behind the module path in a live model's key: `lora_A.default.weight`."""
+        container, _, tensor = self.suffix.partition(".")
+        return ".".join(filter(None, (container, adapter_name, tensor or self.tensor)))
+
+
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA (https://arxiv.org/abs/2402.09353)
 
 
 # L: in features or channels, O: out, R: rank, G: groups, E: experts.
-# A: [R, L, ...] or [E R, L]   B: [O, R / G, ...] or [O, R E]
+# A: [R, L, ...] or [E R, L]   B: [O, R / G, ...] or [O, R E]   magnitude: [O], [1, O, 1, ...] of a convolution
 PARTS: Mapping[str, Part] = {
     part.suffix: part
     for part in (
@@ -35,6 +47,7 @@ PARTS: Mapping[str, Part] = {
         Part("lora_B.bias", rank_dim=None),
         Part("lora_embedding_A", rank_dim=0),
         Part("lora_embedding_B", rank_dim=1),
+        Part(MAGNITUDE, rank_dim=None, neutral=1.0, tensor="weight"),
     )
 }
 

@@ -11,15 +11,18 @@ from typing import Any, TypeAlias
 
 from ..checkpoint import Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
-from .base import PARTS, Adapter, Target
+from .base import MAGNITUDE, PARTS, Adapter, Target
 from .patterns import Rules, refuse_endless
 
 logger = logging.getLogger(__name__)
 
 # Options that say what the tensors mean or whom they belong to.
 _READ = frozenset(
-    {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "lora_dropout", "target_parameters"}
-)
+    {
+        "alpha_pattern", "lora_alpha", "lora_bias", "lora_dropout", "r", "rank_pattern", "target_parameters",
+        "use_dora", "use_rslora",
+    }
+)  # fmt: skip
 
 # Options without influence on what a trained adapter computes: they chose the targets (the tensors' names say which),
 # or took part in initialising or training it, or describe its origin.
@@ -33,7 +36,6 @@ _WITHOUT_EFFECT = frozenset(
 
 # Option → why an adapter that uses it is refused.
 _REFUSED = {
-    "use_dora": "DoRA keeps a magnitude per output feature, for which the slot has no part",
     "modules_to_save": "it carries whole modules of the base model",
     "trainable_token_indices": "it carries rows of the embedding",
     "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
@@ -239,7 +241,7 @@ def split_key(name: str) -> tuple[str, str] | None:
     head, _, last = name.rpartition(".")
     if last not in PARTS:  # lora_embedding_A has no tensor name behind it, lora_A.weight has
         head, _, container = head.rpartition(".")
-        last = f"{container}.{last}"
+        last = container if (container, last) == (MAGNITUDE, "weight") else f"{container}.{last}"
     path = head.removeprefix(_PREFIX)
     return (path, last) if path and last in PARTS else None
 
@@ -279,6 +281,7 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
     return modules, copies
 
 
+_WITHOUT_RANK = {"lora_B.bias", MAGNITUDE}
 _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
 
 
@@ -321,13 +324,21 @@ def _endings(path: str) -> Iterator[str]:
 
 def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: Mapping[str, Any], origin: str) -> None:
     have, lora_bias = set(parts), bool(config.get("lora_bias"))
-    if have - {"lora_B.bias"} not in _A_AND_B:
+    if have - _WITHOUT_RANK not in _A_AND_B:
         raise TensorError(
             f"{origin} does not have both matrices of a module.",
             where=fqn,
             found=", ".join(sorted(have)),
             expected="A and B",
             hint="the file was cut or edited: save the adapter again with save_pretrained",
+        )
+    if (MAGNITUDE in have) != bool(config.get("use_dora")):
+        raise TensorError(
+            f"{origin} has a magnitude that its config denies, or lacks one.",
+            where=fqn,
+            found=f"{', '.join(sorted(have))}, use_dora: {config.get('use_dora')!r:.80}",
+            expected=f"a {MAGNITUDE} of each module with DoRA, and none without",
+            hint=_SAVE_AGAIN,
         )
     if "lora_B.bias" in have and not lora_bias:
         raise TensorError(
@@ -345,7 +356,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             expected="lora_B.bias too, by lora_bias in the config",
             hint=_SAVE_AGAIN,
         )
-    a, b = (parts[suffix] for suffix in sorted(have - {"lora_B.bias"}))
+    a, b = (parts[suffix] for suffix in sorted(have - _WITHOUT_RANK))
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
         raise TensorError(
             f"{origin} has matrices that are none.",

@@ -1,0 +1,154 @@
+"""DoRA (https://arxiv.org/abs/2402.09353) in a slot that plain LoRA may use as well.
+
+PEFT's layer multiplies by magnitude / norm(W + scaling B A) and works the norm out at each forward. Plain LoRA is the
+same with a factor of 1. No stored magnitude gives exactly that, for compiled code rounds the norm otherwise; so while
+the slot is not used for DoRA the norm is replaced by the magnitude itself, 1, and 1 / 1 is 1 everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import variants
+from peft.tuners.lora.dora import (
+    DoraConv1dLayer,
+    DoraConv2dLayer,
+    DoraConv3dLayer,
+    DoraEmbeddingLayer,
+    DoraLinearLayer,
+)
+from torch import nn
+from torch.nn import functional as F
+
+
+class _InUse:
+    """What all layers of DoRA in a slot have in common.
+
+    Attributes:
+        in_use: 0-dim tensor, 1.0 while the live adapter is a DoRA here, else 0.0. Compiled code reads it anew.
+    """
+
+    in_use: torch.Tensor
+    weight: nn.Parameter
+
+    def get_weight_norm(
+        self, weight: torch.Tensor, lora_weight: torch.Tensor, scaling: Any, adapter_name: str | None = None
+    ) -> torch.Tensor:
+        """PEFT's norm; the magnitude, in its place, while the slot is not used for DoRA."""
+        # Not as a Parameter: of a transposed one PEFT makes another Parameter, which dynamo cannot trace.
+        norm: torch.Tensor = super().get_weight_norm(weight.detach(), lora_weight, scaling)  # type: ignore[misc]
+        return torch.where(self.in_use > 0, norm, self.weight)
+
+    def _cache_store(self, key: str, value: Any) -> None:
+        """Nothing: what PEFT would keep of one adapter is wrong for the next."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle is a layer of its own, with no arena behind it.
+        return {**self.__dict__, "in_use": self.in_use.detach().clone()}
+
+
+class SlotDoraLinear(_InUse, DoraLinearLayer):
+    """PEFT's DoRA on a linear layer."""
+
+    def forward(
+        self, x: torch.Tensor, *, lora_A: Any, lora_B: Any, scaling: Any, base_layer: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """What is to be added to the base layer's result, as PEFT works it out (section 4.3 of the paper).
+
+        PEFT asks here whether the base layer is quantised, in a way that dynamo cannot trace: each linear layer with
+        DoRA breaks the graph. So it is left to PEFT only if it is.
+        """
+        if not self.fan_in_fan_out and type(base_layer) is not nn.Linear:
+            forward: Any = super().forward
+            added: torch.Tensor = forward(
+                x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, base_layer=base_layer, **kwargs
+            )
+            return added
+        base_result, bias = kwargs.get("base_result"), base_layer.bias
+        weight = base_layer.weight.to(x.dtype)
+        delta = self.get_lora_weight(lora_A=lora_A, lora_B=lora_B).to(x.dtype)
+        norm = self.get_weight_norm(weight=weight, lora_weight=delta.detach(), scaling=scaling)
+        gain = (self.weight / norm.detach()).view(1, -1)
+        if base_result is None:
+            base_result = F.linear(x, weight.T if self.fan_in_fan_out else weight)
+        elif bias is not None:
+            base_result = base_result - bias
+        result: torch.Tensor = (gain - 1) * base_result + gain * lora_B(lora_A(x)) * scaling
+        return result
+
+
+class SlotDoraEmbedding(_InUse, DoraEmbeddingLayer):
+    """PEFT's DoRA on an embedding."""
+
+
+class SlotDoraConv1d(_InUse, DoraConv1dLayer):
+    """PEFT's DoRA on a one-dimensional convolution."""
+
+
+class SlotDoraConv2d(_InUse, DoraConv2dLayer):
+    """PEFT's DoRA on a two-dimensional convolution."""
+
+
+class SlotDoraConv3d(_InUse, DoraConv3dLayer):
+    """PEFT's DoRA on a three-dimensional convolution."""
+
+
+_SLOT_CLASSES: dict[type[nn.Module], type[Any]] = {
+    DoraLinearLayer: SlotDoraLinear,
+    DoraEmbeddingLayer: SlotDoraEmbedding,
+    DoraConv1dLayer: SlotDoraConv1d,
+    DoraConv2dLayer: SlotDoraConv2d,
+    DoraConv3dLayer: SlotDoraConv3d,
+}
+_OF_VARIANT: dict[type[Any], type[Any]] = {
+    variants.DoraLinearVariant: SlotDoraLinear,
+    variants.DoraEmbeddingVariant: SlotDoraEmbedding,
+    variants.DoraConv1dVariant: SlotDoraConv1d,
+    variants.DoraConv2dVariant: SlotDoraConv2d,
+    variants.DoraConv3dVariant: SlotDoraConv3d,
+}
+
+
+def is_dora(variant: Any) -> bool:
+    """Whether this variant of a PEFT layer is DoRA, and nothing else beside it."""
+    return type(variant) in _OF_VARIANT
+
+
+def is_slot_dora(module: nn.Module) -> bool:
+    """Whether the module is hotslot's, and may be used for DoRA or not."""
+    return isinstance(module, _InUse)
+
+
+def add_magnitude(
+    layer: Any, adapter_name: str, shape: tuple[int, ...], dtype: torch.dtype, *, requires_grad: bool = False
+) -> None:
+    """Make a layer of plain LoRA one that DoRA may use, with a neutral magnitude, not in use."""
+    variant = layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+    slot_class, device = _OF_VARIANT[type(variant)], layer.get_base_layer().weight.device
+    module = slot_class(fan_in_fan_out=slot_class is SlotDoraEmbedding or getattr(layer, "fan_in_fan_out", False))
+    module.weight = nn.Parameter(torch.ones(shape, dtype=dtype, device=device), requires_grad)
+    module.in_use = torch.zeros((), device=device)
+    module.train(layer.training)
+    layer.lora_magnitude_vector[adapter_name] = module
+    layer.lora_variant[adapter_name] = variant
+
+
+def drop_magnitude(layer: Any, adapter_name: str) -> None:
+    """Undo `add_magnitude`."""
+    layer.lora_variant.pop(adapter_name, None)
+    layer.use_dora[adapter_name] = False
+    if adapter_name in layer.lora_magnitude_vector:
+        del layer.lora_magnitude_vector[adapter_name]
+
+
+def use_slot_dora(layer: Any, adapter_name: str) -> tuple[nn.Module, type[nn.Module]] | None:
+    """Give PEFT's DoRA module the forward of a slot that is in use; (module, its class before), if there is one."""
+    module = layer.lora_magnitude_vector._modules.get(adapter_name)
+    before = type(module)
+    if before not in _SLOT_CLASSES:
+        return None
+    module.in_use = torch.ones((), device=module.weight.device)
+    module.__class__ = _SLOT_CLASSES[before]
+    return module, before
