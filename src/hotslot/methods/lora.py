@@ -204,7 +204,8 @@ class _Pattern:
         self._origin = origin
         self._whole = default_key == "r"
         self._default = self._number(config.get(default_key, 8), default_key)
-        patterns = config.get(pattern_key) or {}
+        patterns = config.get(pattern_key)
+        patterns = {} if patterns is None else patterns
         if not isinstance(patterns, Mapping):
             raise ConfigError(
                 f"{origin} has a malformed pattern.",
@@ -335,6 +336,14 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"lora_B.bias {parts['lora_B.bias'].shape}, lora_bias: false in the config",
             expected="lora_bias: true",
+            hint=_SAVE_AGAIN,
+        )
+    if lora_bias and "lora_embedding_A" in have:
+        raise ConfigError(
+            f"{origin} states a bias for an embedding.",
+            where=fqn,
+            found=f"lora_bias: {config['lora_bias']!r:.80}",
+            expected="lora_bias: false, since PEFT's embeddings have no place for it",
             hint=_SAVE_AGAIN,
         )
     if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
