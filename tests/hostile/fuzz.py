@@ -815,7 +815,7 @@ def _a_pickle_alone(rng: Random, folder: Path, case: Case) -> None:
 
 @_mutation("folder", 2)
 def _other_files_too(rng: Random, folder: Path, case: Case) -> None:
-    for name in ("README.md", "a\nb", "\x1b[2J", "adapter_model.bin", "é" * 100):
+    for name in ("README.md", "c\nd", "\x1b[2J", "adapter_model.bin", "é" * 100):
         (folder / name).write_bytes(b"x")
 
 

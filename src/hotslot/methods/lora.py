@@ -114,7 +114,7 @@ def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
     """Raise if `config` uses a LoRA option that hotslot does not swap, or a key that it does not know."""
     for option, reason in _REFUSED.items():
-        if config.get(option):
+        if config.get(option) or isinstance(config.get(option), Mapping):  # PEFT fills {} up with its defaults
             raise UnsupportedError(
                 f"{origin} uses {option}, which hotslot does not swap: {reason}.",
                 where=option,
