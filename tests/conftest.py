@@ -28,7 +28,12 @@ def _forget_compiled() -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What the fuzzer's tests counted, whichever process ran them."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
-    recorded = [found for report in reports for found in getattr(report, "user_properties", ())]
+    recorded = [
+        found
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for found in getattr(report, "user_properties", ())
+    ]
     counts: Counter[str] = Counter()
     for name, counted in recorded:
         if name == "fuzz":

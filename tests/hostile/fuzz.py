@@ -21,6 +21,7 @@ import re
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -126,8 +127,10 @@ def make_case(entry: str, number: int, folder: Path) -> Case:
 
     weights_then, config_then = rng.choice(bases(entry))
     draft = Draft(load(weights_then), json.loads(config_then))
-    for make in of["draft"]:
-        make(rng, draft)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a complex tensor made real by the next mutation
+        for make in of["draft"]:
+            make(rng, draft)
     file = _file(draft)
     for make in of["file"]:
         make(rng, file)
@@ -330,7 +333,7 @@ def _one_more_tensor(rng: Random, draft: Draft) -> None:
 def _many_tensors(rng: Random, draft: Draft) -> None:
     suffixes = rng.choice((("lora_A.weight", "lora_B.weight"), ("lora_A.weight",), ("weight",)))
     empty = torch.ones(0) if rng.random() < 0.5 else torch.ones(1, 1)
-    draft.tensors.update({f"{P}layers.{i}.{suffix}": empty for i in range(2_000) for suffix in suffixes})
+    draft.tensors.update({f"{P}layers.{i}.{suffix}": empty for i in range(500) for suffix in suffixes})
 
 
 # -- config ------------------------------------------------------------------------------------------------------------
@@ -415,11 +418,11 @@ def _many_patterns(rng: Random, draft: Draft) -> None:
     # Few enough where they are taken: PEFT, which is the oracle, compiles each key for each module.
     kind, count = rng.choice(
         (
-            ("layers.{}.q", 300),
-            ("^layers.{}", 300),
-            (r"layers\.{}\.q.*", 20_000),
-            ("(a|b){}", 20_000),
-            (".*{}.*{}.*x", 300),
+            ("layers.{}.q", 100),
+            ("^layers.{}", 100),
+            (r"layers\.{}\.q.*", 3_000),
+            ("(a|b){}", 3_000),
+            (".*{}.*{}.*x", 100),
         )
     )
     draft.config[rng.choice(("rank_pattern", "alpha_pattern"))] = {kind.replace("{}", str(i)): 4 for i in range(count)}
@@ -472,9 +475,9 @@ def _option_that_is_unknown(rng: Random, draft: Draft) -> None:
 
 
 @_mutation("draft", 1)
-def _ten_thousand_options(rng: Random, draft: Draft) -> None:
+def _many_options(rng: Random, draft: Draft) -> None:
     value = rng.choice((None, 0, 1))
-    draft.config.update({f"option_{i}": value for i in range(10_000)})
+    draft.config.update({f"option_{i}": value for i in range(1_000)})
 
 
 @_mutation("draft", 3)
@@ -686,7 +689,7 @@ def _length_of_the_header(rng: Random, content: bytes) -> bytes:
 def _something_else(rng: Random, content: bytes) -> bytes:
     buffer = io.BytesIO()
     torch.save({"a": torch.ones(2)}, buffer)
-    choices = (b"", b"\0" * 64, rng.randbytes(300), pickle.dumps({"a": 1}), buffer.getvalue(), b"GGUF" + bytes(100))
+    choices = (b"", b"\0" * 64, rng.randbytes(100), pickle.dumps({"a": 1}), buffer.getvalue(), b"GGUF" + bytes(100))
     return rng.choice(choices)
 
 
@@ -812,7 +815,7 @@ def _a_pickle_alone(rng: Random, folder: Path, case: Case) -> None:
 
 @_mutation("folder", 2)
 def _other_files_too(rng: Random, folder: Path, case: Case) -> None:
-    for name in ("README.md", "a\nb", "\x1b[2J", "adapter_model.bin", "é" * 100):
+    for name in ("README.md", "c\nd", "\x1b[2J", "adapter_model.bin", "é" * 100):
         (folder / name).write_bytes(b"x")
 
 

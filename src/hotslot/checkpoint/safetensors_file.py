@@ -207,7 +207,7 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
         if isinstance(dtype_name, str) and dtype_name in _OTHER_DTYPES:
             raise TensorError(
                 f"{path} holds a tensor of a dtype that adapter weights do not have.",
-                where=name,
+                where=name or "a tensor without a name",
                 found=dtype_name,
                 expected=f"one of {', '.join(FLOAT_DTYPES)}",
                 hint="save the adapter again without it; a quantised adapter has to be dequantised first",

@@ -116,7 +116,7 @@ def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
     """Raise if `config` uses a LoRA option that hotslot does not swap, or a key that it does not know."""
     for option, reason in _REFUSED.items():
-        if config.get(option):
+        if config.get(option) or isinstance(config.get(option), Mapping):  # PEFT fills {} up with its defaults
             raise UnsupportedError(
                 f"{origin} uses {option}, which hotslot does not swap: {reason}.",
                 where=option,
@@ -206,7 +206,8 @@ class _Pattern:
         self._origin = origin
         self._whole = default_key == "r"
         self._default = self._number(config.get(default_key, 8), default_key)
-        patterns = config.get(pattern_key) or {}
+        patterns = config.get(pattern_key)
+        patterns = {} if patterns is None else patterns
         if not isinstance(patterns, Mapping):
             raise ConfigError(
                 f"{origin} has a malformed pattern.",
@@ -346,6 +347,14 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"lora_B.bias {parts['lora_B.bias'].shape}, lora_bias: false in the config",
             expected="lora_bias: true",
+            hint=_SAVE_AGAIN,
+        )
+    if lora_bias and "lora_embedding_A" in have:
+        raise ConfigError(
+            f"{origin} states a bias for an embedding.",
+            where=fqn,
+            found=f"lora_bias: {config['lora_bias']!r:.80}",
+            expected="lora_bias: false, since PEFT's embeddings have no place for it",
             hint=_SAVE_AGAIN,
         )
     if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
