@@ -16,9 +16,10 @@ import json
 import logging
 import math
 import re
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +28,18 @@ import xxhash
 from .checkpoint import Checkpoint, Schema, TensorSpec
 from .checkpoint.buffers import host_buffer
 from .checkpoint.checkpoint import view
-from .engine import Entry
+from .engine import NEUTRAL_SCALING, Compiled, Entry
 from .errors import NonFiniteError, RankError, UnsupportedError
-from .live import OUT_PROJ, Binding, Slot, Writes
+from .live import OUT_PROJ, Binding, Memory, Slot, Writes
 from .live.corner import band
-from .methods import PARTS, Target
+from .methods import Adapter, Target
 
 logger = logging.getLogger(__name__)
 
-# Blends that are held beside the one that is live, so that going back and forth builds none anew.
-KEPT_BLENDS = 4
+# Held so that going back and forth between two builds none anew. With more, a weight that is moved step by step would
+# never find the memory of a blend that was let go, and page faults would take longer than all the rest.
+KEPT_BLENDS = 2
+KEPT_RECIPES = 4
 _PREFIX = "base_model.model."
 _BIAS = "lora_B.bias"
 _A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
@@ -50,81 +53,140 @@ class Ingredient(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The ranks from `low` to `high` of a module, which ingredient `number` fills, scaled by `factor`."""
+    """The ranks from `low` to `high` of a module, which ingredient `number` fills."""
 
     number: int
     target: Target
     low: int
     high: int
-    factor: float
 
 
-@dataclass(frozen=True)
+class Piece(NamedTuple):
+    """A Band of one part: what of which tensor of the ingredient goes where in which of the blend.
+
+    Attributes:
+        name, source: the tensor's name in the blend, and in the ingredient.
+        shape: of the tensor in the blend.
+        scaling: of the ingredient there.
+        groups, experts: of the slot.
+    """
+
+    band: Band
+    fqn: str
+    suffix: str
+    name: str
+    source: str
+    shape: tuple[int, ...]
+    scaling: float
+    groups: int
+    experts: int
+
+    def place(self, flat: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The view to be written, of the blend's flat tensors; itself flat for A, if there is no other block of it."""
+        values, (_, _, low, high) = flat[self.name], self.band
+        if self.suffix == _BIAS:
+            return values
+        if self.groups * self.experts == 1:  # as `band` does, in one call: there are hundreds of them
+            if self.suffix in _A:
+                row = values.numel() // self.shape[0]
+                return values.narrow(0, low * row, (high - low) * row)
+            if len(self.shape) == 2:
+                size, stride = (self.shape[0], high - low), (self.shape[1], 1)
+                return values.as_strided(size, stride, values.storage_offset() + low)
+        return band(values.view(self.shape), self.suffix, low, high, self.groups, self.experts)
+
+
+@dataclass(frozen=True, eq=False)
 class _Recipe:
-    """All of a blend that does not depend on the weights: good for every blend of these schemas into these slots."""
+    """All of a blend that does not depend on the weights: good for every blend of these schemas into these slots.
+
+    Attributes:
+        schema: of the blend.
+        nbytes: of all its tensors.
+        bands: module path → its Bands.
+        scaled, plain: pieces of A and of biases, which depend on weights, and of B, which do not.
+        shrunk: module path → rank that its delta is cut to.
+        targets: Memory → the views of it that `scaled` belong to.
+    """
 
     schema: Schema
     nbytes: int
-    shrunk: Mapping[str, int]  # module path → rank that its delta is cut to
+    bands: Mapping[str, Sequence[Band]]
+    scaled: Sequence[Piece]
+    plain: Sequence[Piece]
+    shrunk: Mapping[str, int]
+    targets: weakref.WeakKeyDictionary[Memory, list[torch.Tensor]] = field(default_factory=weakref.WeakKeyDictionary)
+
+    def targets_in(self, memory: Memory) -> list[torch.Tensor]:
+        """Of each of `scaled` the place in live memory, in the shape of `Piece.place`."""
+        if memory not in self.targets:
+            self.targets[memory] = [
+                target.view(-1) if piece.suffix in _A and piece.groups * piece.experts == 1 else target
+                for piece in self.scaled
+                for target in [memory.band(piece.fqn, piece.suffix, piece.band.low, piece.band.high)]
+            ]
+        return self.targets[memory]
 
 
 class Blend(Entry):
-    """Several adapters as one; immutable."""
+    """Several adapters as one, or one adapter weighted; immutable."""
 
     def __init__(
         self,
         name: str,
         checkpoint: Checkpoint,
         ingredients: Sequence[Ingredient],
-        bands: Mapping[str, Sequence[Band]],
-        error: float | None,
         key: Any,
+        *,
+        recipe: _Recipe | None = None,
+        error: float | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        super().__init__(name, checkpoint)
-        self.error, self.key = error, key
+        super().__init__(name, checkpoint, adapter)
+        self.key, self.recipe, self.error = key, recipe, error
+        self.names = tuple(ingredient.entry.name for ingredient in ingredients)
         self.versions = tuple(ingredient.entry.version for ingredient in ingredients)
         self.weights = tuple(ingredient.weight for ingredient in ingredients)
-        self._bands = bands
-        self.names = tuple(ingredient.entry.name for ingredient in ingredients)
-        if len(ingredients) == 1:
-            self.contents = ingredients[0].entry.contents
+        self._same_bytes = ingredients[0].entry if len(ingredients) == 1 else None
+        if self._same_bytes is not None:
+            self.contents = self._same_bytes.contents
 
     @property
     def nbytes(self) -> int:
         """Bytes of host memory of its own: none, if it shares those of its one adapter."""
-        return self.adapter.checkpoint.nbytes if len(self.versions) > 1 else 0
+        return self.adapter.checkpoint.nbytes if self._same_bytes is None else 0
+
+    def compile(self, binding: Binding) -> Compiled:
+        """See `Entry.compile`. One adapter alone is compiled already, but for its scalings."""
+        if self._same_bytes is not None and (self._compiled is None or self._compiled.memory is not binding.memory):
+            scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
+            scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
+            writes = self._same_bytes.compile(binding).writes
+            columns = binding.memory.compile(None, scalings).columns
+            weighted = replace(writes, scalings=scalings, columns=columns)
+            self._compiled = Compiled(binding.memory, weighted, binding.records(self.adapter))
+        return super().compile(binding)
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
         """See `Entry.writes`: after a blend of the same adapters only the A of those whose weights have changed."""
-        if not self._only_other_weights(since):
+        if self.recipe is None or not isinstance(since, Blend) or not self.differs_in_weights(since):
             return super().writes(binding, since)
-        assert isinstance(since, Blend)
-        whole, memory, checkpoint = self.compile(binding).writes, binding.memory, self.adapter.checkpoint
+        whole, recipe = self.compile(binding).writes, self.recipe
         changed = {i for i, (new, old) in enumerate(zip(self.weights, since.weights, strict=True)) if new != old}
-        targets, sources = [], []
-        for fqn, bands in self._bands.items():
-            slot, parts = binding.slots[fqn], self.adapter.targets[fqn].parts
-            written = [piece for piece in bands if piece.number in changed]
-            for suffix, spec in parts.items():
-                values = checkpoint.tensor(spec.name)
-                if suffix in _A:
-                    for piece in written:
-                        targets.append(memory.band(fqn, suffix, piece.low, piece.high))
-                        sources.append(slot.band(values, suffix, piece.low, piece.high))
-                elif suffix == _BIAS and written:
-                    targets.append(memory.band(fqn, suffix, 0, 0))
-                    sources.append(values)
+        flat = recipe.schema.split(self.adapter.checkpoint.data)
+        written = {
+            (piece.name, piece.band.low): (target, piece.place(flat))  # once, a bias that several have changed
+            for piece, target in zip(recipe.scaled, recipe.targets_in(binding.memory), strict=True)
+            if piece.band.number in changed
+        }
+        targets, sources = [target for target, _ in written.values()], [source for _, source in written.values()]
         writes = replace(whole, staged=[], targets=targets, sources=sources, unused=(), through_arena=not targets)
         return writes, sum(source.numel() * source.element_size() for source in sources)
 
-    def _only_other_weights(self, since: Entry | None) -> bool:
-        return (
-            isinstance(since, Blend)
-            and self.error is None
-            and since.error is None
-            and since.versions == self.versions
-            and since.adapter.checkpoint.schema is self.adapter.checkpoint.schema
-        )
+    def differs_in_weights(self, other: Blend) -> bool:
+        """Whether nothing but weights is different."""
+        exact = self.error is None and other.error is None
+        return exact and self.recipe is other.recipe and self.recipe is not None and self.versions == other.versions
 
 
 class Blender:
@@ -154,12 +216,13 @@ class Blender:
             return held
         if len(ingredients) == 1:
             return _weighted(ingredients[0], key)
-        bands = _bands(ingredients)
-        recipe = self._recipe(ingredients, bands, binding, svd)
-        data, error = _mix(recipe, bands, ingredients, binding)
+        recipe = self._recipe(ingredients, binding, svd)
+        versions = tuple(ingredient.entry.version for ingredient in ingredients)
+        like = next((b for b in reversed(self._blends.values()) if b.recipe is recipe and b.versions == versions), None)
+        data, error = _mix(recipe, ingredients, binding, like)
         name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
         checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
-        return Blend(name, checkpoint, ingredients, bands, error, key)
+        return Blend(name, checkpoint, ingredients, key, recipe=recipe, error=error)
 
     def hold(self, blend: Blend) -> None:
         """Keep a blend that has been activated, and let go of the one that was not used for longest."""
@@ -178,28 +241,18 @@ class Blender:
         self._blends.clear()
         self._recipes.clear()
 
-    def _recipe(
-        self, ingredients: Sequence[Ingredient], bands: Mapping[str, Sequence[Band]], binding: Binding, svd: bool
-    ) -> _Recipe:
-        ranks = {fqn: pieces[-1].high for fqn, pieces in bands.items()}
+    def _recipe(self, ingredients: Sequence[Ingredient], binding: Binding, svd: bool) -> _Recipe:
         room = binding.room
-        shrunk = {fqn: room[fqn] for fqn, rank in ranks.items() if rank > room.get(fqn, rank)}
+        shrunk = {fqn: room[fqn] for fqn, rank in needed_ranks(ingredients).items() if rank > room.get(fqn, rank)}
         if shrunk and not svd:
-            fqn = next(iter(shrunk))
-            raise RankError(
-                "The ranks of the blend are beyond those of its slots.",
-                where=fqn,
-                found=f"{' + '.join(str(piece.target.rank) for piece in bands[fqn])} = {ranks[fqn]}, "
-                f"and {len(shrunk) - 1} more modules",
-                expected=f"at most {shrunk[fqn]}, the rank the slot was planned for",
-                hint="plan for blends: hotslot.plan(model, sources, max_blend=…); or activate(…, blend='svd')",
-            )
-        key = (*(ingredient.entry.adapter.checkpoint.schema for ingredient in ingredients), tuple(shrunk.items()))
-        dtypes = tuple(slot.dtype for slot in binding.slots.values())
-        recipe = self._recipes.get((key, dtypes))
+            raise _beyond(shrunk, ingredients)
+        schemas = tuple(ingredient.entry.adapter.checkpoint.schema for ingredient in ingredients)
+        dtypes = tuple((fqn, slot.dtype) for fqn, slot in binding.slots.items())
+        key = schemas, tuple(shrunk.items()), dtypes
+        recipe = self._recipes.get(key)
         if recipe is None:
-            recipe = self._recipes[key, dtypes] = _make_recipe(ingredients, bands, shrunk, binding)
-            if len(self._recipes) > KEPT_BLENDS:
+            recipe = self._recipes[key] = _make_recipe(ingredients, shrunk, binding)
+            if len(self._recipes) > KEPT_RECIPES:
                 self._recipes.popitem(last=False)
         return recipe
 
@@ -223,20 +276,37 @@ def _version(ingredients: Sequence[Ingredient], recipe: _Recipe | None) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([stated, shrunk]).encode())
 
 
+def _beyond(shrunk: Mapping[str, int], ingredients: Sequence[Ingredient]) -> RankError:
+    fqn = next(iter(shrunk))
+    targets = [entry.adapter.targets[fqn] for entry, _ in ingredients if fqn in entry.adapter.targets]
+    ranks = [target.rank for target in targets]
+    return RankError(
+        "The ranks of the blend are beyond those of its slots.",
+        where=fqn,
+        found=f"{' + '.join(map(str, ranks))} = {sum(ranks)}, and {len(shrunk) - 1} more modules",
+        expected=f"at most {shrunk[fqn]}, the rank the slot was planned for",
+        hint="plan for blends: hotslot.plan(model, sources, max_blend=…); or activate(…, blend='svd')",
+    )
+
+
 # -- one adapter, weighted -------------------------------------------------------------------------------------------
 
 
 def _weighted(ingredient: Ingredient, key: Any) -> Blend:
     """The adapter's own bytes under a config of another alpha."""
     entry, weight = ingredient
-    checkpoint = entry.adapter.checkpoint
+    adapter, checkpoint = entry.adapter, entry.adapter.checkpoint
     config = dict(checkpoint.config)
     config["lora_alpha"] = config.get("lora_alpha", 8) * weight
-    config["alpha_pattern"] = {key: alpha * weight for key, alpha in (config.get("alpha_pattern") or {}).items()}
-    schema = Schema(config, checkpoint.tensors.values())
+    config["alpha_pattern"] = {name: alpha * weight for name, alpha in (config.get("alpha_pattern") or {}).items()}
     name = blend_name({entry.name: weight})
+    schema = checkpoint.schema.with_config(config)
     blended = Checkpoint(schema, checkpoint.data, _version([ingredient], None), f"the blend {name}")
-    return Blend(name, blended, [ingredient], {}, None, key)
+    targets = {
+        fqn: replace(target, alpha=target.alpha * weight, scaling=target.scaling * weight)
+        for fqn, target in adapter.targets.items()
+    }
+    return Blend(name, blended, [ingredient], key, adapter=replace(adapter, checkpoint=blended, targets=targets))
 
 
 # -- several adapters ------------------------------------------------------------------------------------------------
@@ -244,7 +314,7 @@ def _weighted(ingredient: Ingredient, key: Any) -> Blend:
 
 def _bands(ingredients: Sequence[Ingredient]) -> dict[str, list[Band]]:
     bands: dict[str, list[Band]] = {}
-    for i, (entry, weight) in enumerate(ingredients):
+    for i, (entry, _) in enumerate(ingredients):
         for fqn, target in entry.adapter.targets.items():
             for suffix in target.parts:
                 if suffix not in (*_A, *_B, _BIAS):
@@ -257,34 +327,38 @@ def _bands(ingredients: Sequence[Ingredient]) -> dict[str, list[Band]]:
                     )
             own = bands.setdefault(fqn, [])
             low = own[-1].high if own else 0
-            own.append(Band(i, target, low, low + target.rank, weight * target.scaling))
+            own.append(Band(i, target, low, low + target.rank))
     return bands
 
 
-def _make_recipe(
-    ingredients: Sequence[Ingredient], bands: Mapping[str, Sequence[Band]], shrunk: Mapping[str, int], binding: Binding
-) -> _Recipe:
+def _make_recipe(ingredients: Sequence[Ingredient], shrunk: Mapping[str, int], binding: Binding) -> _Recipe:
+    bands = _bands(ingredients)
     biased = any(_BIAS in piece.target.parts for pieces in bands.values() for piece in pieces)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    ranks = {}
+    scaled: list[Piece] = []
+    plain: list[Piece] = []
     for fqn, pieces in bands.items():
-        slot, first = binding.slots.get(fqn), pieces[0].target
-        ranks[fqn] = rank = shrunk.get(fqn, pieces[-1].high)
-        for suffix, spec in first.parts.items():
-            dim, shape = PARTS[suffix].rank_dim, list(spec.shape)
-            if dim is not None:
-                shape[dim] = shape[dim] // first.rank * rank if dim == 0 else shape[dim] * rank // first.rank
-            shapes[f"{_PREFIX}{fqn}.{suffix}"] = slot.dtype if slot is not None else spec.dtype, tuple(shape)
-        up = first.parts.get("lora_B.weight")
-        if biased and up is not None:
-            shapes[f"{_PREFIX}{fqn}.{_BIAS}"] = slot.dtype if slot is not None else up.dtype, (up.shape[0],)
+        slot, first = binding.slots[fqn], pieces[0].target
+        rank = shrunk.get(fqn, pieces[-1].high)
+        suffixes = [suffix for suffix in first.parts if suffix != _BIAS]
+        for suffix in [*suffixes, *([_BIAS] if biased and "lora_B.weight" in suffixes else [])]:
+            name = f"{_PREFIX}{fqn}.{suffix}"
+            shape = slot.part_shape(suffix, rank) if suffix != _BIAS else slot.part_shape("lora_B.weight", rank)[:1]
+            shapes[name] = slot.dtype, shape
+            for piece in pieces:
+                spec = piece.target.parts.get(suffix)
+                if spec is not None and (suffix == _BIAS or fqn not in shrunk):
+                    place = shape, piece.target.scaling, slot.groups, slot.experts
+                    made = Piece(piece, fqn, suffix, name, spec.name, *place)
+                    (plain if suffix in _B else scaled).append(made)
     specs, end = [], 0
     for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):  # as safetensors orders them
-        dtype, full = shapes[name]
-        start, end = end, end + math.prod(full) * dtype.itemsize
-        specs.append(TensorSpec(name, dtype, full, start, end))
+        dtype, shape = shapes[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        specs.append(TensorSpec(name, dtype, shape, start, end))
+    ranks = {fqn: shrunk.get(fqn, pieces[-1].high) for fqn, pieces in bands.items()}
     config = _config(ingredients, ranks, binding, lora_bias=biased)
-    return _Recipe(Schema(config, specs), end, shrunk)
+    return _Recipe(Schema(config, specs), end, bands, scaled, plain, shrunk)
 
 
 def _config(
@@ -296,7 +370,7 @@ def _config(
     modules: set[str] = set()
     by_key: dict[str, int] = {}
     for fqn, rank in ranks.items():
-        layer: Any = binding.slots[fqn].layer if fqn in binding.slots else None
+        layer: Any = binding.slots[fqn].layer
         root = fqn.removesuffix(OUT_PROJ)
         if isinstance(layer, ParamWrapper):
             root = f"{fqn.replace('.base_layer', '')}.{layer.parameter_name}"
@@ -323,75 +397,68 @@ def _config(
 
 
 def _mix(
-    recipe: _Recipe, bands: Mapping[str, Sequence[Band]], ingredients: Sequence[Ingredient], binding: Binding
+    recipe: _Recipe, ingredients: Sequence[Ingredient], binding: Binding, like: Blend | None
 ) -> tuple[torch.Tensor, float | None]:
-    """The bytes, and the error of what was cut, relative to the whole; None if nothing was."""
+    """The bytes, and the largest relative error of a module's delta; None if nothing was cut.
+
+    Args:
+        recipe: for these ingredients.
+        ingredients: what is blended.
+        binding: of the slots.
+        like: the same blend with other weights, if there is one: its B is copied.
+    """
     pinned = any(device.type == "cuda" for device in binding.memory.devices)
-    checkpoints = [ingredient.entry.adapter.checkpoint for ingredient in ingredients]
-    plain: dict[str, list[tuple[torch.Tensor, torch.Tensor, float]]] = {"A": [], "B": []}
-    errors: list[tuple[float, float]] = []
     with torch.inference_mode(False), torch.no_grad():
+        checkpoints = [ingredient.entry.adapter.checkpoint for ingredient in ingredients]
+        sources = [checkpoint.schema.split(checkpoint.data) for checkpoint in checkpoints]
         data = host_buffer(recipe.nbytes, pin_memory=pinned)
-        for fqn, pieces in bands.items():
-            blended = {
-                suffix: view(data, spec)
-                for suffix in PARTS
-                if (spec := recipe.schema.tensors.get(f"{_PREFIX}{fqn}.{suffix}")) is not None
-            }
-            slot = binding.slots.get(fqn)
-            groups, experts = (slot.groups, slot.experts) if slot is not None else (1, 1)
-            own = [{s: checkpoints[p.number].tensor(x.name) for s, x in p.target.parts.items()} for p in pieces]
-            for suffix, values in blended.items():
-                if suffix == _BIAS:
-                    values.copy_(_bias(values, pieces, own))
-                elif fqn not in recipe.shrunk:
-                    for piece, parts in zip(pieces, own, strict=True):
-                        place = band(values, suffix, piece.low, piece.high, groups, experts)
-                        source = parts[suffix]
-                        if source.shape != place.shape:
-                            source = source.view(place.shape)
-                        plain["A" if suffix in _A else "B"].append((place, source, piece.factor))
-            if fqn in recipe.shrunk and slot is not None:
-                errors.append(_cut(blended, slot, recipe.shrunk[fqn], pieces, own))
-        _copy_scaled(plain["A"])
-        if plain["B"]:
-            torch._foreach_copy_([place for place, _, _ in plain["B"]], [source for _, source, _ in plain["B"]])
-    _refuse_overflow(recipe.schema, data)
-    if not errors:
-        return data, None
-    lost, whole = (sum(column) for column in zip(*errors, strict=True))
-    largest = max(math.sqrt(cut / full) if full else 0.0 for cut, full in errors)
-    logger.warning(
-        "blend: %d modules cut to their slots' rank by SVD; relative error %.3g in all, at most %.3g of one module",
-        len(errors), math.sqrt(lost / whole) if whole else 0.0, largest,
-    )  # fmt: skip
-    return data, largest
+        flat = recipe.schema.split(data)
+        if like is not None and not recipe.shrunk:
+            data.copy_(like.adapter.checkpoint.data)
+        elif recipe.plain:
+            places = [piece.place(flat) for piece in recipe.plain]
+            own = [sources[piece.band.number][piece.source] for piece in recipe.plain]
+            matched = [source.view(place.shape) for source, place in zip(own, places, strict=True)]
+            torch._foreach_copy_(places, matched)
+        for name, values in flat.items():
+            if name.endswith(_BIAS):
+                values.zero_()
+        _scale(recipe.scaled, flat, sources, [ingredient.weight for ingredient in ingredients])
+        error = _cut_all(recipe, ingredients, binding, data) if recipe.shrunk else None
+        _refuse_overflow(recipe.schema, data)
+        return data, error
 
 
-def _copy_scaled(pieces: Sequence[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
-    """Scale in float32 at least, and round once to what is copied to."""
-    if not pieces:
+def _scale(
+    pieces: Sequence[Piece],
+    flat: Mapping[str, torch.Tensor],
+    sources: Sequence[Mapping[str, torch.Tensor]],
+    weights: Sequence[float],
+) -> None:
+    """Multiply in float32 at least, and round once to what is written."""
+    places, own, factors = [], [], []
+    for piece in pieces:
+        place, factor = piece.place(flat), weights[piece.band.number] * piece.scaling
+        source = sources[piece.band.number][piece.source]
+        if piece.suffix == _BIAS:
+            place.copy_(place.to(_wide(place)).add_(source.to(_wide(place)), alpha=factor))
+        else:
+            places.append(place)
+            own.append(source if place.dim() == 1 else source.view(place.shape))
+            factors.append(factor)
+    if not places:
         return
-    places, sources, factors = map(list, zip(*pieces, strict=True))
     if all(place.dtype in (torch.float32, torch.float64) for place in places):
-        torch._foreach_copy_(places, sources)
+        torch._foreach_copy_(places, own)
         torch._foreach_mul_(places, factors)
     else:
-        scaled = [source.to(_wide(place), copy=True) for place, source in zip(places, sources, strict=True)]
+        scaled = [source.to(_wide(place), copy=True) for place, source in zip(places, own, strict=True)]
         torch._foreach_mul_(scaled, factors)
         torch._foreach_copy_(places, scaled)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _bias(like: torch.Tensor, pieces: Sequence[Band], own: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    total = torch.zeros_like(like, dtype=_wide(like))
-    for piece, parts in zip(pieces, own, strict=True):
-        if _BIAS in parts:
-            total.add_(parts[_BIAS].to(total.dtype), alpha=piece.factor)
-    return total
 
 
 def _refuse_overflow(schema: Schema, data: torch.Tensor) -> None:
@@ -422,32 +489,55 @@ def _as_matrices(down: torch.Tensor, up: torch.Tensor, slot: Slot) -> tuple[torc
     return down.reshape(slot.groups, ranks, -1), up.reshape(slot.groups, -1, ranks)
 
 
-def _cut(
-    blended: Mapping[str, torch.Tensor],
-    slot: Slot,
-    rank: int,
-    pieces: Sequence[Band],
-    own: Sequence[Mapping[str, torch.Tensor]],
-) -> tuple[float, float]:
-    """Write the best approximation of `rank`; (squared norm of what was lost, of the whole)."""
-    (a, down), (b, up) = ((suffix, blended[suffix]) for suffix in sorted(blended.keys() - {_BIAS}))
-    matrices = [
-        _as_matrices(parts[a].double() * p.factor, parts[b].double(), slot)
-        for p, parts in zip(pieces, own, strict=True)
+def _cut_all(recipe: _Recipe, ingredients: Sequence[Ingredient], binding: Binding, data: torch.Tensor) -> float:
+    """Write the modules that are cut; the largest relative error of them."""
+    errors = [
+        _cut(
+            fqn, recipe, [entry.adapter.checkpoint for entry, _ in ingredients], [w for _, w in ingredients], slot, data
+        )
+        for fqn, slot in binding.slots.items()
+        if fqn in recipe.shrunk
     ]
+    lost, whole = (sum(column) for column in zip(*errors, strict=True))
+    largest = max(math.sqrt(cut / full) if full else 0.0 for cut, full in errors)
+    logger.warning(
+        "blend: %d modules cut to their slots' rank by SVD; relative error %.3g in all of them, at most %.3g of one",
+        len(errors), math.sqrt(lost / whole) if whole else 0.0, largest,
+    )  # fmt: skip
+    return largest
+
+
+def _cut(
+    fqn: str,
+    recipe: _Recipe,
+    checkpoints: Sequence[Checkpoint],
+    weights: Sequence[float],
+    slot: Slot,
+    data: torch.Tensor,
+) -> tuple[float, float]:
+    """Write the best approximation of the slot's rank; (squared norm of what was lost, of the whole)."""
+    pieces = recipe.bands[fqn]
+    a, b = sorted(pieces[0].target.parts.keys() - {_BIAS})
+    downs, ups = [], []
+    for piece in pieces:
+        checkpoint, parts = checkpoints[piece.number], piece.target.parts
+        factor = weights[piece.number] * piece.target.scaling
+        down, up = (checkpoint.tensor(parts[suffix].name).double() for suffix in (a, b))
+        down, up = _as_matrices(down, up, slot)
+        downs.append(down * factor)
+        ups.append(up)
     # Factors are of a few ranks: the decomposition is of an R × R matrix, and never of an O × L one.
-    left, left_core = torch.linalg.qr(torch.cat([m[1] for m in matrices], dim=2))
-    right, right_core = torch.linalg.qr(torch.cat([m[0] for m in matrices], dim=1).mT)
+    left, left_core = torch.linalg.qr(torch.cat(ups, dim=2))
+    right, right_core = torch.linalg.qr(torch.cat(downs, dim=1).mT)
     u, s, vh = torch.linalg.svd(left_core @ right_core.mT, full_matrices=False)
-    kept = min(rank // slot.groups, s.shape[-1])
+    kept = min(recipe.shrunk[fqn] // slot.groups, s.shape[-1])
     root = s[:, :kept].sqrt()
-    new_down, new_up = _as_matrices(down, up, slot)
-    cut_down, cut_up = torch.zeros_like(new_down, dtype=torch.float64), torch.zeros_like(new_up, dtype=torch.float64)
+    new_down, new_up = (view(data, recipe.schema.tensors[f"{_PREFIX}{fqn}.{suffix}"]) for suffix in (a, b))
+    ranks = recipe.shrunk[fqn] // slot.groups
+    cut_down = torch.zeros(s.shape[0], ranks, right.shape[1], dtype=torch.float64)
+    cut_up = torch.zeros(s.shape[0], left.shape[1], ranks, dtype=torch.float64)
     cut_down[:, :kept] = root[:, :, None] * (vh[:, :kept] @ right.mT)
     cut_up[:, :, :kept] = (left @ u[:, :, :kept]) * root[:, None]
-    down.copy_(cut_down.reshape(down.shape))
-    if slot.experts > 1:
-        up.copy_(cut_up.permute(1, 2, 0).reshape(up.shape))
-    else:
-        up.copy_(cut_up.reshape(up.shape))
+    new_down.copy_(cut_down.reshape(new_down.shape))
+    new_up.copy_((cut_up.permute(1, 2, 0) if slot.experts > 1 else cut_up).reshape(new_up.shape))
     return float(s[:, kept:].square().sum()), float(s.square().sum())

@@ -39,9 +39,9 @@ class Compiled:
 class Entry:
     """A loaded adapter: what it is, and what it was compiled into when last asked."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+    def __init__(self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
         self.name = name
-        self.adapter: Adapter = interpret(checkpoint)
+        self.adapter = adapter or interpret(checkpoint)
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
@@ -212,8 +212,9 @@ class Engine:
             return self.swap(State(entry))
         self.refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
-        undo = self.binding.resize(room, arena=self.binding.arena, biased=biased)
+        undo = self.binding.undo_extend({})  # made before: an interrupt may come between any two lines
         try:
+            self.binding.resize(room, arena=self.binding.arena, biased=biased)
             return self.swap(State(entry))
         except BaseException:
             undo()

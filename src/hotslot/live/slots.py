@@ -84,7 +84,7 @@ class Slot:
     def shape(self, rank: int | None = None, *, bias: bool = False) -> SlotShape:
         """The shapes of the parts as they are, or as they would be at another rank and with a bias."""
         rank = self.rank if rank is None else rank
-        parts = {suffix: self._part_shape(suffix, held.param.shape, rank) for suffix, held in self.held.items()}
+        parts = {suffix: self.part_shape(suffix, rank) for suffix in self.held}
         if bias and "lora_B.weight" in parts:
             parts["lora_B.bias"] = (parts["lora_B.weight"][0],)
         return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts)
@@ -102,8 +102,9 @@ class Slot:
         module: Any = self.layer.lora_B[self.adapter_name]
         module.bias = None
 
-    def _part_shape(self, suffix: str, shape: torch.Size, rank: int) -> tuple[int, ...]:
-        part, sizes = PARTS[suffix], list(shape)
+    def part_shape(self, suffix: str, rank: int) -> tuple[int, ...]:
+        """The shape that one of the parts would have at another rank."""
+        part, sizes = PARTS[suffix], list(self.held[suffix].param.shape)
         if part.rank_dim is not None:
             sizes[part.rank_dim] = self.experts * (rank if part.rank_dim == 0 else rank // self.groups)
         return tuple(sizes)
