@@ -218,7 +218,8 @@ class Blender:
             return _weighted(ingredients[0], key)
         recipe = self._recipe(ingredients, binding, svd)
         versions = tuple(ingredient.entry.version for ingredient in ingredients)
-        like = next((b for b in reversed(self._blends.values()) if b.recipe is recipe and b.versions == versions), None)
+        alike = (blend for blend in reversed(self._blends.values()) if blend.recipe is recipe)
+        like = next((blend for blend in alike if blend.versions == versions and not recipe.shrunk), None)
         data, error = _mix(recipe, ingredients, binding, like)
         name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
         checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
@@ -413,17 +414,23 @@ def _mix(
         sources = [checkpoint.schema.split(checkpoint.data) for checkpoint in checkpoints]
         data = host_buffer(recipe.nbytes, pin_memory=pinned)
         flat = recipe.schema.split(data)
-        if like is not None and not recipe.shrunk:
+        weights = [ingredient.weight for ingredient in ingredients]
+        pieces = recipe.scaled
+        if like is not None:
             data.copy_(like.adapter.checkpoint.data)
-        elif recipe.plain:
+            changed = {i for i, (new, old) in enumerate(zip(weights, like.weights, strict=True)) if new != old}
+            sums = {piece.name for piece in pieces if piece.suffix == _BIAS and piece.band.number in changed}
+            pieces = [piece for piece in pieces if piece.band.number in changed or piece.name in sums]
+        else:
+            for name, values in flat.items():
+                if name.endswith(_BIAS):
+                    values.zero_()
             places = [piece.place(flat) for piece in recipe.plain]
             own = [sources[piece.band.number][piece.source] for piece in recipe.plain]
             matched = [source.view(place.shape) for source, place in zip(own, places, strict=True)]
-            torch._foreach_copy_(places, matched)
-        for name, values in flat.items():
-            if name.endswith(_BIAS):
-                values.zero_()
-        _scale(recipe.scaled, flat, sources, [ingredient.weight for ingredient in ingredients])
+            if places:
+                torch._foreach_copy_(places, matched)
+        _scale(pieces, flat, sources, weights)
         error = _cut_all(recipe, ingredients, binding, data) if recipe.shrunk else None
         _refuse_overflow(recipe.schema, data)
         return data, error
@@ -437,15 +444,19 @@ def _scale(
 ) -> None:
     """Multiply in float32 at least, and round once to what is written."""
     places, own, factors = [], [], []
+    sums: dict[str, torch.Tensor] = {}
     for piece in pieces:
         place, factor = piece.place(flat), weights[piece.band.number] * piece.scaling
         source = sources[piece.band.number][piece.source]
         if piece.suffix == _BIAS:
-            place.copy_(place.to(_wide(place)).add_(source.to(_wide(place)), alpha=factor))
+            total = sums.setdefault(piece.name, torch.zeros_like(place, dtype=_wide(place)))
+            total.add_(source.to(total.dtype), alpha=factor)
         else:
             places.append(place)
             own.append(source if place.dim() == 1 else source.view(place.shape))
             factors.append(factor)
+    for name, total in sums.items():
+        flat[name].copy_(total)
     if not places:
         return
     if all(place.dtype in (torch.float32, torch.float64) for place in places):
