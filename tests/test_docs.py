@@ -98,9 +98,10 @@ def test_the_drop_in_s_code_runs_and_swaps(workplace: Path) -> None:
 def test_the_blends_code_runs_and_blends(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run(blocks(README, "python")[2])
     model, swapper = names["model"], names["swapper"]
-    assert str(names["plan"]) in capsys.readouterr().out
-    assert swapper.active == "chat:0.2+new:1.0+sql:0.1"
-    assert 0 < swapper.activate({"new": 1.0, "chat": 0.2, "sql": 0.1}, blend="svd").error < 1
+    printed, _, stated = capsys.readouterr().out.strip().rpartition("\n")
+    assert printed == str(names["plan"])
+    assert 0 < float(stated) < 1
+    assert swapper.active == "new:1.0+sql:0.7"
     swapper.activate("new")
     assert_same_output(LLAMA.output(model, LLAMA.inputs()), fresh_output(LLAMA, workplace / "new"))
 
