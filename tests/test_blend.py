@@ -335,6 +335,7 @@ def test_a_missing_bias_is_refused_with_the_plan_that_has_it(make: Make) -> None
         ({"a": 1.0, "b": "1"}, {}, ValueError, "weight of 'b'"),
         ({"a": 1.0, "c": 1.0}, {}, errors.UnknownAdapterError, "'c'"),
         ({"a": 1.0, "b": 1e39}, {}, errors.NonFiniteError, "overflow"),
+        ({"b": -1e39}, {}, errors.NonFiniteError, "overflow"),
         ({"a": 1.0, "b": 1.0}, {"blend": "linear"}, ValueError, "blend must be"),
     ],
 )

@@ -237,11 +237,11 @@ class Swapper:
             return engine.swap(engine.previous)
 
     @contextmanager
-    def using(self, adapter: str | Mapping[str, float] | None) -> Iterator[SwapReport]:
+    def using(self, adapter: str | Mapping[str, float] | None, *, blend: str | None = None) -> Iterator[SwapReport]:
         """Activate an adapter or a blend, or the base model with None, for a block; then swap back to what was live."""
         with self._lock:
             engine = self._bound()
-            report = self.deactivate() if adapter is None else self.activate(adapter)
+            report = self.deactivate() if adapter is None else self.activate(adapter, blend=blend)
             before = engine.previous if report.changed else engine.live
         try:
             yield report
