@@ -45,6 +45,7 @@ SIZES = {
     size.name: size
     for size in (
         Size("tiny", hidden=64, layers=2, rank=4, dtype=torch.float32, heads=8),
+        Size("small", hidden=512, layers=4, rank=16, dtype=torch.float32, heads=8),
         Size("9MB", hidden=216, layers=32, rank=16, dtype=torch.float32, heads=8),
         Size("84MB", hidden=4096, layers=32, rank=16, dtype=torch.bfloat16, heads=32),
     )

@@ -96,10 +96,26 @@ def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert goals[0].text in out
 
 
+def test_what_slots_cost_is_timed_and_compared() -> None:
+    slots = bench.load("slots")
+    rows = slots.run(["tiny"], rounds=1, device="cpu", modes=["eager"], tokens=[2])
+    assert [row.variant for row in rows] == [
+        "base, no slots",
+        "neutral slots, rank 4",
+        "active adapter, rank 4",
+        "neutral slots, rank 16",
+        "active adapter, rank 16",
+    ]
+    assert rows[0].times_base == 1
+    assert all(0 < row.min_ms <= row.ms for row in rows)
+    with pytest.raises(HotslotError, match="No such size"):
+        slots.run(["7MB"])
+
+
 def test_what_is_not_there() -> None:
-    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of swap"):
+    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of slots, swap"):
         bench.load("nonsense")
-    with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, 9MB, 84MB"):
+    with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):
         swap.run(["7MB"])
 
 

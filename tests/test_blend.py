@@ -243,13 +243,12 @@ def test_other_weights_write_only_what_they_scale(folders: dict[str, Path]) -> N
     report = swapper.activate({"a": 0.7, "b": -2.0})
     assert report.changed
     changed = {name for name, param in model.named_parameters() if "lora_" in name and not param.equal(marks[name])}
-    assert changed == {
-        "inner.0.lora_A.default.weight", "inner.0.lora_B.default.bias",
-        "inner.2.lora_A.default.weight", "inner.2.lora_B.default.bias",
-    }  # fmt: skip
+    assert changed == {"inner.0.lora_A.default.weight", "inner.2.lora_A.default.weight"}
     shared = model.get_submodule("inner.2").lora_A["default"].weight
     assert shared[:4].equal(marks["inner.2.lora_A.default.weight"][:4]), "a's ranks stay"
-    assert report.nbytes == 4 * (2 * 32 + 2 * 8 + 8 + 20)
+    assert report.nbytes == 4 * (2 * 32 + 2 * 8)
+    report = swapper.activate({"a": 0.3, "b": -2.0})  # a has biases
+    assert report.nbytes == 4 * (4 * 12 + 32 + 4 * 8 + 20)
 
 
 def test_another_weight_of_one_adapter_writes_its_scaling_alone(folders: dict[str, Path]) -> None:
@@ -336,6 +335,7 @@ def test_a_missing_bias_is_refused_with_the_plan_that_has_it(make: Make) -> None
         ({"a": 1.0, "b": "1"}, {}, ValueError, "weight of 'b'"),
         ({"a": 1.0, "c": 1.0}, {}, errors.UnknownAdapterError, "'c'"),
         ({"a": 1.0, "b": 1e39}, {}, errors.NonFiniteError, "overflow"),
+        ({"b": -1e39}, {}, errors.NonFiniteError, "overflow"),
         ({"a": 1.0, "b": 1.0}, {"blend": "linear"}, ValueError, "blend must be"),
     ],
 )
@@ -385,7 +385,7 @@ def test_a_blend_cut_by_svd_is_the_best_of_its_rank(name: str, tmp_path: Path, c
     report = swapper.activate(weights, blend="svd")
     assert report.changed
     assert_cut(model, summed(oracles, weights), swapper.plan.ranks, report.error)
-    assert f"at most {report.error:.3g} of one module" in caplog.text
+    assert f"at most {report.error:.3g} of one" in caplog.text
     again = swapper.activate(weights, blend="svd")
     assert not again.changed
     assert again.error == report.error
@@ -504,9 +504,9 @@ def test_only_the_last_blends_are_held(folders: dict[str, Path]) -> None:
         swapper.activate({"a": 0.1 * i + 0.05, "b": 1.0})
         sizes.append(swapper.host_bytes - loaded)
     assert sizes[0] > 0
-    assert sizes == [sizes[0] * min(i + 1, 4) for i in range(9)]
+    assert sizes == [sizes[0] * min(i + 1, 2) for i in range(9)]
     swapper.activate({"a": 0.3})
-    assert swapper.host_bytes - loaded == 3 * sizes[0], "one adapter's bytes are its own"
+    assert swapper.host_bytes - loaded == sizes[0], "one adapter's bytes are its own"
     with pytest.raises(errors.ModelError, match="live"):
         swapper.unload("a")
     swapper.unload("b")

@@ -95,8 +95,19 @@ def test_the_drop_in_s_code_runs_and_swaps(workplace: Path) -> None:
     assert_same_output(LLAMA.output(names["model"], LLAMA.inputs()), fresh_output(LLAMA, workplace / "chat"))
 
 
+def test_the_blends_code_runs_and_blends(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(blocks(README, "python")[2])
+    model, swapper = names["model"], names["swapper"]
+    printed, _, stated = capsys.readouterr().out.strip().rpartition("\n")
+    assert printed == str(names["plan"])
+    assert 0 < float(stated) < 1
+    assert swapper.active == "new:1.0+sql:0.7"
+    swapper.activate("new")
+    assert_same_output(LLAMA.output(model, LLAMA.inputs()), fresh_output(LLAMA, workplace / "new"))
+
+
 def test_no_code_is_left_out() -> None:
-    assert len(blocks(README, "python")) == 2
+    assert len(blocks(README, "python")) == 3
 
 
 def test_the_error_is_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ class Compiled:
 class Entry:
     """A loaded adapter: what it is, and what it was compiled into when last asked."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint) -> None:
+    def __init__(self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
         self.name = name
-        self.adapter: Adapter = interpret(checkpoint)
+        self.adapter = adapter or interpret(checkpoint)
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
@@ -215,13 +215,12 @@ class Engine:
             return self.swap(State(entry))
         self.refuse_if_merged()
         room = {fqn: max(slot.rank, ranks.get(fqn, 0)) for fqn, slot in self.binding.slots.items()}
-        undo: Callable[[], None] | None = None
+        undo = self.binding.undo_extend({})  # made before: an interrupt may come between any two lines
         try:
-            undo = self.binding.resize(room, arena=self.binding.arena, extra=extra)
+            self.binding.resize(room, arena=self.binding.arena, extra=extra)
             return self.swap(State(entry))
         except BaseException:
-            if undo is not None:
-                undo()
+            undo()
             raise
 
     def grow(

@@ -251,6 +251,7 @@ class Swapper:
         self,
         adapter: str | Mapping[str, float] | None,
         *,
+        blend: str | None = None,
         in_flight: InFlight | None = None,
         timeout_seconds: float | None = None,
     ) -> Iterator[SwapReport]:
@@ -266,7 +267,7 @@ class Swapper:
         engine = self._bound()
 
         with self._lock:
-            wanted = self._state(adapter) if adapter is not None else None
+            wanted = self._state(adapter, blend) if adapter is not None else None
 
         def choose() -> State:
             return wanted or engine.neutral

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,6 +59,32 @@ class Schema:
         names = [[spec.name, str(spec.dtype), spec.shape, spec.start] for spec in specs]
         stated = config | {key: sorted(config[key], key=str) for key in _SETS if isinstance(config.get(key), list)}
         self.digest = xxhash.xxh3_128_digest(json.dumps([stated, names], sort_keys=True, default=str).encode())
+
+    def with_config(self, config: dict[str, Any]) -> Schema:
+        """The same tensors under another config."""
+        twin = copy.copy(self)
+        twin.config = MappingProxyType(config)
+        twin.digest = xxhash.xxh3_128_digest(self.digest + json.dumps(config, sort_keys=True, default=str).encode())
+        return twin
+
+    def split(self, data: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name → the tensor's values as a flat view of `data`; all with one call for each run."""
+        pieces: list[torch.Tensor] = []
+        for run, sizes in zip(self.runs, self._sizes, strict=True):
+            pieces += view(data, run).split(sizes)
+        return dict(zip(self.tensors, pieces, strict=True))
+
+    @cached_property
+    def _sizes(self) -> list[list[int]]:
+        """Of each run the numbers of elements of its tensors."""
+        sizes: list[list[int]] = []
+        last: TensorSpec | None = None
+        for spec in self.tensors.values():
+            if last is None or last.dtype != spec.dtype or last.stop != spec.start:
+                sizes.append([])
+            sizes[-1].append((spec.stop - spec.start) // spec.dtype.itemsize)
+            last = spec
+        return sizes
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,7 @@ class Slot:
     def shape(self, rank: int | None = None, *, extra: Iterable[str] = ()) -> SlotShape:
         """The shapes of the parts as they are, or as they would be at another rank and with those of `extra`."""
         rank = self.rank if rank is None else rank
-        parts = {suffix: self._part_shape(suffix, held.param.shape, rank) for suffix, held in self.held.items()}
+        parts = {suffix: self.part_shape(suffix, rank) for suffix in self.held}
         return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts).with_parts(extra)
 
     def with_part(self, suffix: str) -> Slot:
@@ -123,8 +123,9 @@ class Slot:
         """The module of DoRA's magnitude, or None."""
         return self.layer.lora_magnitude_vector._modules.get(self.adapter_name)
 
-    def _part_shape(self, suffix: str, shape: torch.Size, rank: int) -> tuple[int, ...]:
-        part, sizes = PARTS[suffix], list(shape)
+    def part_shape(self, suffix: str, rank: int) -> tuple[int, ...]:
+        """The shape that one of the parts would have at another rank."""
+        part, sizes = PARTS[suffix], list(self.held[suffix].param.shape)
         if part.rank_dim is not None:
             sizes[part.rank_dim] = self.experts * (rank if part.rank_dim == 0 else rank // self.groups)
         return tuple(sizes)

@@ -1,0 +1,192 @@
+"""Times what slots cost a forward pass: neutral, filled, and filled with room to spare, beside the base model.
+
+    scripts/bench slots [--json]        or    python -m benchmarks.bench_slots
+
+All variants of one row are the same model with the same weights, eager or compiled with inductor. They run by turns, in
+an order drawn anew for each round; a ratio is of medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import hotslot
+from hotslot import HotslotError
+
+from .llama import SIZES, Bench, quiet
+from .report import describe
+
+DEFAULT_SIZES = ("small",)
+DEFAULT_ROUNDS = 30
+FACTORS = (1, 4)  # rank of the slots, in ranks of the adapter
+BASE = "base, no slots"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One variant's forward pass: its median, and what that is in medians of the base model of the same mode."""
+
+    size: str
+    mode: str
+    tokens: int
+    variant: str
+    slot_rank: int
+    ms: float
+    min_ms: float
+    times_base: float
+
+
+def run(
+    sizes: Sequence[str] = DEFAULT_SIZES,
+    *,
+    rounds: int = DEFAULT_ROUNDS,
+    device: str | None = None,
+    threads: int = 1,
+    modes: Sequence[str] = ("eager", "compiled"),
+    tokens: Sequence[int] = (1, 64),
+) -> list[Row]:
+    """Time all variants.
+
+    Raises:
+        HotslotError: a variant's output is not what a fresh PeftModel, or the base, computes.
+    """
+    unknown = set(sizes) - SIZES.keys()
+    if unknown:
+        raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(SIZES)}")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet(), torch.no_grad():
+            benches = [Bench(SIZES[name], Path(folder), chosen) for name in sizes]
+            return [
+                row
+                for bench in benches
+                for mode in modes
+                for count in tokens
+                for row in _rows(bench, mode, count, rounds)
+            ]
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _rows(bench: Bench, mode: str, tokens: int, rounds: int) -> list[Row]:
+    x = bench.inputs.expand(tokens, -1).contiguous()
+    variants = _variants(bench)
+    calls = {name: _callable(model, mode) for name, (model, _) in variants.items()}
+    for name, call in calls.items():
+        for _ in range(3):
+            call(x)
+        _check(bench, name, variants[name][0])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffled = Random(0), list(calls)
+    for _ in range(rounds):
+        order.shuffle(shuffled)
+        for name in shuffled:
+            _synchronize(bench.device)
+            started = time.perf_counter()
+            calls[name](x)
+            _synchronize(bench.device)
+            times[name].append(time.perf_counter() - started)
+    base = statistics.median(times[BASE])
+    return [
+        Row(
+            size=bench.size.name,
+            mode=mode,
+            tokens=tokens,
+            variant=name,
+            slot_rank=variants[name][1],
+            ms=statistics.median(taken) * 1e3,
+            min_ms=min(taken) * 1e3,
+            times_base=statistics.median(taken) / base,
+        )
+        for name, taken in times.items()
+    ]
+
+
+def _variants(bench: Bench) -> dict[str, tuple[nn.Module, int]]:
+    """Name → model and the rank of its slots."""
+    variants: dict[str, tuple[nn.Module, int]] = {BASE: (bench.base(), 0)}
+    for factor in FACTORS:
+        rank = bench.size.rank * factor
+        for name in ("neutral slots", "active adapter"):
+            model = bench.base()
+            plan = hotslot.plan(model, [bench.folders[0]], max_rank=rank, dtype="base")
+            swapper = hotslot.attach(model, {"0": bench.folders[0]}, plan=plan)
+            if name == "active adapter":
+                swapper.activate("0")
+            variants[f"{name}, rank {rank}"] = model, rank
+    return variants
+
+
+def _callable(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Any]:
+    if mode == "eager":
+        return model
+    compiled: Callable[[torch.Tensor], Any] = torch.compile(model, dynamic=False)
+    return compiled
+
+
+def _check(bench: Bench, name: str, model: nn.Module) -> None:
+    want = bench.expected[0] if name.startswith("active") else bench.output(bench.base())
+    error = (bench.output(model).double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1)
+    if not error <= (1e-4 if want.dtype == torch.float32 else 0.1):
+        raise HotslotError("A variant's output is not what it should be: its times would mean nothing.", where=name)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `python -m benchmarks.bench_slots`."""
+    parser = argparse.ArgumentParser(prog="benchmarks.bench_slots", description="Time forward passes through slots.")
+    parser.add_argument("--size", action="append", choices=SIZES, dest="sizes", help="may be repeated")
+    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed passes of each variant")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document")
+    command(**vars(parser.parse_args(arguments)))
+
+
+def command(
+    *,
+    sizes: Sequence[str] | None = None,
+    rounds: int = DEFAULT_ROUNDS,
+    device: str | None = None,
+    threads: int = 1,
+    as_json: bool = False,
+    plot: Path | None = None,
+) -> None:
+    """Run, and print the table or a JSON document on stdout; progress goes to stderr."""
+    if plot is not None:
+        raise HotslotError("This benchmark has no plot.", where="--plot", hint="leave it out, or take --json")
+    with Console(stderr=True).status("forward passes"):
+        conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "slots"}
+        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads)
+    if as_json:
+        print(json.dumps({"conditions": conditions, "rows": [asdict(row) for row in rows]}, indent=2))
+        return
+    table = Table("size", "mode", "tokens", "variant", "ms", "min ms", "× base")
+    for row in rows:
+        figures = f"{row.ms:.3f}", f"{row.min_ms:.3f}", f"{row.times_base:.2f}"
+        table.add_row(row.size, row.mode, str(row.tokens), row.variant, *figures)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

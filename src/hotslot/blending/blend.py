@@ -1,0 +1,210 @@
+"""A blend as an Entry, and the few that are held."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import xxhash
+
+from ..checkpoint import Checkpoint
+from ..engine import NEUTRAL_SCALING, Compiled, Entry
+from ..errors import NonFiniteError, RankError
+from ..live import Binding, Writes
+from ..methods import Adapter
+from .mix import mix
+from .recipe import Ingredient, Recipe, make_recipe, needed_ranks
+
+# Held so that going back and forth between two builds none anew. With more, a weight that is moved step by step would
+# never find the memory of a blend that was let go, and page faults would take longer than all the rest.
+KEPT_BLENDS = 2
+KEPT_RECIPES = 4
+
+
+class Blend(Entry):
+    """Several adapters as one, or one adapter weighted; immutable."""
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        ingredients: Sequence[Ingredient],
+        key: Any,
+        *,
+        recipe: Recipe | None = None,
+        error: float | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        super().__init__(name, checkpoint, adapter)
+        self.key, self.recipe, self.error = key, recipe, error
+        self.names = tuple(ingredient.entry.name for ingredient in ingredients)
+        self.versions = tuple(ingredient.entry.version for ingredient in ingredients)
+        self.weights = tuple(ingredient.weight for ingredient in ingredients)
+        self._same_bytes = ingredients[0].entry if len(ingredients) == 1 else None
+        if self._same_bytes is not None:
+            self.contents = self._same_bytes.contents
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory of its own: none, if it shares those of its one adapter."""
+        return self.adapter.checkpoint.nbytes if self._same_bytes is None else 0
+
+    def compile(self, binding: Binding) -> Compiled:
+        """See `Entry.compile`. One adapter alone is compiled already, but for its scalings."""
+        if self._same_bytes is not None and (self._compiled is None or self._compiled.memory is not binding.memory):
+            scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
+            scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
+            writes = self._same_bytes.compile(binding).writes
+            columns = binding.memory.compile(None, scalings).columns
+            weighted = replace(writes, scalings=scalings, columns=columns)
+            self._compiled = Compiled(binding.memory, weighted, binding.records(self.adapter))
+        return super().compile(binding)
+
+    def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
+        """See `Entry.writes`: after a blend of the same adapters only the A of those whose weights have changed."""
+        if self.recipe is None or not isinstance(since, Blend) or not self.differs_in_weights(since):
+            return super().writes(binding, since)
+        whole, recipe = self.compile(binding).writes, self.recipe
+        changed = {i for i, (new, old) in enumerate(zip(self.weights, since.weights, strict=True)) if new != old}
+        flat = recipe.schema.split(self.adapter.checkpoint.data)
+        written = {
+            (piece.name, piece.band.low): (target, piece.place(flat))  # once, a bias that several have changed
+            for piece, target in zip(recipe.scaled, recipe.targets_in(binding.memory), strict=True)
+            if piece.band.number in changed
+        }
+        targets, sources = [target for target, _ in written.values()], [source for _, source in written.values()]
+        writes = replace(whole, staged=[], targets=targets, sources=sources, unused=(), through_arena=not targets)
+        return writes, sum(source.numel() * source.element_size() for source in sources)
+
+    def differs_in_weights(self, other: Blend) -> bool:
+        """Whether nothing but weights is different."""
+        exact = self.error is None and other.error is None
+        return exact and self.recipe is other.recipe and self.recipe is not None and self.versions == other.versions
+
+
+class Blender:
+    """Makes blends, and holds the last few."""
+
+    def __init__(self) -> None:
+        self._blends: OrderedDict[Any, Blend] = OrderedDict()
+        self._recipes: OrderedDict[Any, Recipe] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory of all blends that are held."""
+        return sum(blend.nbytes for blend in self._blends.values())
+
+    def blend(self, ingredients: Sequence[Ingredient], binding: Binding, *, svd: bool = False) -> Blend:
+        """The blend of these adapters for the slots of `binding`; one that is held, if it is the same.
+
+        Raises:
+            RankError: ranks beyond a slot's, and `svd` is False.
+            UnsupportedError: an adapter has something that does not add up.
+            NonFiniteError: a weight makes values overflow.
+        """
+        room = tuple(binding.room.items()) if svd else None  # what a truncated delta is cut to
+        dtypes = frozenset(slot.dtype for slot in binding.slots.values())
+        key = tuple((entry.name, entry.version, weight) for entry, weight in ingredients), room, dtypes
+        held = self._blends.get(key)
+        if held is not None:
+            return held
+        if len(ingredients) == 1:
+            return _weighted(ingredients[0], key)
+        recipe = self._recipe(ingredients, binding, svd)
+        versions = tuple(ingredient.entry.version for ingredient in ingredients)
+        alike = (blend for blend in reversed(self._blends.values()) if blend.recipe is recipe)
+        like = next((blend for blend in alike if blend.versions == versions and not recipe.shrunk), None)
+        known = (like.adapter.checkpoint.data, like.weights) if like is not None else None
+        data, error = mix(recipe, ingredients, binding, known)
+        name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
+        checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
+        return Blend(name, checkpoint, ingredients, key, recipe=recipe, error=error)
+
+    def hold(self, blend: Blend) -> None:
+        """Keep a blend that has been activated, and let go of the one that was not used for longest."""
+        self._blends[blend.key] = blend
+        self._blends.move_to_end(blend.key)
+        if len(self._blends) > KEPT_BLENDS:
+            self._blends.popitem(last=False)
+
+    def forget(self, name: str) -> None:
+        """Let go of the blends that have this adapter in them."""
+        for key in [key for key, blend in self._blends.items() if name in blend.names]:
+            del self._blends[key]
+
+    def clear(self) -> None:
+        """Let go of all."""
+        self._blends.clear()
+        self._recipes.clear()
+
+    def _recipe(self, ingredients: Sequence[Ingredient], binding: Binding, svd: bool) -> Recipe:
+        room = binding.room
+        shrunk = {fqn: room[fqn] for fqn, rank in needed_ranks(ingredients).items() if rank > room.get(fqn, rank)}
+        if shrunk and not svd:
+            raise _beyond(shrunk, ingredients)
+        schemas = tuple(ingredient.entry.adapter.checkpoint.schema for ingredient in ingredients)
+        dtypes = tuple((fqn, slot.dtype) for fqn, slot in binding.slots.items())
+        key = schemas, tuple(shrunk.items()), dtypes
+        recipe = self._recipes.get(key)
+        if recipe is None:
+            recipe = self._recipes[key] = make_recipe(ingredients, shrunk, binding)
+            if len(self._recipes) > KEPT_RECIPES:
+                self._recipes.popitem(last=False)
+        return recipe
+
+
+def blend_name(weights: Mapping[str, float]) -> str:
+    """What `Swapper.active` says of a blend."""
+    return "+".join(f"{name}:{weight!r}" for name, weight in weights.items())
+
+
+def _version(ingredients: Sequence[Ingredient], recipe: Recipe | None) -> str:
+    stated = [[entry.version, weight.hex()] for entry, weight in ingredients]
+    shrunk = sorted(recipe.shrunk.items()) if recipe is not None else []
+    return xxhash.xxh3_128_hexdigest(json.dumps([stated, shrunk]).encode())
+
+
+def _beyond(shrunk: Mapping[str, int], ingredients: Sequence[Ingredient]) -> RankError:
+    fqn = next(iter(shrunk))
+    targets = [entry.adapter.targets[fqn] for entry, _ in ingredients if fqn in entry.adapter.targets]
+    ranks = [target.rank for target in targets]
+    return RankError(
+        "The ranks of the blend are beyond those of its slots.",
+        where=fqn,
+        found=f"{' + '.join(map(str, ranks))} = {sum(ranks)}, and {len(shrunk) - 1} more modules",
+        expected=f"at most {shrunk[fqn]}, the rank the slot was planned for",
+        hint="plan for blends: hotslot.plan(model, sources, max_blend=…); or activate(…, blend='svd')",
+    )
+
+
+# -- one adapter, weighted -------------------------------------------------------------------------------------------
+
+
+def _weighted(ingredient: Ingredient, key: Any) -> Blend:
+    """The adapter's own bytes under a config of another alpha."""
+    entry, weight = ingredient
+    adapter, checkpoint = entry.adapter, entry.adapter.checkpoint
+    config = dict(checkpoint.config)
+    config["lora_alpha"] = config.get("lora_alpha", 8) * weight
+    config["alpha_pattern"] = {name: alpha * weight for name, alpha in (config.get("alpha_pattern") or {}).items()}
+    name = blend_name({entry.name: weight})
+    schema = checkpoint.schema.with_config(config)
+    blended = Checkpoint(schema, checkpoint.data, _version([ingredient], None), f"the blend {name}")
+    targets = {
+        fqn: replace(target, alpha=target.alpha * weight, scaling=target.scaling * weight)
+        for fqn, target in adapter.targets.items()
+    }
+    largest = max(targets.values(), key=lambda target: abs(target.scaling))
+    if not abs(largest.scaling) <= torch.finfo(torch.float32).max:  # in which the slots hold their scalings
+        raise NonFiniteError(
+            "The weight makes the scaling overflow.",
+            where=largest.fqn,
+            found=f"scaling {largest.scaling:.3g}",
+            expected="a float32 number",
+            hint="a smaller weight",
+        )
+    return Blend(name, blended, [ingredient], key, adapter=replace(adapter, checkpoint=blended, targets=targets))
