@@ -15,7 +15,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from . import live
@@ -135,6 +135,46 @@ class Swapper:
         with self._lock:
             self._compile(entry)
             self._tier.add(name, entry)
+
+    def update(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        *,
+        in_flight: InFlight | None = None,
+        timeout_seconds: float | None = None,
+    ) -> SwapReport | None:
+        """Give a loaded adapter other values, of a trainer's step as a rule; if it is live, they are live at once.
+
+        That is one swap, as of `activate`, and a new `version`. The tensors are copied, neither kept nor changed. A
+        blend that has the adapter in it stays what it is until it is activated anew.
+
+        Args:
+            name: of a loaded adapter, whose config goes on to hold.
+            tensors: all of its tensors, on any device, as `peft.get_peft_model_state_dict(model)` gives them.
+            in_flight: "finish", "drain" or "now"; see the class.
+            timeout_seconds: for "drain".
+
+        Returns:
+            The report of the swap; None if the adapter is not live.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name is loaded.
+            CheckpointError, DoesNotFitError: the tensors are not those of this adapter; loaded and live are unchanged.
+            InFlightError, MergedError, ModelError: as `activate`; loaded and live are unchanged.
+        """
+        with self._lock:
+            known = self._entry(name)
+        config, origin = dict(known.adapter.checkpoint.config), f"the update of {name!r}"
+        entry = Entry(name, checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins))
+        with self._lock:
+            self._compile(entry)
+            is_live = self.active == name
+        report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
+        with self._lock:
+            self._blender.forget(name)
+            self._tier.add(name, entry)
+        return report
 
     def unload(self, name: str) -> None:
         """Let go of a loaded adapter's host memory.
@@ -436,8 +476,11 @@ class Swapper:
             ) from None
 
     def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
-        pinned = any(device.type == "cuda" for device in self._bound().binding.memory.devices)
-        return Entry(name, checkpoints.read(source, config=config, pin_memory=pinned, **hub))
+        return Entry(name, checkpoints.read(source, config=config, pin_memory=self._pins, **hub))
+
+    @property
+    def _pins(self) -> bool:
+        return any(device.type == "cuda" for device in self._bound().binding.memory.devices)
 
 
 def _previous(engine: Engine) -> State:

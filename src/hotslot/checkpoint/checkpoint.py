@@ -60,6 +60,11 @@ class Schema:
         stated = config | {key: sorted(config[key], key=str) for key in _SETS if isinstance(config.get(key), list)}
         self.digest = xxhash.xxh3_128_digest(json.dumps([stated, names], sort_keys=True, default=str).encode())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return max((spec.stop for spec in self.tensors.values()), default=0)
+
     def with_config(self, config: dict[str, Any]) -> Schema:
         """The same tensors under another config."""
         twin = copy.copy(self)

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
-from .checkpoint import Checkpoint, Schema, TensorSpec, view
+from .checkpoint import Checkpoint, Schema, TensorSpec
 from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
 from .safetensors_file import (
     FLOAT_DTYPES,
@@ -70,7 +70,7 @@ def read(
                 expected="what adapter_config.json would say",
                 hint="pass config=, a peft config or a dict like its JSON",
             )
-        return from_tensors(source, config)
+        return from_tensors(source, config, pin_memory=pin_memory)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     _refuse_escape(subfolder)
     folder = Path(source, subfolder or "")
@@ -120,24 +120,24 @@ def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) ->
 
 
 class _Schemas:
-    """The schemas of the last few families of files: (header, config) → Schema."""
+    """The schemas of the last few families: (header, or names, dtypes and shapes; config) → Schema."""
 
     KEPT = 16
 
     def __init__(self) -> None:
-        self._schemas: OrderedDict[tuple[bytes, bytes], Schema] = OrderedDict()
+        self._schemas: OrderedDict[tuple[Any, bytes], Schema] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, header: bytes, config: bytes) -> Schema | None:
+    def get(self, tensors: Any, config: bytes) -> Schema | None:
         with self._lock:
-            schema = self._schemas.get((header, config))
+            schema = self._schemas.get((tensors, config))
             if schema is not None:
-                self._schemas.move_to_end((header, config))
+                self._schemas.move_to_end((tensors, config))
             return schema
 
-    def put(self, header: bytes, config: bytes, schema: Schema) -> None:
+    def put(self, tensors: Any, config: bytes, schema: Schema) -> None:
         with self._lock:
-            self._schemas[header, config] = schema
+            self._schemas[tensors, config] = schema
             if len(self._schemas) > self.KEPT:
                 self._schemas.popitem(last=False)
 
@@ -146,13 +146,15 @@ _schemas = _Schemas()
 
 
 def from_tensors(
-    tensors: Mapping[str, torch.Tensor], config: Any, *, origin: str = "the dict of tensors"
+    tensors: Mapping[str, torch.Tensor], config: Any, *, origin: str = "the dict of tensors", pin_memory: bool = False
 ) -> Checkpoint:
     """A Checkpoint of tensors in memory. They are copied: the caller's are neither kept nor changed.
 
     Args:
         tensors: name → tensor, on any device, named as in adapter_model.safetensors.
         config: a peft config or a dict like adapter_config.json.
+        origin: what to call it in messages.
+        pin_memory: copy into page-locked memory.
     """
     given: Mapping[Any, Any] = tensors
     for name, tensor in given.items():
@@ -182,18 +184,33 @@ def from_tensors(
                 expected="a dense tensor with values",
                 hint="load its values first, or .to_dense()",
             )
-    # The order in which safetensors writes, so that a dict and its file have one version.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    stated = config_dict(config)
+    family = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+    text = json.dumps(stated, default=str).encode()
+    schema = _schemas.get(family, text)
+    if schema is None:
+        schema = Schema(stated, _in_file_order(tensors))
+        _schemas.put(family, text, schema)
+    with torch.inference_mode(False), torch.no_grad():
+        data = host_buffer(schema.nbytes, pin_memory=pin_memory)
+        # In one call: one for each of hundreds of tensors takes longer than the copying.
+        flat = [tensors[name].detach().resolve_neg().reshape(-1).view(torch.uint8) for name in schema.tensors]
+        devices = {tensor.device for tensor in flat}
+        if devices == {data.device}:
+            torch.cat(flat, out=data)
+        elif flat:
+            data.copy_(torch.cat(flat if len(devices) == 1 else [tensor.cpu() for tensor in flat]))
+    return Checkpoint.checked(schema, data, origin)
+
+
+def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    """As safetensors writes them, so that a dict and its file have one version."""
     specs, end = [], 0
-    for name in order:
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape), start, end))
-    with torch.inference_mode(False), torch.no_grad():
-        data = host_buffer(end)
-        for spec in specs:
-            view(data, spec).copy_(tensors[spec.name])
-    return Checkpoint.checked(Schema(config_dict(config), specs), data, origin)
+    return specs
 
 
 def _local_weights(folder: Path) -> Path:
