@@ -275,8 +275,8 @@ def test_grown_models_compute_what_fresh_loads_do(name: str, came_with: str, tmp
         )
         model: Any = entry.build() if came_with == "plain" else fresh(entry, first)
         if came_with == "peft, other active":
-            model.add_adapter("other", LoraConfig(r=2, target_modules=[entry.targets[0]], init_lora_weights=False))
             with expected_peft_warnings():
+                model.add_adapter("other", LoraConfig(r=2, target_modules=[entry.targets[0]], init_lora_weights=False))
                 model.base_model.set_adapter(["default", "other"])
             model.eval()
         start = entry.output(model, inputs)
