@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # Model → PEFT's adapter name → its Swapper: one slot has one writer.
 _attached: weakref.WeakKeyDictionary[nn.Module, dict[str, Swapper]] = weakref.WeakKeyDictionary()
+
+_guarding = threading.Lock()  # two slots of a model share its guard
 
 
 class Swapper:
@@ -347,7 +350,7 @@ class Swapper:
         direct call of `model.forward`, the backward pass, a function that was compiled around the model, and
         `torch.compile(nn.Sequential(…))`, which is one: hold a `lease()` there. Copies are not guarded.
         """
-        with self._lock:
+        with self._lock, _guarding:
             engine = self._bound()
             live.guard(engine.model, engine.gate, engine.adapter_name)
 
@@ -384,7 +387,8 @@ class Swapper:
             return self._bound().finds_live(choose())
 
     def _let_go(self) -> None:
-        live.unguard(self._engine.model, self._engine.adapter_name)
+        with _guarding:
+            live.unguard(self._engine.model, self._engine.adapter_name)
         self._engine.release()
         for injection in reversed(self._injections):
             live.remove(injection)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from types import CodeType
@@ -16,8 +15,6 @@ from .discover import callable_roots
 
 # nn.Module.__call__ looks both up on the instance: the first where `module.compile()` has set it, else the second.
 _COMPILED, _PLAIN = "_compiled_call_impl", "_call_impl"
-
-_lock = threading.Lock()
 
 
 class _Guard:
@@ -75,29 +72,27 @@ torch._dynamo.eval_frame.skip_code(_Guard.__code__)
 def guard(model: nn.Module, gate: Gate, owner: str) -> None:
     """Guard the calls of the model, of the PeftModel around it, and of the base model within; for `owner`.
 
-    May be repeated.
+    May be repeated. Not to be called by two threads at once, nor beside `unguard`.
     """
-    with _lock:
-        for module in callable_roots(model):
-            for attribute in (_COMPILED, _PLAIN):
-                present = module.__dict__.get(attribute)
-                if present is None and attribute == _COMPILED:
-                    continue
-                if not isinstance(present, _Guard):
-                    present = _Guard(gate, module, attribute)
-                    module.__dict__[attribute] = present
-                present.owners.add(owner)
+    for module in callable_roots(model):
+        for attribute in (_COMPILED, _PLAIN):
+            present = module.__dict__.get(attribute)
+            if present is None and attribute == _COMPILED:
+                continue
+            if not isinstance(present, _Guard):
+                present = _Guard(gate, module, attribute)
+                module.__dict__[attribute] = present
+            present.owners.add(owner)
 
 
 def unguard(model: nn.Module, owner: str) -> None:
     """Undo `guard`, unless another owner wants it. May be repeated."""
-    with _lock:
-        for module in callable_roots(model):
-            for attribute in (_COMPILED, _PLAIN):
-                present = module.__dict__.get(attribute)
-                if isinstance(present, _Guard):
-                    present.owners.discard(owner)
-                    if not present.owners and present.was is not None:
-                        module.__dict__[attribute] = present.was
-                    elif not present.owners:
-                        del module.__dict__[attribute]
+    for module in callable_roots(model):
+        for attribute in (_COMPILED, _PLAIN):
+            present = module.__dict__.get(attribute)
+            if isinstance(present, _Guard):
+                present.owners.discard(owner)
+                if not present.owners and present.was is not None:
+                    module.__dict__[attribute] = present.was
+                elif not present.owners:
+                    del module.__dict__[attribute]
