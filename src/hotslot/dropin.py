@@ -102,8 +102,9 @@ def hotswap_adapter_from_state_dict(
             "Only LoRA is swapped.", where="parameter_prefix", found=parameter_prefix, expected="lora_"
         )
     renamed, foreign = {}, []
+    endings = {f".{part.key(adapter_name)}": suffix for suffix, part in PARTS.items()}
     for key, tensor in state_dict.items():
-        plain = _without_adapter_name(key, adapter_name)
+        plain = _without_adapter_name(key, endings)
         if plain is None:
             foreign.append(key)
         else:
@@ -403,11 +404,10 @@ def _with_adapter_name(name: str, suffix: str, adapter_name: str) -> str:
     return head + PARTS[suffix].key(adapter_name)
 
 
-def _without_adapter_name(key: str, adapter_name: str) -> str | None:
+def _without_adapter_name(key: str, endings: Mapping[str, str]) -> str | None:
     """The name that a file has for this key of a model, or None if it is none of this adapter's."""
     key = key.replace("_orig_mod.", "")
-    for suffix, part in PARTS.items():
-        ending = "." + part.key(adapter_name)
+    for ending, suffix in endings.items():
         if key.endswith(ending):
             return f"{key.removesuffix(ending)}.{suffix}"
     return None

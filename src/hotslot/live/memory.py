@@ -86,6 +86,7 @@ class Memory:
         held = [entry for slot in slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
         self._parents = [slot.siblings for slot in slots.values()], [slot.child for slot in slots.values()]
+        self._doras = {fqn: slot.dora for fqn, slot in slots.items() if slot.dora is not None}
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
         # One of each slot: PEFT puts in and takes out an adapter's A and B together.
         firsts = [next(iter(slot.held.values())) for slot in slots.values()]
@@ -286,9 +287,8 @@ class Memory:
                 self.mark_clean()
 
     def _use_dora(self, fqns: frozenset[str]) -> None:
-        for fqn, slot in self.slots.items():
-            if slot.dora is not None:
-                slot.dora.in_use.fill_(fqn in fqns)
+        for fqn, module in self._doras.items():
+            module.in_use.fill_(fqn in fqns)
 
     def _leftovers(self, occupied: Mapping[str, int], writes: Writes) -> list[torch.Tensor]:
         views = [self._views[key] for key in writes.unused if not PARTS[key[1]].neutral]
@@ -308,7 +308,7 @@ class Memory:
         with torch.inference_mode(False), torch.no_grad():
             parts = {key: view.clone() for key, view in self._views.items()}
             scalings = {fqn: _copied(slot.layer.scaling.get(slot.adapter_name)) for fqn, slot in self.slots.items()}
-        dora = frozenset(fqn for fqn, slot in self.slots.items() if slot.dora is not None and slot.dora.in_use > 0)
+        dora = frozenset(fqn for fqn, module in self._doras.items() if module.in_use > 0)
         return Image(parts, scalings, dora, {fqn: slot.rank for fqn, slot in self.slots.items()})
 
     def restore(self, image: Image) -> None:
