@@ -228,14 +228,14 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
             entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
             live.refuse_other_base(model, entry.adapter)
-            live.refuse_other_parameters(model, adapter_name, entry.adapter)
+            live.refuse_other_parameters(model, engine.binding.slots, entry.adapter)
             with engine.lock:
                 engine.swap(State(entry))
             return
         slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
         entry = _entry(checkpoint, slots, adapter_name)
         live.refuse_other_base(model, entry.adapter)
-        live.refuse_other_parameters(model, adapter_name, entry.adapter)
+        live.refuse_other_parameters(model, slots, entry.adapter)
         wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
         if engine is None:
             room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}

@@ -109,9 +109,10 @@ class Plan:
         """
         shapes: Mapping[str, SlotShape] = {}
         known, modules = set(slots), live.base_modules(model)
-        gone = [fqn for fqn in self.slots if fqn not in known and fqn.removesuffix(live.OUT_PROJ) not in modules]
+        gone = [fqn for fqn, slot in self.slots.items() if fqn not in known and _module_of(slot) not in modules]
         if not gone:
-            shapes = live.slot_shapes(model, (), slots, also=self.ranks)
+            bare = {fqn: slot.parameter for fqn, slot in self.slots.items()}
+            shapes = live.slot_shapes(model, (), slots, also=self.ranks, bare=bare)
         for fqn in gone or self.slots:
             found = dict(shapes[fqn].parts) if fqn in shapes else None
             expected = dict(self.slots[fqn].parts)
@@ -247,7 +248,7 @@ def plan_adapters(
 def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: str) -> None:
     """Raise unless the adapter can be loaded once the model has the slots of `plan`."""
     live.refuse_other_base(model, adapter)
-    live.refuse_other_parameters(model, adapter_name, adapter)
+    live.refuse_other_parameters(model, live.find_slots(model, adapter_name), adapter)
     pack(adapter, plan.layout)
 
 
@@ -279,6 +280,11 @@ def _matched(model: nn.Module, target_modules: str | Iterable[str] | None) -> li
 
 def _with_bias(slot: SlotShape) -> SlotShape:
     return slot.with_parts([_BIAS])
+
+
+def _module_of(slot: SlotShape) -> str:
+    """The path of the base module that the slot is on."""
+    return slot.fqn.removesuffix(live.OUT_PROJ) if slot.parameter is None else slot.fqn.replace(".base_layer", "")
 
 
 def _merged(first: Largest, second: Largest, count: int) -> Largest:

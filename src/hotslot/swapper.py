@@ -426,7 +426,7 @@ class Swapper:
     def _compile(self, entry: Entry) -> None:
         engine = self._bound()
         live.refuse_other_base(engine.model, entry.adapter)
-        live.refuse_other_parameters(engine.model, engine.adapter_name, entry.adapter)
+        live.refuse_other_parameters(engine.model, engine.binding.slots, entry.adapter)
         try:
             entry.compile(engine.binding)
         except (RankError, UnexpectedTargetError) as error:

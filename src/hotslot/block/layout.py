@@ -33,6 +33,7 @@ class SlotShape:
         experts: of a mixture-of-experts parameter, each with a rank of its own; else 1.
         dtype: of the parts.
         parts: suffix → full shape, rank included.
+        parameter: the bare parameter of the module that is adapted; None if it is the module.
     """
 
     fqn: str
@@ -41,6 +42,7 @@ class SlotShape:
     experts: int
     dtype: torch.dtype
     parts: Mapping[str, tuple[int, ...]]
+    parameter: str | None = None
 
     def at_rank(self, rank: int) -> SlotShape:
         """The same slot with room for another rank."""

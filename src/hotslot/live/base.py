@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from ..errors import UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
+from .slots import Slot
+
+_NESTED = ".base_layer"
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -19,21 +24,37 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found | wrapped
 
 
-def refuse_other_parameters(model: nn.Module, adapter_name: str, adapter: Adapter) -> None:
-    """Raise unless the adapter adapts the same bare parameters as the one on the model, in the same order.
+def parameter_name(fqn: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> str | None:
+    """Which bare parameter of its module the adapter adapts at `fqn`; None if it is the module itself.
 
-    A file does not say which parameter a tensor belongs to; PEFT nests the layers in the order of the config's list.
+    A file does not say. PEFT wraps a module once for each of its parameters that the config names, in the order in
+    which the module has them: the last one is outermost.
     """
-    configs = getattr(unwrap(model), "peft_config", None) or {}
-    own = tuple(getattr(configs.get(adapter_name), "target_parameters", None) or ())
-    if adapter.target_parameters and adapter.target_parameters != own:
-        raise UnsupportedError(
-            f"{adapter.checkpoint.origin} adapts other bare parameters than the adapter on the model.",
-            where="target_parameters",
-            found=list(adapter.target_parameters),
-            expected=f"{list(own)}, in this order",
-            hint="load the first adapter with PEFT, with the same target_parameters",
-        )
+    root = fqn.replace(_NESTED, "")
+    module = modules.get(root)
+    if not adapter.target_parameters or module is None:
+        return None
+    keys = [(f".{root}.{name}", name) for name, _ in module.named_parameters(recurse=False)]
+    names = [name for key, name in keys if key.endswith(tuple(f".{target}" for target in adapter.target_parameters))]
+    depth = (len(fqn) - len(root)) // len(_NESTED)
+    return names[-1 - depth] if depth < len(names) else None
+
+
+def refuse_other_parameters(model: nn.Module, slots: Mapping[str, Slot], adapter: Adapter) -> None:
+    """Raise if a slot that the adapter wants adapts another bare parameter, or a whole module in place of one."""
+    if not adapter.target_parameters and not any(slot.parameter for slot in slots.values()):
+        return
+    modules = base_modules(model)
+    for fqn in adapter.targets:
+        wanted = parameter_name(fqn, adapter, modules)
+        if fqn in slots and slots[fqn].parameter != wanted:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} adapts another bare parameter than the slot.",
+                where=fqn,
+                found=f"{wanted or 'no bare parameter'}, by target_parameters {list(adapter.target_parameters)}",
+                expected=slots[fqn].parameter or "no bare parameter, by the slot",
+                hint="PEFT wants all adapters of a model to have the same target_parameters: attach for these alone",
+            )
 
 
 def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:

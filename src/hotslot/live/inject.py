@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from torch import nn
 from ..block import SlotShape
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import MAGNITUDE, Adapter
-from .base import base_modules
+from .base import base_modules, parameter_name
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
 from .slots import Slot
@@ -43,6 +44,7 @@ def slot_shapes(
     slots: Mapping[str, Slot] = MappingProxyType({}),
     *,
     also: Mapping[str, int] = MappingProxyType({}),
+    bare: Mapping[str, str | None] = MappingProxyType({}),
     dtype: torch.dtype | str | None = None,
 ) -> dict[str, SlotShape]:
     """The slots that a model needs for all of these adapters: the union of their targets, the largest rank of each.
@@ -52,6 +54,7 @@ def slot_shapes(
         adapters: the adapters.
         slots: those that the model has already.
         also: fqn → rank of further targets.
+        bare: fqn → the bare parameter that is adapted there, for those of `also` that do not adapt a module.
         dtype: of slots that the model does not have: "base" is their base layer's, None what a fresh PEFT load gives.
 
     Raises:
@@ -61,8 +64,12 @@ def slot_shapes(
     modules = base_modules(model)
     ranks: dict[str, int] = dict(also)
     parts: dict[str, set[str]] = {}
+    parameters = dict(bare)
     for adapter in adapters:
-        unknown = [fqn for fqn in adapter.targets if fqn not in slots and fqn.removesuffix(OUT_PROJ) not in modules]
+        for fqn in adapter.targets:
+            parameters.setdefault(fqn, parameter_name(fqn, adapter, modules))
+        there = {*slots, *modules, *(fqn for fqn, parameter in parameters.items() if parameter is not None)}
+        unknown = [fqn for fqn in adapter.targets if fqn not in there and fqn.removesuffix(OUT_PROJ) not in modules]
         if unknown:
             raise UnexpectedTargetError(
                 f"{adapter.checkpoint.origin} targets modules that the model does not have.",
@@ -85,7 +92,13 @@ def slot_shapes(
                 expected="Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d",
                 hint="train it without DoRA there",
             )
-        shape = slots[fqn].shape(rank) if fqn in slots else _slot_shape(fqn, modules, rank, dtype)
+        parameter = parameters.get(fqn)
+        if fqn in slots:
+            shape = slots[fqn].shape(rank)
+        elif parameter is not None:
+            shape = _parameter_shape(fqn, modules[fqn.replace(".base_layer", "")], parameter, rank, dtype)
+        else:
+            shape = _slot_shape(fqn, modules, rank, dtype)
         shapes[fqn] = shape.with_parts(extra)
     return shapes
 
@@ -93,6 +106,8 @@ def slot_shapes(
 def _can_be_dora(fqn: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> bool:
     if fqn in slots:
         return slots[fqn].can_have(MAGNITUDE)
+    if fqn not in modules:
+        return False
     return not fqn.endswith(OUT_PROJ) and not isinstance(modules[fqn], nn.MultiheadAttention)
 
 
@@ -133,6 +148,31 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, dtype: to
     return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype, dtype), parts)
 
 
+def _parameter_shape(fqn: str, module: nn.Module, name: str, rank: int, dtype: torch.dtype | str | None) -> SlotShape:
+    """Of a bare parameter. PEFT's own layer is asked, around one without memory: it knows which way experts lie."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import ParamWrapper
+
+    param, stand_in = getattr(module, name), nn.Module()
+    stand_in.register_parameter(name, nn.Parameter(torch.empty(param.shape, device="meta"), requires_grad=False))
+    stand_in.__dict__["is_transposed"] = getattr(module, "is_transposed", False)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_parameters=[name], init_lora_weights=False)
+    try:
+        layer: Any = ParamWrapper(stand_in, "slot", parameter_name=name, config=config, r=rank, lora_alpha=rank)
+    except ValueError as error:
+        raise UnsupportedError(
+            "An adapter targets a bare parameter that PEFT's LoRA does not adapt.",
+            where=f"{fqn}.{name}",
+            found=f"shape {tuple(param.shape)}: {error}",
+            expected="two dimensions, or three with one block for each expert",
+        ) from error
+    parts = {
+        "lora_A.weight": tuple(layer.lora_A["slot"].weight.shape),
+        "lora_B.weight": tuple(layer.lora_B["slot"].weight.shape),
+    }
+    return SlotShape(fqn, rank, 1, layer.num_experts, _slot_dtype(param.dtype, dtype), parts, name)
+
+
 def _slot_dtype(base: torch.dtype, wanted: torch.dtype | str | None) -> torch.dtype:
     """The one that is wanted; by default, as in PEFT, the base layer's, and float32 where that is of low precision."""
     if isinstance(wanted, torch.dtype):
@@ -165,8 +205,13 @@ def _inject(
     from peft import inject_adapter_in_model
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
-    roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn in shapes}
-    _refuse_compiled_targets(roots)
+    roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn, shape in shapes.items() if shape.parameter is None}
+    parameters = [
+        f"{names[fqn.replace('.base_layer', '')]}.{shape.parameter}"
+        for fqn, shape in shapes.items()
+        if shape.parameter is not None
+    ]
+    _refuse_compiled_targets([*roots, *(parameter.rpartition(".")[0] for parameter in parameters)])
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
@@ -174,12 +219,11 @@ def _inject(
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
         warnings.simplefilter("ignore")
-        inject_adapter_in_model(
-            _injection_config(shapes),
-            inner,
-            adapter_name,
-            state_dict={f"{root}.lora_A.weight": torch.empty(0) for root in roots},
-        )
+        config, targets = _injection_config(shapes), {f"{root}.lora_A.weight": torch.empty(0) for root in roots}
+        if parameters:  # which PEFT does not take together with a state_dict
+            config.target_modules = f"^({'|'.join(map(re.escape, sorted(roots)))})$" if roots else set()
+            config.target_parameters = parameters
+        inject_adapter_in_model(config, inner, adapter_name, state_dict=None if parameters else targets)
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after.values()), attention)
     photo.put_back_flags()
@@ -191,7 +235,7 @@ def _inject(
     injection = Injection(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
-            injection.replaced.append((parent._modules, child, layer.base_layer, layer))
+            injection.replaced.append((parent._modules, child, layer.get_base_layer(), layer))
     by_name = dict(lora_layers(model))
     for fqn, shape in shapes.items():
         layer = by_name[fqn]

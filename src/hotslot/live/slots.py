@@ -85,7 +85,8 @@ class Slot:
         """The shapes of the parts as they are, or as they would be at another rank and with those of `extra`."""
         rank = self.rank if rank is None else rank
         parts = {suffix: self.part_shape(suffix, rank) for suffix in self.held}
-        return SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts).with_parts(extra)
+        shape = SlotShape(self.fqn, rank, self.groups, self.experts, self.dtype, parts, self.parameter)
+        return shape.with_parts(extra)
 
     def with_part(self, suffix: str) -> Slot:
         """The same slot, whose layer has been given a bias of the up-projection, or DoRA's magnitude; neutral both."""
@@ -117,6 +118,11 @@ class Slot:
         if suffix == MAGNITUDE and suffix not in self.held:
             return ("use_dora",) in self.layer.lora_variants
         return suffix in self.held or (suffix == "lora_B.bias" and "lora_B.weight" in self.held)
+
+    @property
+    def parameter(self) -> str | None:
+        """The bare parameter of the module that the layer adapts; None if it adapts the module."""
+        return getattr(self.layer, "parameter_name", None)
 
     @property
     def dora(self) -> Any:

@@ -1,0 +1,136 @@
+"""LoRA on bare parameters (`target_parameters`), mixtures of experts above all, against a fresh load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import hotslot
+from adapters import expected_peft_warnings
+from hotslot import errors
+from oracle import assert_same_output, assert_unchanged, snapshot
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+RANKS = {f"layers.0.{name}": 5 for name in EXPERTS}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "experts": {"r": 4, "target_parameters": EXPERTS, "target_modules": []},
+    "both": {"r": 2, "lora_alpha": 3, "target_parameters": EXPERTS, "target_modules": ["q_proj", "v_proj"]},
+    "none": {"r": 3, "target_modules": ["q_proj", "o_proj"]},
+    "ranks": {
+        "r": 3, "use_rslora": True, "target_parameters": EXPERTS, "target_modules": ["k_proj"], "rank_pattern": RANKS
+    },
+}  # fmt: skip
+INPUTS = torch.randint(3, 48, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def build() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config).eval()
+        for param in model.parameters():
+            param.data.normal_(0, 0.2)
+    return model
+
+
+def output(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=INPUTS).logits
+    return logits
+
+
+def fresh(folder: Path) -> Any:
+    with expected_peft_warnings():
+        return PeftModel.from_pretrained(build(), folder).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, made = tmp_path_factory.mktemp("experts"), {}
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        with torch.random.fork_rng(devices=[]), expected_peft_warnings():
+            torch.manual_seed(seed)
+            model = get_peft_model(build(), LoraConfig(**config))
+            for key, param in model.named_parameters():
+                if "lora_" in key:
+                    param.data.normal_(0, 0.3)
+            model.save_pretrained(root / name)
+        made[name] = root / name
+    return made
+
+
+@pytest.fixture(scope="module")
+def outputs(folders: dict[str, Path]) -> dict[str, Tensor]:
+    found = {name: output(fresh(folder)) for name, folder in folders.items()}
+    assert all(not torch.allclose(found[name], output(build()), atol=0.01) for name in found)
+    return found
+
+
+def test_any_to_any_on_a_plain_model(folders: dict[str, Path], outputs: dict[str, Tensor]) -> None:
+    model, base = build(), output(build())
+    before = snapshot(model)
+    swapper = hotslot.attach(model, folders)
+    assert torch.equal(output(model), base)
+    for name in [*folders, *reversed(folders), "both", "experts"]:
+        swapper.activate(name)
+        assert_same_output(output(model), outputs[name])
+    swapper.deactivate()
+    assert torch.equal(output(model), base)
+    swapper.detach()
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("first", ["experts", "both"])
+def test_any_to_any_on_a_model_of_peft(
+    first: str, folders: dict[str, Path], outputs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model = fresh(folders[first])
+    swapper = hotslot.attach(model, {name: folders[name] for name in ("none", "experts", "both", "ranks")})
+    for name in swapper.adapters:
+        swapper.activate(name)
+        assert_same_output(output(model), outputs[name])
+        model.save_pretrained(tmp_path)
+        assert_same_output(output(fresh(tmp_path)), outputs[name])
+    swapper.detach()
+    assert_same_output(output(model), outputs[first], exact=True)
+
+
+def test_experts_beyond_the_plan(folders: dict[str, Path], outputs: dict[str, Tensor]) -> None:
+    swapper = hotslot.attach(model := build(), {"none": folders["none"]})
+    with pytest.raises(errors.UnexpectedTargetError) as caught:
+        swapper.load("experts", folders["experts"])
+    assert caught.value.plan is not None
+    swapper.grow(caught.value.plan)
+    swapper.load("experts", folders["experts"])
+    swapper.activate("experts")
+    assert_same_output(output(model), outputs["experts"])
+    swapper.activate("none")
+    assert_same_output(output(model), outputs["none"])
+
+
+def test_other_parameters_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Their tensors would lie under the same names: PEFT wraps in the order of the module's parameters."""
+    with expected_peft_warnings():
+        other = get_peft_model(build(), LoraConfig(r=4, target_parameters=EXPERTS[:1], target_modules=[]))
+        other.save_pretrained(tmp_path)
+    swapper = hotslot.attach(model := build(), {"experts": folders["experts"]})
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match="another bare parameter"):
+        swapper.load("other", tmp_path)
+    with pytest.raises(errors.HotslotError):
+        hotslot.attach(build(), {"experts": folders["experts"], "other": tmp_path})
+    assert_unchanged(before, snapshot(model))
