@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..leases import Gate
+from ..leases import Gate, Lease, Turn
 from .discover import callable_roots
 
 # nn.Module.__call__ looks both up on the instance: the first where `module.compile()` has set it, else the second.
@@ -64,9 +64,12 @@ class _Guard:
         return getattr, (self._module(), self._attribute)
 
 
-# Dynamo goes past this frame to those that it calls, and compiles what it would without it.
 _Guard.__code__ = _Guard.__call__.__code__
-torch._dynamo.eval_frame.skip_code(_Guard.__code__)
+
+# Dynamo goes past these frames to those that they call, and compiles what it would without them.
+for _function in (_Guard.__call__, *vars(Gate).values(), Lease.__init__, Turn.__init__):
+    if isinstance(_function, FunctionType):
+        torch._dynamo.eval_frame.skip_code(_function.__code__)
 
 
 def guard(model: nn.Module, gate: Gate, owner: str) -> None:
