@@ -113,7 +113,7 @@ def test_what_slots_cost_is_timed_and_compared() -> None:
 
 
 def test_what_is_not_there() -> None:
-    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of slots, swap"):
+    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, slots, soak, swap"):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):
         swap.run(["7MB"])
@@ -156,7 +156,7 @@ def test_nothing_grows_over_many_swaps() -> None:
 def test_what_grows_is_noticed(kind: str, tmp_path: Path) -> None:
     kept: list[Any] = []
     leaks = {
-        "memory": lambda: kept.append(bytearray(10_000)),
+        "memory": lambda: kept.append(b"x" * (100_000 + len(kept))),
         "objects": lambda: kept.append([]),
         "file handles": lambda: kept.append(os.open(tmp_path, os.O_RDONLY)) if len(kept) < 500 else None,
     }

@@ -220,9 +220,9 @@ def test_checks_that_callers_make_beforehand_pass_what_is_swapped() -> None:
     with pytest.raises(ValueError, match="incompatible"):
         PEFTS["check_hotswap_configs_compatible"](plain, other)  # the control
     assert hotslot.check_hotswap_configs_compatible(plain, other) is None
-    for refused in (LoraConfig(use_dora=True), IA3Config()):
+    for refused in (LoraConfig(init_lora_weights="olora"), IA3Config()):
         for pair in ((plain, refused), (refused, plain)):
-            with pytest.raises(ValueError, match=r"use_dora|Incompatible PEFT types found"):
+            with pytest.raises(ValueError, match=r"rewrites the base|Incompatible PEFT types found"):
                 hotslot.check_hotswap_configs_compatible(*pair)
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but IA3 was passed"):
         hotslot.check_hotswap_configs_compatible(IA3Config(), IA3Config())

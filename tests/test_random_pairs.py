@@ -71,7 +71,6 @@ def test_plain_lora_swaps_right_or_targets_more_than_the_model_has() -> None:
 # Reason (regular expression of the error's first line) → the options of which an adapter must use one, or it is no
 # reason. Each is an option beyond plain LoRA; docs/supported.md says why it is not swapped.
 REASONS = {
-    r"UnsupportedError: .* uses use_dora, which hotslot does not swap": ["use_dora"],
     r"UnsupportedError: .* uses modules_to_save,": ["modules_to_save"],
     r"UnsupportedError: .* uses trainable_token_indices,": ["trainable_token_indices"],
     r"UnsupportedError: .* uses alora_invocation_tokens,": ["alora_invocation_tokens"],
@@ -79,10 +78,10 @@ REASONS = {
     r"UnsupportedError: .* uses use_bdlora,": ["use_bdlora"],
     r"UnsupportedError: .* uses kasa_config,": ["kasa_config"],
     r"UnsupportedError: .* carries biases of the base model": ["bias"],
-    r"UnsupportedError: .* rewrites the base weights when it is loaded": ["init_lora_weights"],
-    r"UnsupportedError: .* adapts other bare parameters": ["target_parameters"],
+    r"UnsupportedError: .* is initialised in a way that rewrites the base weights": ["init_lora_weights"],
+    r"UnsupportedError: .* adapts another bare parameter": ["target_parameters"],
     r"UnsupportedError: The adapter 'default' on the model is of a kind that hotslot does not swap": [
-        "use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "init_lora_weights",
+        "alora_invocation_tokens", "use_bdlora", "kasa_config", "init_lora_weights",
     ],
     r"UnexpectedTargetError: Hot swapping the adapter did not succeed, unexpected keys found": ["target_modules"],
     # a BatchNorm's counter; the file is read before the config is asked
@@ -114,7 +113,7 @@ def test_options_beyond_plain_lora_swap_right_or_are_refused_for_a_known_reason(
 
 
 def _refuse_all(model: nn.Module, path: str, adapter_name: str, torch_device: str | None = None) -> None:
-    raise hotslot.errors.UnsupportedError("the config uses use_dora, which hotslot does not swap.")
+    raise hotslot.errors.UnsupportedError("the config uses use_bdlora, which hotslot does not swap.")
 
 
 def _refuse_oddly(model: nn.Module, path: str, adapter_name: str, torch_device: str | None = None) -> None:

@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .errors import ModelError
 from .leases import Gate
 from .live import Binding, Image, Memory, Records, Writes
-from .methods import Adapter, interpret
+from .methods import Adapter, interpret, refuse_biased_embeddings
 from .report import SwapReport
 
 NEUTRAL_SCALING = 1.0
@@ -42,7 +42,10 @@ class Entry:
 
     def __init__(self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
         self.name = name
-        self.adapter = adapter or interpret(checkpoint)
+        if adapter is None:
+            adapter = interpret(checkpoint)
+            refuse_biased_embeddings(adapter)  # a blend may have both: biases of one, an embedding of another
+        self.adapter = adapter
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ

@@ -317,7 +317,7 @@ class Swapper:
 
         with engine.gate.visit(in_flight, timeout_seconds) as visit:
             with visit.arriving(lambda: self._finds_live(choose)), self._lock:
-                report = self._bound().swap(choose())
+                report = self._swap_to(choose())
                 before = engine.previous if report.changed else engine.live
             assert before is not None
             try:
@@ -379,8 +379,7 @@ class Swapper:
                 if engine.finds_live(target):
                     return engine.swap(target)
         with gate.swap(in_flight, timeout_seconds), self._lock:
-            engine = self._bound()
-            return engine.swap(choose(engine))
+            return self._swap_to(choose(self._bound()))
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
@@ -466,8 +465,13 @@ class Swapper:
         except (RankError, UnexpectedTargetError) as error:
             biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
             raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
-        self._blender.hold(mixed)
         return State(mixed)
+
+    def _swap_to(self, target: State) -> SwapReport:
+        report = self._bound().swap(target)
+        if isinstance(target.entry, Blend):
+            self._blender.hold(target.entry)
+        return report
 
     def _entry(self, name: str) -> Entry:
         try:

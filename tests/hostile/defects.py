@@ -234,7 +234,6 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 
 
 _REFUSED_OPTIONS = {
-    "use_dora": True,
     "modules_to_save": ["down"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["up.weight"],

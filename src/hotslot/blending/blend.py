@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..engine import NEUTRAL_SCALING, Compiled, Entry
 from ..errors import NonFiniteError, RankError
 from ..live import Binding, Writes
-from ..methods import Adapter
+from ..methods import Adapter, interpret
 from .mix import mix
 from .recipe import Ingredient, Recipe, make_recipe, needed_ranks
 
@@ -39,7 +39,7 @@ class Blend(Entry):
         error: float | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        super().__init__(name, checkpoint, adapter)
+        super().__init__(name, checkpoint, adapter or interpret(checkpoint))
         self.key, self.recipe, self.error = key, recipe, error
         self.names = tuple(ingredient.entry.name for ingredient in ingredients)
         self.versions = tuple(ingredient.entry.version for ingredient in ingredients)

@@ -12,7 +12,7 @@ from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
-from .lora import neutral_config, refuse_unsupported_options, split_key
+from .lora import neutral_config, refuse_biased_embeddings, refuse_unsupported_options, split_key
 
 __all__ = [
     "MAGNITUDE",
@@ -22,6 +22,7 @@ __all__ = [
     "Target",
     "interpret",
     "neutral_config",
+    "refuse_biased_embeddings",
     "refuse_unsupported_options",
     "split_key",
 ]

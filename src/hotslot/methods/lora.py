@@ -237,6 +237,19 @@ class _Pattern:
         return value
 
 
+def refuse_biased_embeddings(adapter: Adapter) -> None:
+    """Raise if the config states a bias, and a target is an embedding: PEFT does not load that."""
+    for fqn, target in adapter.targets.items():
+        if adapter.lora_bias and "lora_embedding_A" in target.parts:
+            raise ConfigError(
+                f"{adapter.checkpoint.origin} states a bias for an embedding.",
+                where=fqn,
+                found="lora_bias: true",
+                expected="lora_bias: false, since PEFT's embeddings have no place for it",
+                hint=_SAVE_AGAIN,
+            )
+
+
 def split_key(name: str) -> tuple[str, str] | None:
     """(module path in the base model, suffix of `PARTS`) of a tensor's name in a file; None if it is no LoRA tensor."""
     head, _, last = name.rpartition(".")
@@ -347,14 +360,6 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"lora_B.bias {parts['lora_B.bias'].shape}, lora_bias: false in the config",
             expected="lora_bias: true",
-            hint=_SAVE_AGAIN,
-        )
-    if lora_bias and "lora_embedding_A" in have:
-        raise ConfigError(
-            f"{origin} states a bias for an embedding.",
-            where=fqn,
-            found=f"lora_bias: {config['lora_bias']!r:.80}",
-            expected="lora_bias: false, since PEFT's embeddings have no place for it",
             hint=_SAVE_AGAIN,
         )
     if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
