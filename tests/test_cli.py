@@ -233,7 +233,6 @@ def test_inspect_gives_every_reason_to_refuse(tmp_path: Path) -> None:
     found = ask("inspect", folder, exit_code=1)
     assert not found["supported"]
     assert [(one["type"], one["where"]) for one in found["refusals"]] == [
-        ("UnsupportedError", "use_dora"),
         ("UnsupportedError", "modules_to_save"),
         ("UnsupportedError", "bias"),
     ]
@@ -345,10 +344,10 @@ def test_check_tells_fits_from_misfits(model: Path, tmp_path: Path) -> None:
     large = plain(tmp_path / "large", r=6, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3})
     narrow = narrow_adapter(tmp_path / "narrow")
     elsewhere = make_adapter(tmp_path / "elsewhere", ZOO["gpt2"], seed=0, r=2, target_modules=["c_attn"])
-    dora = plain(tmp_path / "dora", use_dora=True)
-    bare = plain(tmp_path / "bare", target_modules=[], target_parameters=["model.layers.0.mlp.up_proj.weight"])
+    olora = plain(tmp_path / "olora", init_lora_weights="olora")
+    alora = plain(tmp_path / "alora", alora_invocation_tokens=[5], task_type="CAUSAL_LM")
     absent = tmp_path / "absent"
-    sources = [fitting, large, narrow, elsewhere, dora, bare, absent]
+    sources = [fitting, large, narrow, elsewhere, olora, alora, absent]
     found = ask("check", model, *sources, exit_code=1)
     assert found["model_class"] == "LlamaForCausalLM"
     assert [one["fits"] for one in found["adapters"]] == [True, True] + 5 * [False]
