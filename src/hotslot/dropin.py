@@ -409,4 +409,5 @@ def _without_adapter_name(key: str, adapter_name: str) -> str | None:
         ending = f".{container}.{adapter_name}{dot}{tensor}"
         if key.endswith(ending):
             return f"{key.removesuffix(ending)}.{suffix}"
-    return None
+    module, saved, name = key.partition(f".modules_to_save.{adapter_name}.")
+    return f"{module}.{name}" if saved else None

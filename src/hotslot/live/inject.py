@@ -19,6 +19,7 @@ from ..methods import Adapter
 from .base import base_modules
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
+from .saved import refuse_adapted_and_saved, saved_wrappers
 from .slots import Slot
 
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
@@ -33,6 +34,7 @@ class Injection:
     adapter_name: str
     replaced: list[tuple[dict[str, Any], str, nn.Module, Any]]  # parent's modules, name, base layer, LoRA layer
     joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
+    auxiliary: list[tuple[Any, Any]]  # PEFT's wrappers beside its layers, and which adapter was active in them
     attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
     resident: Any  # the config of an adapter of this name that was there before, or None
 
@@ -59,6 +61,7 @@ def slot_shapes(
         UnsupportedError: a target is a module that LoRA does not adapt.
     """
     modules = base_modules(model)
+    saved = {fqn for fqn, _ in saved_wrappers(model)}
     ranks: dict[str, int] = dict(also)
     biased: set[str] = set()
     for adapter in adapters:
@@ -75,6 +78,8 @@ def slot_shapes(
             ranks[fqn] = max(ranks.get(fqn, 0), target.rank)
             if "lora_B.bias" in target.parts:
                 biased.add(fqn)
+        saved |= adapter.saved.keys()
+    refuse_adapted_and_saved(ranks, saved)
     return {
         fqn: slots[fqn].shape(rank, bias=fqn in biased)
         if fqn in slots
@@ -154,6 +159,7 @@ def _inject(
     model: nn.Module, inner: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape], photo: Photo
 ) -> Injection:
     from peft import inject_adapter_in_model
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
     roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn in shapes}
@@ -161,6 +167,7 @@ def _inject(
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
+    auxiliary = [(m, m._active_adapter) for m in inner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     attention = _plain_attentions(inner)
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
@@ -176,10 +183,12 @@ def _inject(
     photo.put_back_flags()
     if own:
         _keep_active(own[0], active, (layer for _, _, layer in after.values()))
+        _put_back_auxiliary(auxiliary)
+        auxiliary.clear()
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
-    injection = Injection(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
+    injection = Injection(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
             injection.replaced.append((parent._modules, child, layer.base_layer, layer))
@@ -239,6 +248,11 @@ def _keep_active(own: Any, active: Mapping[int, Any], layers: Iterable[Any]) -> 
         layer._disable_adapters = own._disable_adapters
 
 
+def _put_back_auxiliary(auxiliary: Iterable[tuple[Any, Any]]) -> None:
+    for wrapper, active in auxiliary:
+        wrapper._active_adapter = active
+
+
 def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
     from peft import LoraConfig
 
@@ -293,6 +307,7 @@ def remove(injection: Injection) -> None:
             layer.delete_adapter(name)
         elif child in parent and unwrap(parent[child]) is layer:
             parent[child] = base
+    _put_back_auxiliary(injection.auxiliary)
     model = injection.model()
     configs = model.__dict__.get("peft_config") if model is not None else None
     if model is None or configs is None:

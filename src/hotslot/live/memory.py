@@ -23,6 +23,7 @@ from ..block.layout import ALIGNMENT_BYTES
 from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS
+from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
 from .slots import Slot
 
@@ -37,11 +38,12 @@ _DIRECT_COPIES = 8
 
 
 class Image(NamedTuple):
-    """Parts and scalings as they were at one moment, and the ranks that the slots had room for."""
+    """Parts and scalings as they were at one moment, the ranks that the slots had room for, and the absolute values."""
 
     parts: dict[tuple[str, str], torch.Tensor]
     scalings: dict[str, Any]
     ranks: dict[str, int]
+    absolutes: AbsoluteImage | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
