@@ -185,6 +185,8 @@ FOLDERS = {
     "embedding": {
         "a": {"r": 3, "target_modules": ["word", "mix"], "lora_alpha": 5},
         "b": {"r": 2, "target_modules": ["word", "place"], "lora_alpha": 7},
+        "head": {"r": 2, "target_modules": ["word"], "modules_to_save": ["head"]},
+        "none": {"r": 2, "target_modules": ["word"]},
     },
     "conv2d": {
         "a": {"r": 4, "target_modules": ["grouped", "head"], "lora_alpha": 6},
@@ -209,7 +211,7 @@ def train(model: nn.Module) -> None:
     """Change every LoRA weight in place, as an optimizer does."""
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or ".modules_to_save." in name:
                 param.mul_(1.25)
 
 
@@ -281,6 +283,25 @@ def resident_to_other(entry: Entry, folders: dict[str, Path]) -> Stage:
     swapper = attached(entry, folders, model)
     train(model)
     return Stage(entry, model, lambda: swapper.activate("b"), lambda: swapper.activate("a"), folders["a"])
+
+
+def saving(first: str, second: str, *, came_with: str | None = None) -> Make:
+    """Between adapters of which one saves a whole module, trained on."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build() if came_with is None else fresh(entry, folders[came_with])
+        swapper = hotslot.attach(model, {name: folders[name] for name in (first, second)})
+        swapper.activate(first)
+        train(model)
+        return Stage(entry, model, lambda: swapper.activate(second), lambda: swapper.activate(first), folders[first])
+
+    return make
+
+
+def attaching_with_a_head(entry: Entry, folders: dict[str, Path]) -> Stage:
+    model = fresh(entry, folders["none"])
+    attach = functools.partial(hotslot.attach, model, {"head": folders["head"]})
+    return Stage(entry, model, attach, lambda: attach().activate("head"), folders["head"])
 
 
 def without_arena(entry: Entry, folders: dict[str, Path]) -> Stage:
@@ -368,6 +389,9 @@ SWAPS: dict[str, Scenario] = {
     "rollback to trained weights": (rollback, "embedding"),
     "from rolled back weights": (rolled_back, "embedding"),
     "from the adapter that came with the model": (resident_to_other, "embedding"),
+    "to a saved module": (saving("none", "head"), "embedding"),
+    "from a saved module": (saving("head", "none"), "embedding"),
+    "between saved modules": (saving("head", "none", came_with="head"), "embedding"),
     "in a compiled model": (without_arena, "mlp"),
     "after the user moved the parameters": (moved_by_the_user, "embedding"),
     "to a blend": (blending("a", {"a": 0.7, "b": -1.0}), "mlp"),

@@ -148,6 +148,43 @@ def _gpt2() -> nn.Module:
     )
 
 
+def _llama_score() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.3,
+            num_labels=3,
+            pad_token_id=0,
+            use_cache=False,
+        )
+    )
+
+
+def _bert_classifier() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.3,
+            num_labels=5,
+        )
+    )
+
+
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -283,3 +320,13 @@ _ENTRIES = (
 )  # fmt: skip
 
 ZOO: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
+
+# Classifiers, whose head every adapter brings along: beside the zoo, as runs over all of that are drawn from it.
+_CLASSIFIERS = (
+    Entry("llama_score", _llama_score, _tokens, _logits, ("q_proj", "v_proj", "down_proj"), extras=("score", "norm"),
+          task_type="SEQ_CLS", from_transformers=True, layers=2),
+    Entry("bert_classifier", _bert_classifier, _tokens, _logits, ("query", "value", "dense"),
+          extras=("classifier", "pooler", "LayerNorm"), task_type="SEQ_CLS", from_transformers=True, layers=2),
+)  # fmt: skip
+
+CLASSIFIERS: dict[str, Entry] = {entry.name: entry for entry in _CLASSIFIERS}

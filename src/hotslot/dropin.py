@@ -104,7 +104,7 @@ def hotswap_adapter_from_state_dict(
     renamed, foreign = {}, []
     endings = {f".{part.key(adapter_name)}": suffix for suffix, part in PARTS.items()}
     for key, tensor in state_dict.items():
-        plain = _without_adapter_name(key, endings)
+        plain = _without_adapter_name(key, adapter_name, endings)
         if plain is None:
             foreign.append(key)
         else:
@@ -404,10 +404,11 @@ def _with_adapter_name(name: str, suffix: str, adapter_name: str) -> str:
     return head + PARTS[suffix].key(adapter_name)
 
 
-def _without_adapter_name(key: str, endings: Mapping[str, str]) -> str | None:
+def _without_adapter_name(key: str, adapter_name: str, endings: Mapping[str, str]) -> str | None:
     """The name that a file has for this key of a model, or None if it is none of this adapter's."""
     key = key.replace("_orig_mod.", "")
     for ending, suffix in endings.items():
         if key.endswith(ending):
             return f"{key.removesuffix(ending)}.{suffix}"
-    return None
+    module, saved, name = key.partition(f".modules_to_save.{adapter_name}.")
+    return f"{module}.{name}" if saved else None

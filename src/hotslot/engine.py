@@ -8,9 +8,10 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from . import live
@@ -34,6 +35,7 @@ class Compiled:
 
     memory: Memory
     writes: Writes
+    values: Mapping[tuple[str, str], torch.Tensor]  # of the base's own tensors that it has others for
     records: Records
 
 
@@ -73,7 +75,8 @@ class Entry:
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
             records = binding.records(self.adapter)
-            self._compiled = Compiled(memory, memory.compile(block, scalings), records)
+            values = binding.absolutes.compile(self.adapter)
+            self._compiled = Compiled(memory, memory.compile(block, scalings), values, records)
         return self._compiled
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
@@ -227,9 +230,16 @@ class Engine:
             raise
 
     def grow(
-        self, slots: Mapping[str, live.Slot], ranks: Mapping[str, int], *, extra: Iterable[tuple[str, str]]
+        self,
+        slots: Mapping[str, live.Slot],
+        ranks: Mapping[str, int],
+        *,
+        extra: Iterable[tuple[str, str]],
+        wrapped: Collection[str],
     ) -> Callable[[], None]:
         """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and the parts of `extra`.
+
+        And take in copies of the modules `wrapped`, which hold nothing yet either.
 
         What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
         """
@@ -237,12 +247,14 @@ class Engine:
         records, shrink = binding.capture(), binding.undo_extend(slots)
 
         def undo() -> None:
+            binding.absolutes.drop(wrapped)
             shrink()
             self.neutral, self.live, self.previous, self.original = kept
             binding.apply(records)
 
         try:
             binding.extend(slots, ranks, extra=extra)
+            binding.absolutes.find(self.model, lambda fqn: False)
             neutral = State(None, records=live.neutral_records(binding.slots))
             states = [neutral if state is self.neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
@@ -260,14 +272,14 @@ class Engine:
     def is_current(self) -> bool:
         """Whether the model still has just these slots."""
         try:
-            self.binding.memory.refuse_if_replaced()
+            self.binding.refuse_if_replaced()
         except ModelError:
             return False
         return live.count_slots(self.model, self.adapter_name) == len(self.binding.slots)
 
     def finds_live(self, target: State) -> bool:
         """Whether `swap` would have nothing to do. Touches nothing, so it needs no gate."""
-        moved, touched = self.binding.memory.moved_and_dirty()
+        moved, touched = self.binding.moved_and_dirty()
         return self._is_live(target) and not moved and (not touched or self._is_foreign(target))
 
     def _is_live(self, target: State) -> bool:
@@ -284,7 +296,7 @@ class Engine:
     def _undo_state(self, touched: bool) -> State:
         """What is live, such that it can be written again."""
         records = self.binding.capture()
-        image = self.binding.memory.image() if touched or self._is_foreign(self.live) else self.live.image
+        image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
     def _write(
@@ -306,13 +318,13 @@ class Engine:
             records = target.entry.compile(binding).records
         binding.apply(records, said)  # before the copy, which takes all else out of the cache
         if target.image is not None:
-            memory.restore(target.image)
+            binding.restore(target.image)
         elif target.entry is not None:
             writes, nbytes = target.entry.writes(binding, since)
-            memory.write(writes, occupied, clean=clean)
+            binding.write(writes, target.entry.compile(binding).values, occupied, clean=clean)
         else:
             nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
-            memory.write(nothing, occupied, clean=clean)
+            binding.write(nothing, {}, occupied, clean=clean)
         return nbytes
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:

@@ -42,6 +42,7 @@ class Plan:
         max_blend: how many adapters a blend may have of those that were planned for.
         max_rank: the rank that every slot was given; None where the adapters' own ranks decide.
         dtype: as it was asked for: None is what a fresh PEFT load gives, "base" the base layer's.
+        saved: paths of the modules that get a copy, because one of the adapters saves them whole.
     """
 
     slots: Mapping[str, SlotShape]
@@ -49,6 +50,7 @@ class Plan:
     max_rank: int | None = None
     dtype: torch.dtype | str | None = None
     _largest: Largest = field(default_factory=lambda: MappingProxyType({}))
+    saved: frozenset[str] = frozenset()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -81,7 +83,9 @@ class Plan:
             shape = _both(self.slots.get(fqn), other.slots.get(fqn))
             rank = max(shape.rank, _room(largest.get(fqn, ()), blended=not capped))
             slots[fqn] = shape.at_rank(rank)
-        return Plan(MappingProxyType(slots), max_blend, max(capped, default=None), self.dtype, largest)
+        live.refuse_adapted_and_saved(slots, self.saved | other.saved)
+        saved = self.saved | other.saved
+        return Plan(MappingProxyType(slots), max_blend, max(capped, default=None), self.dtype, largest, saved)
 
     def with_room(self, ranks: Mapping[str, int], *, biased: bool) -> Plan:
         """The same slots, each with room for at least its rank in `ranks`, and with `biased` for a bias."""
@@ -242,7 +246,8 @@ def plan_adapters(
     if max_blend > 1 and len(adapters) > 1 and any(adapter.lora_bias for adapter in adapters):
         # PEFT's config has one lora_bias for all modules: in a blend with one that has biases, all have.
         planned = {fqn: _with_bias(shape) for fqn, shape in planned.items()}
-    return Plan(MappingProxyType(planned), max_blend, max_rank, dtype, largest)
+    saved = frozenset(fqn for adapter in adapters for fqn in adapter.saved)
+    return Plan(MappingProxyType(planned), max_blend, max_rank, dtype, largest, saved)
 
 
 def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: str) -> None:
@@ -250,6 +255,15 @@ def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: s
     live.refuse_other_base(model, adapter)
     live.refuse_other_parameters(model, live.find_slots(model, adapter_name), adapter)
     pack(adapter, plan.layout)
+    unplanned = sorted(adapter.saved.keys() - plan.saved - live.saved_modules(model, adapter_name))
+    if unplanned:
+        raise UnexpectedTargetError(
+            f"{adapter.checkpoint.origin} saves modules whole that the plan has no copies for.",
+            where=", ".join(unplanned[:8]),
+            found=f"modules_to_save: {adapter.checkpoint.config['modules_to_save']}",
+            expected=f"modules among {sorted(plan.saved) or 'none'}, by the plan",
+            hint="plan with this adapter among the sources",
+        )
 
 
 def _refuse_bad_options(max_rank: Any, max_blend: Any, dtype: Any) -> None:

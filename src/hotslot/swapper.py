@@ -57,9 +57,17 @@ class Swapper:
     all but `using`. An event loop must not wait: `await asyncio.to_thread(swapper.activate, name)`.
     """
 
-    def __init__(self, engine: Engine, injection: live.Injection | None, entries: Iterable[Entry], plan: Plan) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        injection: live.Injection | None,
+        entries: Iterable[Entry],
+        plan: Plan,
+        wrapping: live.Wrapping | None = None,
+    ) -> None:
         self._engine = engine
         self._injections = [injection] if injection is not None else []
+        self._wrappings = [wrapping] if wrapping is not None else []
         self._plan = plan
         self._tier: HostTier[Entry] = HostTier()
         self._blender = Blender()
@@ -229,8 +237,9 @@ class Swapper:
             engine.binding.put_right()
             missing = {fqn: shape for fqn, shape in grown.slots.items() if fqn not in slots}
             larger = [fqn for fqn, slot in slots.items() if grown.slots[fqn].parts != slot.shape().parts]
-            if missing or larger:
-                self._grow(engine, grown, missing)
+            saved = grown.saved - live.saved_modules(engine.model, name)
+            if missing or larger or saved:
+                self._grow(engine, grown, missing, sorted(saved))
                 logger.warning(
                     "slot %r: %d slots added and %d made larger, %d slots of %d bytes now; what was compiled of the "
                     "model compiles once more",
@@ -389,6 +398,8 @@ class Swapper:
         with _guarding:
             live.unguard(self._engine.model, self._engine.adapter_name)
         self._engine.release()
+        for wrapping in reversed(self._wrappings):
+            live.unwrap_saved(wrapping)
         for injection in reversed(self._injections):
             live.remove(injection)
         _attached.get(self._engine.model, {}).pop(self._engine.adapter_name, None)
@@ -402,23 +413,29 @@ class Swapper:
             raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
         return self._engine
 
-    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any]) -> None:
+    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any], saved: list[str]) -> None:
         model, name = engine.model, engine.adapter_name
-        injection = undo = None
+        injection = wrapping = undo = None
         try:
             if missing:
                 injection = live.inject(model, name, missing)
+            if saved:
+                wrapping = live.wrap(model, name, saved)
             found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
             extra = [(fqn, suffix) for fqn, slot in plan.slots.items() for suffix in slot.parts]
-            undo = engine.grow(found, plan.ranks, extra=extra)
+            undo = engine.grow(found, plan.ranks, extra=extra, wrapped=saved)
             for entry in self._tier.values():
                 entry.compile(engine.binding)  # now, and not while it is activated
         except BaseException:
             if undo is not None:
                 undo()
+            if wrapping is not None:
+                live.unwrap_saved(wrapping)
             if injection is not None:
                 live.remove(injection)
             raise
+        if wrapping is not None:
+            self._wrappings.append(wrapping)
         if injection is not None:
             self._injections.append(injection)
 
@@ -562,20 +579,25 @@ def attach(
     if known is not None:
         known.release()
     injection = live.inject(model, adapter_name, missing) if missing else None
-    binding = None
+    binding = wrapping = None
     try:
+        saved = sorted(plan.saved - live.saved_modules(model, adapter_name))
+        if saved:
+            wrapping = live.wrap(model, adapter_name, saved)
         found = live.find_slots(model, adapter_name)
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}
         extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
         empty = missing if slots else ()
-        binding = live.Binding(model, found, ranks, arena=not compiled, extra=extra, empty=empty)
+        binding = live.Binding(model, found, ranks, arena=not compiled, extra=extra, empty=empty, wrapped=saved)
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:
             entry.compile(binding)
-        return Swapper(engine, injection, entries, plan)
+        return Swapper(engine, injection, entries, plan, wrapping)
     except BaseException:
         if binding is not None:
             binding.release()
+        if wrapping is not None:
+            live.unwrap_saved(wrapping)
         if injection is not None:
             live.remove(injection)
         raise

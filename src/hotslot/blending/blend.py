@@ -17,7 +17,7 @@ from ..errors import NonFiniteError, RankError
 from ..live import Binding, Writes
 from ..methods import Adapter, interpret
 from .mix import mix
-from .recipe import Ingredient, Recipe, make_recipe, needed_ranks
+from .recipe import Ingredient, Recipe, make_recipe, needed_ranks, refuse_unblendable
 
 # Held so that going back and forth between two builds none anew. With more, a weight that is moved step by step would
 # never find the memory of a blend that was let go, and page faults would take longer than all the rest.
@@ -61,7 +61,7 @@ class Blend(Entry):
             writes = self._same_bytes.compile(binding).writes
             columns = binding.memory.compile(None, scalings).columns
             weighted = replace(writes, scalings=scalings, columns=columns)
-            self._compiled = Compiled(binding.memory, weighted, binding.records(self.adapter))
+            self._compiled = Compiled(binding.memory, weighted, {}, binding.records(self.adapter))
         return super().compile(binding)
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
@@ -187,6 +187,7 @@ def _beyond(shrunk: Mapping[str, int], ingredients: Sequence[Ingredient]) -> Ran
 def _weighted(ingredient: Ingredient, key: Any) -> Blend:
     """The adapter's own bytes under a config of another alpha."""
     entry, weight = ingredient
+    refuse_unblendable(entry.adapter)
     adapter, checkpoint = entry.adapter, entry.adapter.checkpoint
     config = dict(checkpoint.config)
     config["lora_alpha"] = config.get("lora_alpha", 8) * weight

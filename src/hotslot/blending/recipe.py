@@ -17,7 +17,7 @@ from ..engine import Entry
 from ..errors import UnsupportedError
 from ..live import OUT_PROJ, Binding, Memory
 from ..live.corner import band
-from ..methods import Target
+from ..methods import Adapter, Target
 
 PREFIX = "base_model.model."
 BIAS = "lora_B.bias"
@@ -115,19 +115,34 @@ def needed_ranks(ingredients: Iterable[Ingredient]) -> dict[str, int]:
     return dict(ranks)
 
 
+def refuse_unblendable(adapter: Adapter) -> None:
+    """Raise unless all of the adapter adds up: neither DoRA's magnitudes do, nor modules that are saved whole.
+
+    Raises:
+        UnsupportedError: naming the first tensor that does not.
+    """
+    odd = [
+        f"{fqn}.{suffix}"
+        for fqn, target in adapter.targets.items()
+        for suffix in target.parts
+        if suffix not in (*DOWN, *UP, BIAS)
+    ]
+    odd += [f"{fqn}.{name}" for fqn, saved in adapter.saved.items() for name in saved]
+    if odd:
+        raise UnsupportedError(
+            f"{adapter.checkpoint.origin} has tensors that cannot be blended.",
+            where=odd[0],
+            found=f"{len(odd)} tensors that are no deltas",
+            expected="A, B and bias of plain LoRA, which add up",
+            hint="activate it alone, with weight 1",
+        )
+
+
 def _bands(ingredients: Sequence[Ingredient]) -> dict[str, list[Band]]:
     bands: dict[str, list[Band]] = {}
     for i, (entry, _) in enumerate(ingredients):
+        refuse_unblendable(entry.adapter)
         for fqn, target in entry.adapter.targets.items():
-            for suffix in target.parts:
-                if suffix not in (*DOWN, *UP, BIAS):
-                    raise UnsupportedError(
-                        f"{entry.adapter.checkpoint.origin} has a tensor that cannot be blended.",
-                        where=f"{fqn}.{suffix}",
-                        found=suffix,
-                        expected="A, B and bias of plain LoRA, which add up",
-                        hint="activate it alone",
-                    )
             own = bands.setdefault(fqn, [])
             low = own[-1].high if own else 0
             own.append(Band(i, target, low, low + target.rank))

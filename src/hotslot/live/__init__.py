@@ -10,6 +10,7 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
+from .saved import Wrapping, refuse_adapted_and_saved, saved_modules, unwrap_saved, wrap
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
@@ -22,6 +23,7 @@ __all__ = [
     "Memory",
     "Records",
     "Slot",
+    "Wrapping",
     "Writes",
     "adapter_names",
     "base_modules",
@@ -34,11 +36,15 @@ __all__ = [
     "is_compiled",
     "matching_targets",
     "neutral_records",
+    "refuse_adapted_and_saved",
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_unsupported_resident",
     "remove",
+    "saved_modules",
     "slot_shapes",
     "unguard",
     "unwrap",
+    "unwrap_saved",
+    "wrap",
 ]

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
+from .saved import refuse_other_modules, saved_wrappers
 from .slots import Slot
 
 _NESTED = ".base_layer"
@@ -21,6 +22,10 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     prefix = base_prefix(model)
     wrapped = {name: layer.get_base_layer() for name, layer in lora_layers(model)}
     found = {canonical_name(name, prefix): module for name, module in model.named_modules()}
+    for fqn, wrapper in saved_wrappers(model):
+        for name in [name for name in found if name.startswith(f"{fqn}.")]:
+            del found[name]  # PEFT's own: the module and its copies
+        found |= {f"{fqn}.{name}" if name else fqn: m for name, m in wrapper.original_module.named_modules()}
     return found | wrapped
 
 
@@ -61,8 +66,10 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless each base weight that the adapter carries a copy of is the model's own, value for value.
 
     PEFT saves embedding and output weights along with a LoRA on them, and when the vocabulary was resized. A copy
-    says nothing; other values would have to be swapped as well.
+    says nothing; other values would have to be swapped as well. And each module that it saves whole must be one of the
+    model's.
     """
+    refuse_other_modules(model, adapter)
     if not adapter.base_copies:
         return
     modules = base_modules(model)

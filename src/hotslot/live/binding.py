@@ -13,10 +13,11 @@ from torch import nn
 from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS, Adapter
+from .absolutes import Absolutes, Key
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
 from .ledger import Ledger
-from .memory import Homes, bind, note_sizes
+from .memory import Homes, Image, Writes, bind, note_sizes
 from .scaling import ScalingMap
 from .slots import Slot, compact
 from .state import Records, adapter_records, build_config
@@ -33,6 +34,7 @@ class Binding:
         arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
         extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
         empty: slots that hold nothing beside an adapter that came with the model.
+        wrapped: modules whose copy for this adapter is hotslot's own, and holds nothing yet.
 
     Raises:
         ModelError: the slots cannot be resized.
@@ -47,6 +49,7 @@ class Binding:
         arena: bool,
         extra: Iterable[tuple[str, str]] = (),
         empty: Container[str] = (),
+        wrapped: Container[str] = (),
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self.slots = slots
@@ -64,6 +67,8 @@ class Binding:
         self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         if is_compiled(model):
             _refuse_compiled_dora(slots)
+        name = next(iter(slots.values())).adapter_name
+        self.absolutes = Absolutes(model, name, lambda fqn: fqn not in wrapped)
         homes = Homes(slots)
         try:
             if arena and not _bound(slots):
@@ -74,6 +79,7 @@ class Binding:
             self._install(slots, compiled=is_compiled(model))
             self._ledger = Ledger(slots, self._ranks, watch=arena)
         except BaseException:
+            self.absolutes.release()
             self._uninstall()
             homes.put_back()
             raise
@@ -107,6 +113,33 @@ class Binding:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
+    def refuse_if_replaced(self) -> None:
+        """Raise if the model no longer has one of the parameters."""
+        self.memory.refuse_if_replaced()
+        self.absolutes.refuse_if_replaced()
+
+    def moved_and_dirty(self) -> tuple[bool, bool]:
+        """Whether a part is no longer in the slot's memory, and whether others may have written since hotslot did."""
+        moved, dirty = self.memory.moved_and_dirty()
+        return moved, dirty or self.absolutes.is_dirty()
+
+    def image(self) -> Image:
+        """All values that are live, for `restore`."""
+        return self.memory.image()._replace(absolutes=self.absolutes.image())
+
+    def restore(self, image: Image) -> None:
+        """Put an image back, bit for bit."""
+        self.memory.restore(image)
+        if image.absolutes is not None:
+            self.absolutes.restore(image.absolutes)
+
+    def write(
+        self, writes: Writes, values: Mapping[Key, torch.Tensor], occupied: Mapping[str, int], *, clean: bool
+    ) -> None:
+        """See `Memory.write` and `Absolutes.write`."""
+        self.absolutes.write(values, clean=clean)
+        self.memory.write(writes, occupied, clean=clean)
+
     def put_right(self) -> tuple[bool, bool]:
         """Bind again if a parameter's memory is no longer ours (`model.to(…)`).
 
@@ -116,8 +149,8 @@ class Binding:
         Raises:
             ModelError: a parameter was deleted, replaced, or given another shape.
         """
-        self.memory.refuse_if_replaced()
-        moved, dirty = self.memory.moved_and_dirty()
+        self.refuse_if_replaced()
+        moved, dirty = self.moved_and_dirty()
         if not moved:
             return False, dirty
         for (fqn, suffix), place in self.memory.layout.places.items():
@@ -260,6 +293,7 @@ class Binding:
 
     def release(self) -> None:
         """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
+        self.absolutes.release()
         self._uninstall()
         with torch.inference_mode(False), torch.no_grad():
             for (fqn, suffix), (param, original) in self._originals.items():

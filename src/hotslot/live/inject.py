@@ -20,6 +20,7 @@ from ..methods import MAGNITUDE, Adapter
 from .base import base_modules, parameter_name
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
+from .saved import refuse_adapted_and_saved, saved_wrappers
 from .slots import Slot
 
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
@@ -34,6 +35,7 @@ class Injection:
     adapter_name: str
     replaced: list[tuple[dict[str, Any], str, nn.Module, Any]]  # parent's modules, name, base layer, LoRA layer
     joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
+    auxiliary: list[tuple[Any, Any]]  # PEFT's wrappers beside its layers, and which adapter was active in them
     attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
     resident: Any  # the config of an adapter of this name that was there before, or None
 
@@ -62,6 +64,7 @@ def slot_shapes(
         UnsupportedError: a target is a module that LoRA does not adapt.
     """
     modules = base_modules(model)
+    saved = {fqn for fqn, _ in saved_wrappers(model)}
     ranks: dict[str, int] = dict(also)
     parts: dict[str, set[str]] = {}
     parameters = dict(bare)
@@ -81,6 +84,8 @@ def slot_shapes(
         for fqn, target in adapter.targets.items():
             ranks[fqn] = max(ranks.get(fqn, 0), target.rank)
             parts.setdefault(fqn, set()).update(target.parts)
+        saved |= adapter.saved.keys()
+    refuse_adapted_and_saved(ranks, saved)
     shapes = {}
     for fqn, rank in ranks.items():
         extra = sorted(parts.get(fqn, ()))
@@ -203,6 +208,7 @@ def _inject(
     model: nn.Module, inner: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape], photo: Photo
 ) -> Injection:
     from peft import inject_adapter_in_model
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
     roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn, shape in shapes.items() if shape.parameter is None}
@@ -215,6 +221,7 @@ def _inject(
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
+    auxiliary = [(m, m._active_adapter) for m in inner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     attention = _plain_attentions(inner)
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
@@ -229,10 +236,12 @@ def _inject(
     photo.put_back_flags()
     if own:
         _keep_active(own[0], active, (layer for _, _, layer in after.values()))
+        _put_back_auxiliary(auxiliary)
+        auxiliary.clear()
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
-    injection = Injection(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
+    injection = Injection(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
             injection.replaced.append((parent._modules, child, layer.get_base_layer(), layer))
@@ -290,6 +299,11 @@ def _keep_active(own: Any, active: Mapping[int, Any], layers: Iterable[Any]) -> 
     for layer in layers:
         layer._active_adapter = active.get(id(layer), active[id(own)])
         layer._disable_adapters = own._disable_adapters
+
+
+def _put_back_auxiliary(auxiliary: Iterable[tuple[Any, Any]]) -> None:
+    for wrapper, active in auxiliary:
+        wrapper._active_adapter = active
 
 
 def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
@@ -350,6 +364,7 @@ def remove(injection: Injection) -> None:
             layer.delete_adapter(name)
         elif child in parent and unwrap(parent[child]) is layer:
             parent[child] = base
+    _put_back_auxiliary(injection.auxiliary)
     model = injection.model()
     configs = model.__dict__.get("peft_config") if model is not None else None
     if model is None or configs is None:

@@ -23,6 +23,7 @@ from ..block.layout import ALIGNMENT_BYTES
 from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS
+from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
 from .slots import Slot
 
@@ -37,12 +38,13 @@ _DIRECT_COPIES = 8
 
 
 class Image(NamedTuple):
-    """Parts and scalings as they were at one moment, which slots DoRA used, and the ranks they had room for."""
+    """Parts, scalings and absolute values as they were at one moment, which slots DoRA used, what ranks had room."""
 
     parts: dict[tuple[str, str], torch.Tensor]
     scalings: dict[str, Any]
     dora: frozenset[str]
     ranks: dict[str, int]
+    absolutes: AbsoluteImage | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -50,6 +50,8 @@ class _ModulePhoto:
         self._parameters = dict(module._parameters)
         self._training = module.training
         self._active = module.__dict__.get("_active_adapter", ABSENT)
+        adapters = module.__dict__.get("_adapters")
+        self._adapters = set(adapters) if isinstance(adapters, set) else None
         records = {key: module.__dict__.get(key) for key in _LORA_RECORDS}
         self._records = [(record, dict(record)) for record in records.values() if type(record) is dict]
 
@@ -65,6 +67,8 @@ class _ModulePhoto:
         module.training = self._training
         if self._active is not ABSENT:
             module.__dict__["_active_adapter"] = self._active
+        if self._adapters is not None:
+            module.__dict__["_adapters"] = set(self._adapters)
         for record, content in self._records:
             record.clear()
             record.update(content)

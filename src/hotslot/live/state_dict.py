@@ -1,8 +1,11 @@
-"""What `state_dict()` shows of a slot: the adapter that is live, at its own rank, and not the padding around it."""
+"""What `state_dict()` shows of a slot: the adapter that is live, at its own rank, and not the padding around it.
+
+And of the modules that adapters save whole: the copy of one that the live adapter saves, and no other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from ..errors import ModelError
 from ..methods import MAGNITUDE, PARTS
 from .corner import corner, fill
+from .saved import named_tensors
 from .slots import Slot
 
 # Which of the layer's records says that the live adapter has the part.
@@ -69,7 +73,7 @@ class TrueRank:
                 continue
             given, shown = state_dict.get(key), self._shown(layer, param.detach(), suffix)
             if shown is None:
-                self._refuse_load_around_the_slot(state_dict, prefix, suffix)
+                _refuse_around_the_slot(state_dict, prefix, suffix, self.adapter_name)
                 if given is not None and strict:
                     unexpected_keys.append(key)
                 state_dict[key] = param.detach()
@@ -94,13 +98,96 @@ class TrueRank:
         """Key in a state_dict → suffix in a file."""
         return {prefix + part.key(self.adapter_name): suffix for suffix, part in PARTS.items()}
 
-    def _refuse_load_around_the_slot(self, state_dict: dict[str, Any], prefix: str, suffix: str) -> None:
-        # PEFT maps a file's keys to the model's by the model's own state_dict, which does not show an unused slot: the
-        # tensor would be dropped in silence.
-        for key in (prefix + suffix, "base_model.model." + prefix + suffix):
-            if key in state_dict:
-                raise ModelError(
-                    f"PEFT cannot load into the slot {self.adapter_name!r}, which an attached swapper writes.",
-                    where=key,
-                    hint="load it through the swapper (swapper.load, swapper.activate), or under another adapter_name",
-                )
+
+def _refuse_around_the_slot(state_dict: Mapping[str, Any], prefix: str, suffix: str, adapter_name: str) -> None:
+    # PEFT maps a file's keys to the model's by the model's own state_dict, which does not show what is unused: the
+    # tensor would be dropped in silence.
+    for key in (prefix + suffix, "base_model.model." + prefix + suffix):
+        if key in state_dict:
+            raise ModelError(
+                f"PEFT cannot load into the slot {adapter_name!r}, which an attached swapper writes.",
+                where=key,
+                hint="load it through the swapper (swapper.load, swapper.activate), or under another adapter_name",
+            )
+
+
+class _Asked:
+    """Stands in a wrapper's attributes for a method of PEFT's that tells what an adapter saves or loads; asks first."""
+
+    def __init__(self, wrapper: Any, method: str) -> None:
+        self._wrapper = wrapper
+        self._method = method
+        self.speakers: dict[str, SavedModule] = {}
+
+    def __call__(self, adapter_name: str, *args: Any) -> Any:
+        speaker = self.speakers.get(adapter_name)
+        if speaker is not None and speaker.hides:
+            return {}
+        return getattr(type(self._wrapper), self._method)(self._wrapper, adapter_name, *args)
+
+
+class SavedModule:
+    """Speaks for PEFT's copy of a module: on saving and loading it is there only while the live adapter saves it.
+
+    Not by hooks of the copy itself: `merge_and_unload` puts that into the model.
+    """
+
+    def __init__(self, fqn: str, adapter_name: str, shown: Mapping[str, bool]) -> None:
+        """Speak for the copy of the module at `fqn`; all that speak for the adapter share `shown`."""
+        self._fqn = fqn
+        self._adapter_name = adapter_name
+        self._shown = shown
+
+    def install(self, wrapper: Any) -> Callable[[], None]:
+        """Begin; returns a function that ends it."""
+        saving = wrapper.register_state_dict_post_hook(self)
+        loading = wrapper.register_load_state_dict_pre_hook(self.on_load)
+        methods = ("adapter_state_dict", "adapter_state_dict_load_map")
+        for method in methods:
+            asked = wrapper.__dict__.setdefault(method, _Asked(wrapper, method))
+            asked.speakers[self._adapter_name] = self
+
+        def uninstall() -> None:
+            saving.remove()
+            loading.remove()
+            for method in methods:
+                asked = wrapper.__dict__.get(method)
+                if asked is not None:
+                    asked.speakers.pop(self._adapter_name, None)
+                    if not asked.speakers:
+                        del wrapper.__dict__[method]
+
+        return uninstall
+
+    @property
+    def hides(self) -> bool:
+        """Whether the live adapter does not save this module."""
+        return not self._shown.get(self._fqn, True)
+
+    def __call__(self, wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """Called by `state_dict()`."""
+        if self.hides:
+            hidden = f"{prefix}modules_to_save.{self._adapter_name}."
+            for key in [key for key in state_dict if key.startswith(hidden)]:
+                del state_dict[key]
+
+    def on_load(
+        self,
+        wrapper: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
+    ) -> None:
+        """Called by `load_state_dict()`: what fits is what `state_dict` shows."""
+        if not self.hides or self._adapter_name not in wrapper.modules_to_save:
+            return
+        for name, _, _, tensor in named_tensors(wrapper.modules_to_save[self._adapter_name]):
+            _refuse_around_the_slot(state_dict, prefix, name, self._adapter_name)
+            key = f"{prefix}modules_to_save.{self._adapter_name}.{name}"
+            if key in state_dict and strict:
+                unexpected_keys.append(key)
+            state_dict[key] = tensor.detach()

@@ -11,6 +11,7 @@ from torch import nn
 from .base import base_modules
 from .discover import canonical_name, lora_layers, unwrap
 from .inject import OUT_PROJ
+from .saved import saved_wrappers
 
 
 def matching_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
@@ -33,13 +34,14 @@ def matching_targets(model: nn.Module, target_modules: str | Iterable[str]) -> l
     if isinstance(wanted, str) and not isinstance(config.target_modules, str):  # all-linear: whole paths
         config.target_modules = {canonical_name(name, "") for name in config.target_modules or ()}
     within = tuple(f"{fqn}." for fqn, _ in lora_layers(model))  # PEFT's own modules inside of its layers
+    saved = tuple(f"{fqn}." for fqn, _ in saved_wrappers(model))  # whole modules, which PEFT does not adapt as well
     found = []
     for fqn, module in base_modules(model).items():
         try:
             matches = bool(fqn) and not fqn.startswith(within) and bool(check_target_module_exists(config, fqn))
         except re.error as error:
             raise ValueError(f"target_modules is no regular expression: {wanted!r:.200}: {error}") from error
-        if matches:
+        if matches and not f"{fqn}.".startswith(saved):
             found.append(fqn)
             if isinstance(module, nn.MultiheadAttention):
                 found.append(fqn + OUT_PROJ)  # PEFT adapts both projections or none

@@ -73,7 +73,8 @@ class Target:
 
 # All of an Adapter but its checkpoint, in the order of the fields.
 Meaning: TypeAlias = (
-    "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], tuple[str, ...], bool, bool, float]"
+    "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Mapping[str, TensorSpec]],"
+    " tuple[str, ...], bool, bool, float]"
 )
 
 
@@ -85,12 +86,15 @@ class Adapter:
         base_copies: base module's path → parameter name → where the checkpoint has a copy of it. PEFT saves the weight
             of an embedding or output layer along with a LoRA on it; such a copy says nothing if it equals the
             model's own, and otherwise cannot be swapped in as an adapter.
+        saved: base module's path → name within it → where the checkpoint has values of its own for it: the modules of
+            `modules_to_save`.
         target_parameters: bare parameters that are adapted (mixture-of-experts layers), in PEFT's order of nesting.
     """
 
     checkpoint: Checkpoint
     targets: Mapping[str, Target]
     base_copies: Mapping[str, Mapping[str, TensorSpec]]
+    saved: Mapping[str, Mapping[str, TensorSpec]]
     target_parameters: tuple[str, ...]
     use_rslora: bool
     lora_bias: bool
@@ -99,5 +103,5 @@ class Adapter:
     @property
     def meaning(self) -> Meaning:
         """What holds for every checkpoint of the same schema."""
-        parts = self.targets, self.base_copies, self.target_parameters
+        parts = self.targets, self.base_copies, self.saved, self.target_parameters
         return *parts, self.use_rslora, self.lora_bias, self.dropout

@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..checkpoint import Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 # Options that say what the tensors mean or whom they belong to.
 _READ = frozenset(
     {
-        "alpha_pattern", "lora_alpha", "lora_bias", "lora_dropout", "r", "rank_pattern", "target_parameters",
-        "use_dora", "use_rslora",
+        "alpha_pattern", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
+        "target_parameters", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 
@@ -36,7 +36,6 @@ _WITHOUT_EFFECT = frozenset(
 
 # Option → why an adapter that uses it is refused.
 _REFUSED = {
-    "modules_to_save": "it carries whole modules of the base model",
     "trainable_token_indices": "it carries rows of the embedding",
     "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
     "layer_replication": "it changes how many layers the base model has",
@@ -71,7 +70,8 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
-    modules, copies = _by_module(checkpoint)
+    tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin))
+    modules = tensors.targets
     _refuse_transposed_attention(config, modules, origin)
     keys = _pattern_keys(modules, parameters, origin)
     paths = {path for found in keys.values() for path in found}
@@ -92,7 +92,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
         _check_parts(fqn, parts, rank, config, origin)
         targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
     dropout = float(config.get("lora_dropout") or 0.0)
-    return Adapter(checkpoint, targets, copies, parameters, use_rslora, lora_bias, dropout)
+    return Adapter(checkpoint, targets, tensors.copies, tensors.saved, parameters, use_rslora, lora_bias, dropout)
 
 
 def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[st
 
 def _strings(config: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...]:
     values = config.get(key) or ()
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) for value in values):
+    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
         raise ConfigError(
             f"{origin} has an invalid list.",
             where=key,
@@ -260,20 +260,28 @@ def split_key(name: str) -> tuple[str, str] | None:
     return (path, last) if path and last in PARTS else None
 
 
-def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
-    """Module path → its LoRA parts, and module path → copies of its base parameters."""
-    modules: _Parts = {}
-    copies: _Parts = {}
+class _Tensors(NamedTuple):
+    """A checkpoint's tensors by what they are: module path → name within the module → tensor."""
+
+    targets: _Parts
+    copies: _Parts
+    saved: _Parts
+
+
+def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...]) -> _Tensors:
+    tensors = _Tensors({}, {}, {})
     for name, spec in checkpoint.tensors.items():
-        found, key = modules, split_key(name)
-        if key is None and (match := _BASE_COPY.fullmatch(name)):
-            found, key = copies, (match["fqn"].removeprefix(_PREFIX), match["suffix"])
+        found, key = tensors.targets, split_key(name)
+        if key is None and (key := _within_saved(name, saved_names)):
+            found = tensors.saved
+        elif key is None and (match := _BASE_COPY.fullmatch(name)):
+            found, key = tensors.copies, (match["fqn"].removeprefix(_PREFIX), match["suffix"])
         if key is None:
             raise TensorError(
                 f"{checkpoint.origin} holds a tensor that belongs to no LoRA module.",
                 where=name or "a tensor without a name",
                 found=f"{spec.dtype} {spec.shape}",
-                expected=f"names that end in one of {', '.join(PARTS)}",
+                expected=f"names that end in one of {', '.join(PARTS)}, or lie in a module of modules_to_save",
                 hint="remove it, if it says nothing; else load the adapter with PEFT itself",
             )
         if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
@@ -284,7 +292,7 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
                 expected="one",
                 hint="remove one of them",
             )
-    if not modules:
+    if not tensors.targets:
         raise TensorError(
             f"{checkpoint.origin} holds no LoRA tensors.",
             where=checkpoint.origin,
@@ -292,7 +300,34 @@ def _by_module(checkpoint: Checkpoint) -> tuple[_Parts, _Parts]:
             expected="lora_A and lora_B of a module or more",
             hint="save the adapter again with save_pretrained, from the model that has it",
         )
-    return modules, copies
+    for fqn in tensors.targets:
+        if saved := _saved_path(fqn, saved_names, whole=True):
+            raise UnsupportedError(
+                f"{checkpoint.origin} has a LoRA on a module that it also saves whole.",
+                where=fqn,
+                found=f"lora_A and lora_B, and {saved!r} by modules_to_save",
+                expected="one or the other, as PEFT wants it",
+                hint="merge the LoRA into the module, or load the adapter with PEFT itself",
+            )
+    return tensors
+
+
+def _within_saved(name: str, saved_names: tuple[str, ...]) -> tuple[str, str] | None:
+    """(path of the saved module, name within it) of a tensor's name in a file; None if it lies in none."""
+    path = name.removeprefix(_PREFIX)
+    fqn = _saved_path(path, saved_names)
+    return None if fqn is None else (fqn, path[len(fqn) + 1 :])
+
+
+def _saved_path(path: str, saved_names: tuple[str, ...], *, whole: bool = False) -> str | None:
+    """The outermost module on this path that PEFT takes for one of `modules_to_save`: by the end of its path.
+
+    Args:
+        path: of a tensor; with `whole`, of a module, which may be the one itself.
+    """
+    names = path.split(".")
+    prefixes = (".".join(names[:count]) for count in range(1, len(names) + whole))
+    return next((prefix for prefix in prefixes if prefix.endswith(saved_names)), None) if saved_names else None
 
 
 _WITHOUT_RANK = {"lora_B.bias", MAGNITUDE}

@@ -1,0 +1,231 @@
+"""Tensors of the base model that adapters give values of their own, and where the model's own values are meanwhile.
+
+A LoRA is a delta, and zero takes it back. These are not: what an adapter writes has to be replaced by what was there,
+bit for bit. Each such tensor is a `Site`; `Absolutes` holds all of a model's, and is the only code that writes there.
+They are few and large, so each is written by a copy of its own, where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
+from ..methods import Adapter
+from .discover import lora_layers
+from .saved import named_tensors, saved_wrappers
+from .state_dict import SavedModule
+
+Key: TypeAlias = tuple[str, str]  # module path in the base model, name within the module
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """One tensor that adapters write.
+
+    Attributes:
+        holder, name: where the model's forward finds it.
+        param: which must be there; None for a buffer: `model.to(…)` puts another in its place.
+        own: gives the model's own values.
+    """
+
+    holder: dict[str, Any]
+    name: str
+    param: nn.Parameter | None
+    own: Callable[[], torch.Tensor]
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """As it is now."""
+        tensor: torch.Tensor = self.holder[self.name]
+        return tensor
+
+    def in_place(self) -> bool:
+        """Whether the model still has it."""
+        found = self.holder.get(self.name)
+        return found is not None and (self.param is None or found is self.param)
+
+
+class AbsoluteImage(NamedTuple):
+    """The sites' values at one moment, and the modules of which `state_dict` showed them."""
+
+    values: dict[Key, torch.Tensor]
+    shown: frozenset[str]
+
+
+class Absolutes:
+    """The sites of one adapter name on one model.
+
+    Args:
+        model: the model.
+        adapter_name: PEFT's name of the slot.
+        shown: paths of the modules that hold the values of an adapter that came with the model.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str, shown: Callable[[str], bool]) -> None:
+        self._adapter_name = adapter_name
+        self.sites: dict[Key, Site] = {}
+        self._modules: dict[str, frozenset[str]] = {}  # path of a wrapped module → names of its tensors
+        self._shown: dict[str, bool] = {}  # shared with the hooks
+        self._wrappers: dict[str, Any] = {}
+        self._uninstall: list[Callable[[], None]] = []
+        self._foreign: set[Key] = set()  # may hold something else than the model's own values
+        self._versions: list[tuple[int, int]] = []
+        try:
+            self.find(model, shown)
+        except BaseException:
+            self.release()
+            raise
+
+    def find(self, model: nn.Module, shown: Callable[[str], bool]) -> None:
+        """Take in the wrappers that the model has got since the last time."""
+        adapted = [fqn for fqn, _ in lora_layers(model)]
+        for fqn, wrapper in saved_wrappers(model):
+            if fqn in self._modules or self._adapter_name not in wrapper.modules_to_save:
+                continue
+            inside = [layer for layer in adapted if layer.startswith(f"{fqn}.")]
+            if inside:
+                raise UnsupportedError(
+                    f"The adapter {self._adapter_name!r} on the model has a LoRA within a module that it saves whole.",
+                    where=inside[0],
+                    expected="one or the other",
+                    hint="load it with PEFT itself",
+                )
+            self._take_in(fqn, wrapper, shown(fqn))
+        self.mark_clean()
+
+    def _take_in(self, fqn: str, wrapper: Any, shown: bool) -> None:
+        copied = wrapper.modules_to_save[self._adapter_name]
+        own = {name: (holder, key) for name, holder, key, _ in named_tensors(wrapper.original_module)}
+        names = set()
+        for name, holder, key, tensor in named_tensors(copied):
+            param = tensor if isinstance(tensor, nn.Parameter) else None
+            self.sites[fqn, name] = Site(holder, key, param, _reader(*own[name]))
+            names.add(name)
+        self._wrappers[fqn], self._modules[fqn], self._shown[fqn] = wrapper, frozenset(names), shown
+        if shown:
+            self._foreign.update((fqn, name) for name in names)
+        self._uninstall.append(SavedModule(fqn, self._adapter_name, self._shown).install(wrapper))
+
+    def drop(self, fqns: Collection[str]) -> None:
+        """Undo `find`, as far as these modules are concerned."""
+        for fqn in fqns:
+            for name in self._modules.pop(fqn, ()):
+                self.sites.pop((fqn, name), None)
+                self._foreign.discard((fqn, name))
+            self._shown.pop(fqn, None)
+            self._wrappers.pop(fqn, None)
+        self.mark_clean()
+
+    def release(self) -> None:
+        """Let go of the model; what is written stays."""
+        for uninstall in reversed(self._uninstall):
+            uninstall()
+        self._uninstall.clear()
+
+    # -- state of the model -----------------------------------------------------------------------------------------
+
+    def refuse_if_replaced(self) -> None:
+        """Raise if the model no longer has one of the tensors."""
+        for fqn, wrapper in self._wrappers.items():
+            if self._adapter_name not in wrapper.modules_to_save:
+                raise ModelError(
+                    f"The adapter {self._adapter_name!r} was deleted from the model, or loaded anew.",
+                    where=fqn,
+                    expected="the copy of the module that was there at attach",
+                    hint="attach again",
+                )
+        for (fqn, name), site in self.sites.items():
+            if not site.in_place():
+                raise ModelError(
+                    "A parameter of a module that adapters save whole was replaced.",
+                    where=f"{fqn}.{name}",
+                    expected="the Parameter that was there at attach",
+                    hint="attach again",
+                )
+
+    def is_dirty(self) -> bool:
+        """Whether others have written a site, or the model's own values, since `mark_clean`."""
+        return bool(self.sites) and self._current_versions() != self._versions
+
+    def mark_clean(self) -> None:
+        """Take what is live now as written by hotslot."""
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[tuple[int, int]]:
+        tensors = [tensor for site in self.sites.values() for tensor in (site.tensor, site.own())]
+        return [(id(tensor), tensor._version) for tensor in tensors]
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def compile(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        """The values that the adapter has for the sites.
+
+        Raises:
+            UnexpectedTargetError: it saves a module that has no wrapper.
+        """
+        unknown = [fqn for fqn in adapter.saved if fqn not in self._modules]
+        if unknown:
+            keys = [spec.name for fqn in unknown for spec in adapter.saved[fqn].values()]
+            raise UnexpectedTargetError(
+                f"{adapter.checkpoint.origin} saves modules whole that the model was not prepared for; "
+                f"unexpected keys found: {', '.join(keys[:8])}.",
+                where=", ".join(unknown[:8]),
+                found=f"{len(unknown)} modules of modules_to_save without a copy to write",
+                expected=f"modules among {sorted(self._modules) or 'none'}",
+                hint="attach with this adapter among adapters=, so that its modules get copies too",
+            )
+        return {
+            (fqn, name): adapter.checkpoint.tensor(spec.name)
+            for fqn, specs in adapter.saved.items()
+            for name, spec in specs.items()
+        }
+
+    def write(self, values: Mapping[Key, torch.Tensor], *, clean: bool) -> None:
+        """Give these sites their values, and all others the model's own. Not atomic.
+
+        Args:
+            values: of `compile`.
+            clean: whether it is known that nobody else has written since `mark_clean`.
+        """
+        if not self.sites:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for key, site in self.sites.items():
+                if key in values:
+                    self._foreign.add(key)
+                    site.tensor.copy_(values[key], non_blocking=True)
+                elif not clean or key in self._foreign:
+                    site.tensor.copy_(site.own())
+                    self._foreign.discard(key)
+        self._show({fqn for fqn, _ in values})
+
+    def image(self) -> AbsoluteImage:
+        """A copy of all values that are not the model's own, for `restore`."""
+        dirty = self.is_dirty()
+        with torch.inference_mode(False), torch.no_grad():
+            values = {
+                key: site.tensor.detach().clone() for key, site in self.sites.items() if dirty or key in self._foreign
+            }
+        return AbsoluteImage(values, frozenset(fqn for fqn, shown in self._shown.items() if shown))
+
+    def restore(self, image: AbsoluteImage) -> None:
+        """Put an image back, bit for bit; what it has no values for gets the model's own."""
+        with torch.inference_mode(False), torch.no_grad():
+            for key, site in self.sites.items():
+                self._foreign.add(key)
+                site.tensor.copy_(image.values.get(key, site.own()))
+        self._show(image.shown)
+
+    def _show(self, fqns: Collection[str]) -> None:
+        for fqn in self._shown:
+            self._shown[fqn] = fqn in fqns
+        self.mark_clean()
+
+
+def _reader(holder: dict[str, Any], name: str) -> Callable[[], torch.Tensor]:
+    return lambda: holder[name]

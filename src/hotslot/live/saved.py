@@ -1,0 +1,248 @@
+"""Modules that adapters save whole (`modules_to_save`): PEFT's wrappers around them, put on a model and taken off.
+
+A wrapper holds the module itself, which is the pristine store, and for each adapter a copy, which is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import DoesNotFitError, ModelError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..methods import Adapter
+from .discover import base_prefix, canonical_name, lora_layers, unwrap
+
+if TYPE_CHECKING:
+    from peft.utils.other import ModulesToSaveWrapper
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapping:
+    """What `wrap` has done, for `unwrap_saved`."""
+
+    adapter_name: str
+    made: list[tuple[dict[str, Any], str, Any, Any]] = field(default_factory=list)  # siblings, name, module, new
+    joined: list[tuple[Any, Any]] = field(default_factory=list)  # wrappers of other adapters, and which was active
+
+
+def saved_wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
+    """(canonical path, wrapper) of every ModulesToSaveWrapper, each once."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    model = unwrap(model)
+    prefix = base_prefix(model)
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield canonical_name(name, prefix), module
+
+
+def saved_modules(model: nn.Module, adapter_name: str) -> set[str]:
+    """Paths of the modules of which the model has a copy for this adapter."""
+    return {fqn for fqn, wrapper in saved_wrappers(model) if adapter_name in wrapper.modules_to_save}
+
+
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Canonical path → module, under each of its names, with what PEFT has put around or inside looked through."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model = unwrap(model)
+    prefix, found = base_prefix(model), {}
+    hidden: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(hidden):
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            hidden += (f"{name}.",)
+            path, original = canonical_name(name, prefix), module.original_module
+            found[path] = original
+            found |= {f"{path}.{inner}": m for inner, m in original.named_modules(remove_duplicate=False) if inner}
+        else:
+            found[canonical_name(name, prefix)] = module
+    return found
+
+
+def refuse_other_modules(model: nn.Module, adapter: Adapter) -> None:
+    """Raise unless each module that the adapter saves whole is one of the model's, with these tensors and shapes."""
+    names = tuple(adapter.checkpoint.config.get("modules_to_save") or ())
+    if not names:
+        return
+    modules, origin = whole_modules(model), adapter.checkpoint.origin
+    adapted = [fqn for fqn, _ in lora_layers(model)]
+    for fqn, specs in adapter.saved.items():
+        keys = [spec.name for spec in specs.values()]
+        if fqn not in modules:
+            raise UnexpectedTargetError(
+                f"{origin} saves a module that the model does not have; unexpected keys found: {', '.join(keys[:8])}.",
+                where=fqn,
+                found=f"no such module in {type(unwrap(model)).__name__}",
+                expected="the paths of the model that the adapter was trained on",
+                hint="this adapter belongs to another base model, or to a model with another head",
+            )
+        inside = [layer for layer in adapted if f"{layer}.".startswith(f"{fqn}.")]
+        if inside:
+            raise UnsupportedError(
+                f"{origin} saves a module whole on which the model has a LoRA of another adapter.",
+                where=inside[0],
+                found=f"{fqn!r} by modules_to_save, and a LoRA layer",
+                expected="one or the other",
+                hint="use a model of its own for this adapter",
+            )
+        _refuse_other_tensors(fqn, {name: spec.shape for name, spec in specs.items()}, modules[fqn], origin)
+    # PEFT wraps whatever ends with one of the names, and then cannot load a file that lacks it.
+    for fqn in modules:
+        if fqn.endswith(names) and not any(f"{fqn}.".startswith(f"{saved}.") for saved in adapter.saved):
+            raise DoesNotFitError(
+                f"{origin} lacks a module that its config says it saves.",
+                where=fqn,
+                found=f"modules_to_save: {list(names)}, no tensor of {fqn!r} in the file",
+                expected="all modules of the model whose path ends with one of these names",
+                hint="this adapter belongs to another base model, or its file was cut",
+            )
+
+
+def _refuse_other_tensors(fqn: str, given: Mapping[str, tuple[int, ...]], module: nn.Module, origin: str) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if given.keys() != own.keys():
+        raise UnexpectedTargetError(
+            f"{origin} saves a module whole that has other tensors in the model.",
+            where=fqn,
+            found=", ".join(sorted(given)),
+            expected=f"{', '.join(sorted(own))}, by the model",
+            hint="this adapter belongs to another base model, or to a model with another head",
+        )
+    for name, shape in given.items():
+        if shape != own[name]:
+            raise ShapeError(
+                f"{origin} saves a module whole that has other dimensions in the model.",
+                where=f"{fqn}.{name}",
+                found=f"shape {shape}",
+                expected=f"{own[name]}, by the model",
+                hint="build the model as the adapter was trained, with as many labels or tokens",
+            )
+
+
+def refuse_adapted_and_saved(adapted: Iterable[str], saved: Collection[str]) -> None:
+    """Raise if a module that is to have a slot is saved whole by an adapter, or lies within one that is."""
+    for fqn in adapted:
+        around = next((path for path in saved if f"{fqn}.".startswith(f"{path}.")), None)
+        if around is not None:
+            raise UnsupportedError(
+                "One adapter has a LoRA on a module that another one saves whole.",
+                where=fqn,
+                found=f"a LoRA on it, and {around!r} by modules_to_save",
+                expected="one or the other: PEFT does not adapt the copy of a module",
+                hint="attach them to models of their own",
+            )
+
+
+def wrap(model: nn.Module, adapter_name: str, fqns: Iterable[str]) -> Wrapping:
+    """Put PEFT's wrapper around each of these modules, with a copy of the module for `adapter_name` in it.
+
+    The base model's own tensors and flags stay as they are. If it raises, the model is as it was.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrapping, model = Wrapping(adapter_name), unwrap(model)
+    module: Any
+    places = _places(model)
+    active = any(adapter_name in layer.active_adapters for _, layer in lora_layers(model))
+    try:
+        for fqn in fqns:
+            siblings, child = places[fqn]
+            module = siblings[child]
+            if module is not unwrap(module):
+                raise ModelError(
+                    "A module that an adapter saves whole was compiled by itself.",  # its call would pass by the copy
+                    where=fqn,
+                    expected="a module that is not wrapped by torch.compile",
+                    hint="attach before torch.compile",
+                )
+            joins = isinstance(module, ModulesToSaveWrapper)
+            original: Any = module.original_module if joins else module
+            _refuse_meta(fqn, original)
+            flags = [param.requires_grad for param in original.parameters()]
+            if joins:
+                wrapper: Any = module
+                wrapping.joined.append((wrapper, wrapper._active_adapter))
+                wrapper.update(adapter_name)
+            else:
+                made = ModulesToSaveWrapper(module, adapter_name)
+                made.training = module.training
+                wrapping.made.append((siblings, child, module, made))
+                siblings[child] = module = made
+            # The copy as trainable as the original: torch's linear takes a kernel with another rounding for a frozen
+            # weight, and the copy is to compute what the original does where no adapter has values for it.
+            for copied in (original, module.modules_to_save[adapter_name]):
+                for param, flag in zip(copied.parameters(), flags, strict=True):
+                    param.requires_grad_(flag)
+            if not joins or active:
+                module._active_adapter = adapter_name if active else []
+        return wrapping
+    except BaseException:
+        unwrap_saved(wrapping)
+        raise
+
+
+def unwrap_saved(wrapping: Wrapping) -> None:
+    """Undo `wrap`: the modules back in their places. May be repeated."""
+    name = wrapping.adapter_name
+    for wrapper, active in wrapping.joined:
+        if name in wrapper.modules_to_save:
+            del wrapper.modules_to_save[name]
+        wrapper._adapters.discard(name)
+        wrapper._active_adapter = active
+    for siblings, child, module, wrapper in wrapping.made:
+        found: Any = siblings.get(child)
+        if found is not None and id(unwrap(found)) == id(wrapper):
+            if wrapper.modules_to_save.keys() - {name}:  # an adapter that came later
+                wrapper.delete_adapter(name, None)
+            else:
+                siblings[child] = module
+
+
+def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Canonical path → (the parent's modules, name there), for all modules under each of their names."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    prefix = base_prefix(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hidden: tuple[str, ...] = ()
+    places: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, module in modules.items():
+        if name and not name.startswith(hidden):
+            parent, _, child = name.rpartition(".")
+            # Outermost first: a module within torch.compile's wrapper has the wrapper's path.
+            places.setdefault(canonical_name(name, prefix), (modules[parent]._modules, child))
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hidden += (f"{name}.",)
+    return places
+
+
+def _refuse_meta(fqn: str, module: nn.Module) -> None:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise ModelError(
+                "A module that an adapter saves whole has parameters without memory.",
+                where=f"{fqn}.{name}",
+                found="device meta",
+                expected="weights that are loaded",
+                hint="load the model's weights first, or bring back what is offloaded",
+            )
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
+    """(name as in state_dict, the dict that has it, name there, tensor) of all that `state_dict` shows."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        holders: list[tuple[dict[str, Any], Iterable[str]]] = [
+            (owner._parameters, list(owner._parameters)),
+            (owner._buffers, [name for name in owner._buffers if name not in owner._non_persistent_buffers_set]),
+        ]
+        for holder, names in holders:
+            for name in names:
+                if holder[name] is not None:
+                    full = f"{path}.{name}" if path else name
+                    yield full.replace("_orig_mod.", ""), holder, name, holder[name]
