@@ -236,7 +236,6 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 _REFUSED_OPTIONS = {
     "modules_to_save": ["down"],
     "trainable_token_indices": [1, 2],
-    "target_parameters": ["up.weight"],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 1]],
     "use_bdlora": {"nblocks": 2},
