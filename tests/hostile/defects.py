@@ -235,7 +235,6 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 
 _REFUSED_OPTIONS = {
     "use_dora": True,
-    "modules_to_save": ["down"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["up.weight"],
     "alora_invocation_tokens": [5],
@@ -248,7 +247,6 @@ _REFUSED_OPTIONS = {
     "velora_config": {"num_groups": 2},
     "megatron_config": {"tensor_model_parallel_size": 2},
     "ensure_weight_tying": True,
-    "bias": "all",
     "init_lora_weights": "pissa",
 }
 _OTHER_INITS = ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something new")
