@@ -187,6 +187,7 @@ FOLDERS = {
         "b": {"r": 2, "target_modules": ["word", "place"], "lora_alpha": 7},
         "head": {"r": 2, "target_modules": ["word"], "modules_to_save": ["head"]},
         "none": {"r": 2, "target_modules": ["word"]},
+        "bias": {"r": 2, "target_modules": ["mix"], "bias": "all"},
     },
     "conv2d": {
         "a": {"r": 4, "target_modules": ["grouped", "head"], "lora_alpha": 6},
@@ -392,6 +393,8 @@ SWAPS: dict[str, Scenario] = {
     "to a saved module": (saving("none", "head"), "embedding"),
     "from a saved module": (saving("head", "none"), "embedding"),
     "between saved modules": (saving("head", "none", came_with="head"), "embedding"),
+    "to a base bias": (saving("none", "bias"), "embedding"),
+    "from a base bias": (saving("bias", "none"), "embedding"),
     "in a compiled model": (without_arena, "mlp"),
     "after the user moved the parameters": (moved_by_the_user, "embedding"),
     "to a blend": (blending("a", {"a": 0.7, "b": -1.0}), "mlp"),

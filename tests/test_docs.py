@@ -206,8 +206,6 @@ BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj", "up_proj"], nblocks=2, matc
 IN_PEFT: dict[str, tuple[str, dict[str, Any], set[str], bool, bool | None]] = {
     "nothing": ("mlp", {}, set(), False, True),
     "use_dora": ("mlp", {"use_dora": True}, {"lora_magnitude_vector"}, False, False),
-    "bias": ("mlp", {"bias": "all"}, {"bias"}, True, False),
-    "modules_to_save": ("mlp", {"modules_to_save": ["down"]}, {"weight"}, True, False),
     "pissa": ("mlp", {"init_lora_weights": "pissa"}, set(), True, False),
     "olora": ("mlp", {"init_lora_weights": "olora"}, set(), True, False),
     "mica": ("mlp", {"init_lora_weights": "mica"}, set(), False, True),

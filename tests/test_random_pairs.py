@@ -71,13 +71,13 @@ def test_plain_lora_swaps_right_or_targets_more_than_the_model_has() -> None:
 # Reason (regular expression of the error's first line) → the options of which an adapter must use one, or it is no
 # reason. Each is an option beyond plain LoRA; docs/supported.md says why it is not swapped.
 REASONS = {
-    r"UnsupportedError: .* uses modules_to_save,": ["modules_to_save"],
+    r"UnexpectedTargetError: .* saves modules whole that the model was not prepared for": ["modules_to_save"],
     r"UnsupportedError: .* uses trainable_token_indices,": ["trainable_token_indices"],
     r"UnsupportedError: .* uses alora_invocation_tokens,": ["alora_invocation_tokens"],
     r"UnsupportedError: .* uses layer_replication,": ["layer_replication"],
     r"UnsupportedError: .* uses use_bdlora,": ["use_bdlora"],
     r"UnsupportedError: .* uses kasa_config,": ["kasa_config"],
-    r"UnsupportedError: .* carries biases of the base model": ["bias"],
+    r"UnsupportedError: The adapter 'default' on the model has put its biases in the place of": ["bias"],
     r"UnsupportedError: .* is initialised in a way that rewrites the base weights": ["init_lora_weights"],
     r"UnsupportedError: .* adapts another bare parameter": ["target_parameters"],
     r"UnsupportedError: The adapter 'default' on the model is of a kind that hotslot does not swap": [

@@ -105,6 +105,8 @@ def hotswap_adapter_from_state_dict(
     endings = {f".{part.key(adapter_name)}": suffix for suffix, part in PARTS.items()}
     for key, tensor in state_dict.items():
         plain = _without_adapter_name(key, adapter_name, endings)
+        if plain is None and key.endswith(".bias") and getattr(config, "bias", "none") != "none":
+            plain = key  # the base model's own, which has no adapter's name
         if plain is None:
             foreign.append(key)
         else:

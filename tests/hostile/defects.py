@@ -234,7 +234,6 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 
 
 _REFUSED_OPTIONS = {
-    "modules_to_save": ["down"],
     "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 1]],
@@ -246,7 +245,6 @@ _REFUSED_OPTIONS = {
     "velora_config": {"num_groups": 2},
     "megatron_config": {"tensor_model_parallel_size": 2},
     "ensure_weight_tying": True,
-    "bias": "all",
     "init_lora_weights": "pissa",
 }
 _OTHER_INITS = ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something new")

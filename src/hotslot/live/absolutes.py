@@ -7,6 +7,7 @@ They are few and large, so each is written by a copy of its own, where it is.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -16,11 +17,12 @@ from torch import nn
 
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
-from .discover import lora_layers
-from .saved import named_tensors, saved_wrappers
+from .discover import lora_layers, unwrap
+from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state_dict import SavedModule
 
-Key: TypeAlias = tuple[str, str]  # module path in the base model, name within the module
+# Path of a module that is saved whole, name within the copy; or "" and the full name of a tensor of the base model.
+Key: TypeAlias = tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,13 +32,33 @@ class Site:
     Attributes:
         holder, name: where the model's forward finds it.
         param: which must be there; None for a buffer: `model.to(…)` puts another in its place.
-        own: gives the model's own values.
+        original: gives the model's own values where an original stands beside the copy that is written; None where
+            the base model's own tensor is written.
+        kept: the values that this had before anything was written; empty as long as it has them.
     """
 
     holder: dict[str, Any]
     name: str
     param: nn.Parameter | None
-    own: Callable[[], torch.Tensor]
+    original: Callable[[], torch.Tensor] | None
+    kept: list[torch.Tensor]
+
+    def own(self) -> torch.Tensor:
+        """The model's own values."""
+        if self.original is not None:
+            return self.original()
+        return self.kept[0] if self.kept else self.tensor
+
+    def keep(self) -> None:
+        """Keep the own values, before others are written."""
+        if self.original is None and not self.kept:
+            self.kept.append(self.tensor.detach().clone())
+
+    def put_back(self) -> None:
+        """Write the own values."""
+        if self.original is not None or self.kept:
+            self.tensor.copy_(self.own())
+            self.kept.clear()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -67,6 +89,7 @@ class Absolutes:
     """
 
     def __init__(self, model: nn.Module, adapter_name: str, shown: Callable[[str], bool]) -> None:
+        self._model = weakref.ref(unwrap(model))
         self._adapter_name = adapter_name
         self.sites: dict[Key, Site] = {}
         self._modules: dict[str, frozenset[str]] = {}  # path of a wrapped module → names of its tensors
@@ -104,7 +127,7 @@ class Absolutes:
         names = set()
         for name, holder, key, tensor in named_tensors(copied):
             param = tensor if isinstance(tensor, nn.Parameter) else None
-            self.sites[fqn, name] = Site(holder, key, param, _reader(*own[name]))
+            self.sites[fqn, name] = Site(holder, key, param, _reader(*own[name]), [])
             names.add(name)
         self._wrappers[fqn], self._modules[fqn], self._shown[fqn] = wrapper, frozenset(names), shown
         if shown:
@@ -142,8 +165,8 @@ class Absolutes:
         for (fqn, name), site in self.sites.items():
             if not site.in_place():
                 raise ModelError(
-                    "A parameter of a module that adapters save whole was replaced.",
-                    where=f"{fqn}.{name}",
+                    "A parameter of the base model that adapters have values for was replaced.",
+                    where=f"{fqn}.{name}".removeprefix("."),
                     expected="the Parameter that was there at attach",
                     hint="attach again",
                 )
@@ -179,11 +202,37 @@ class Absolutes:
                 expected=f"modules among {sorted(self._modules) or 'none'}",
                 hint="attach with this adapter among adapters=, so that its modules get copies too",
             )
-        return {
+        self._take_in_biases(adapter)
+        values = {
+            ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name) for fqn, specs in adapter.biases.items()
+        }
+        return values | {
             (fqn, name): adapter.checkpoint.tensor(spec.name)
             for fqn, specs in adapter.saved.items()
             for name, spec in specs.items()
         }
+
+    def _take_in_biases(self, adapter: Adapter) -> None:
+        missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]
+        model = self._model()
+        if not missing or model is None:
+            return
+        configs = getattr(model, "peft_config", None) or {}
+        rivals = [name for name, config in configs.items() if name != self._adapter_name and _has_biases(config)]
+        if rivals:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} carries biases of the base model, and so does another adapter on it.",
+                where="bias",
+                found=f"bias of {rivals[0]!r}: {configs[rivals[0]].bias!r}",
+                expected="one adapter with biases, as in PEFT",
+                hint="use a model of its own for this adapter",
+            )
+        refuse_other_biases(model, adapter)
+        modules, dirty = base_biases(model), self.is_dirty()
+        for fqn in missing:
+            holder = modules[fqn]._parameters
+            self.sites["", f"{fqn}.bias"] = Site(holder, "bias", holder["bias"], None, [])
+        self._versions = [] if dirty else self._current_versions()
 
     def write(self, values: Mapping[Key, torch.Tensor], *, clean: bool) -> None:
         """Give these sites their values, and all others the model's own. Not atomic.
@@ -195,14 +244,23 @@ class Absolutes:
         if not self.sites:
             return
         with torch.inference_mode(False), torch.no_grad():
-            for key, site in self.sites.items():
+            written: set[int] = set()
+            for key, site in self._ordered():
                 if key in values:
+                    site.keep()
                     self._foreign.add(key)
                     site.tensor.copy_(values[key], non_blocking=True)
-                elif not clean or key in self._foreign:
-                    site.tensor.copy_(site.own())
+                elif not clean or key in self._foreign or id(site.own()) in written:
+                    site.put_back()
                     self._foreign.discard(key)
+                else:
+                    continue
+                written.add(id(site.tensor))
         self._show({fqn for fqn, _ in values})
+
+    def _ordered(self) -> list[tuple[Key, Site]]:
+        """The base model's own tensors before the copies, some of which are to equal them."""
+        return sorted(self.sites.items(), key=lambda item: item[1].original is not None)
 
     def image(self) -> AbsoluteImage:
         """A copy of all values that are not the model's own, for `restore`."""
@@ -216,15 +274,24 @@ class Absolutes:
     def restore(self, image: AbsoluteImage) -> None:
         """Put an image back, bit for bit; what it has no values for gets the model's own."""
         with torch.inference_mode(False), torch.no_grad():
-            for key, site in self.sites.items():
-                self._foreign.add(key)
-                site.tensor.copy_(image.values.get(key, site.own()))
+            for key, site in self._ordered():
+                if key in image.values:
+                    site.keep()
+                    self._foreign.add(key)
+                    site.tensor.copy_(image.values[key])
+                else:
+                    site.put_back()
+                    self._foreign.discard(key)
         self._show(image.shown)
 
     def _show(self, fqns: Collection[str]) -> None:
         for fqn in self._shown:
             self._shown[fqn] = fqn in fqns
         self.mark_clean()
+
+
+def _has_biases(config: Any) -> bool:
+    return getattr(config, "bias", "none") not in ("none", None)
 
 
 def _reader(holder: dict[str, Any], name: str) -> Callable[[], torch.Tensor]:

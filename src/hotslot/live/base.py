@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
-from .saved import refuse_other_modules, saved_wrappers
+from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers
 from .slots import Slot
 
 _NESTED = ".base_layer"
@@ -66,10 +66,11 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless each base weight that the adapter carries a copy of is the model's own, value for value.
 
     PEFT saves embedding and output weights along with a LoRA on them, and when the vocabulary was resized. A copy
-    says nothing; other values would have to be swapped as well. And each module that it saves whole must be one of the
-    model's.
+    says nothing; other values would have to be swapped as well. And each module and bias that it has values for must be
+    one of the model's.
     """
     refuse_other_modules(model, adapter)
+    refuse_other_biases(model, adapter)
     if not adapter.base_copies:
         return
     modules = base_modules(model)

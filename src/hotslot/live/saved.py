@@ -65,6 +65,44 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def base_biases(model: nn.Module) -> dict[str, nn.Module]:
+    """Path in the base model → the module, for all that have a bias."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, nn.Module] = {}
+    for path, module in whole_modules(model).items():
+        if not isinstance(module, BaseTunerLayer) and isinstance(module._parameters.get("bias"), nn.Parameter):
+            found.setdefault(path.replace(".base_layer", ""), module)
+    return found
+
+
+def refuse_other_biases(model: nn.Module, adapter: Adapter) -> None:
+    """Raise unless each base bias that the adapter carries is one of the model's, of its shape."""
+    if not adapter.biases:
+        return
+    modules, origin = base_biases(model), adapter.checkpoint.origin
+    unknown = [specs["bias"].name for fqn, specs in adapter.biases.items() if fqn not in modules]
+    if unknown:
+        raise UnexpectedTargetError(
+            f"{origin} carries biases that the model does not have; unexpected keys found: {', '.join(unknown[:8])}.",
+            where=unknown[0],
+            found=f"{len(unknown)} of {len(adapter.biases)} biases missing in {type(unwrap(model)).__name__}",
+            expected="the biases of the model that the adapter was trained on",
+            hint="this adapter belongs to another base model",
+        )
+    for fqn, specs in adapter.biases.items():
+        own: Any = modules[fqn].bias
+        spec = specs["bias"]
+        if tuple(own.shape) != spec.shape:
+            raise ShapeError(
+                f"{origin} carries a bias of another size.",
+                where=f"{fqn}.bias",
+                found=f"shape {spec.shape}",
+                expected=f"{tuple(own.shape)}, by the model",
+                hint="this adapter belongs to another base model",
+            )
+
+
 def refuse_other_modules(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless each module that the adapter saves whole is one of the model's, with these tensors and shapes."""
     names = tuple(adapter.checkpoint.config.get("modules_to_save") or ())

@@ -112,7 +112,7 @@ def _refuse_around_the_slot(state_dict: Mapping[str, Any], prefix: str, suffix: 
 
 
 class _Asked:
-    """Stands in a wrapper's attributes for a method of PEFT's that tells what an adapter saves or loads; asks first."""
+    """Stands in a wrapper's attributes for a method of PEFT's that tells what an adapter saves or loads."""
 
     def __init__(self, wrapper: Any, method: str) -> None:
         self._wrapper = wrapper
@@ -129,7 +129,8 @@ class _Asked:
 class SavedModule:
     """Speaks for PEFT's copy of a module: on saving and loading it is there only while the live adapter saves it.
 
-    Not by hooks of the copy itself: `merge_and_unload` puts that into the model.
+    If it is the only copy, so is the wrapper: the state_dict is that of the model without it, as a fresh load of the
+    adapter has none. Not by hooks of the copy itself: `merge_and_unload` puts that into the model.
     """
 
     def __init__(self, fqn: str, adapter_name: str, shown: Mapping[str, bool]) -> None:
@@ -166,10 +167,18 @@ class SavedModule:
 
     def __call__(self, wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
-        if self.hides:
-            hidden = f"{prefix}modules_to_save.{self._adapter_name}."
-            for key in [key for key in state_dict if key.startswith(hidden)]:
+        if not self.hides:
+            return
+        hidden, original = f"{prefix}modules_to_save.{self._adapter_name}.", f"{prefix}original_module."
+        alone = self._is_alone(wrapper)
+        for key in list(state_dict):
+            if key.startswith(hidden):
                 del state_dict[key]
+            elif alone and key.startswith(original):
+                state_dict[prefix + key.removeprefix(original)] = state_dict.pop(key)
+
+    def _is_alone(self, wrapper: Any) -> bool:
+        return set(wrapper.modules_to_save) == {self._adapter_name}
 
     def on_load(
         self,
@@ -186,8 +195,11 @@ class SavedModule:
         if not self.hides or self._adapter_name not in wrapper.modules_to_save:
             return
         for name, _, _, tensor in named_tensors(wrapper.modules_to_save[self._adapter_name]):
-            _refuse_around_the_slot(state_dict, prefix, name, self._adapter_name)
-            key = f"{prefix}modules_to_save.{self._adapter_name}.{name}"
-            if key in state_dict and strict:
-                unexpected_keys.append(key)
-            state_dict[key] = tensor.detach()
+            hidden, original = f"{prefix}modules_to_save.{self._adapter_name}.{name}", f"{prefix}original_module.{name}"
+            if hidden in state_dict and strict:
+                unexpected_keys.append(hidden)
+            if self._is_alone(wrapper) and prefix + name in state_dict:
+                state_dict[original] = state_dict.pop(prefix + name)
+            else:
+                _refuse_around_the_slot(state_dict, prefix, name, self._adapter_name)
+            state_dict[hidden] = state_dict.get(original, tensor.detach())  # the copy is to equal the original

@@ -74,7 +74,7 @@ class Target:
 # All of an Adapter but its checkpoint, in the order of the fields.
 Meaning: TypeAlias = (
     "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Mapping[str, TensorSpec]],"
-    " tuple[str, ...], bool, bool, float]"
+    " Mapping[str, Mapping[str, TensorSpec]], tuple[str, ...], bool, bool, float]"
 )
 
 
@@ -88,6 +88,7 @@ class Adapter:
             model's own, and otherwise cannot be swapped in as an adapter.
         saved: base module's path → name within it → where the checkpoint has values of its own for it: the modules of
             `modules_to_save`.
+        biases: base module's path → "bias" → where the checkpoint has one for it: `bias="all"` and `"lora_only"`.
         target_parameters: bare parameters that are adapted (mixture-of-experts layers), in PEFT's order of nesting.
     """
 
@@ -95,6 +96,7 @@ class Adapter:
     targets: Mapping[str, Target]
     base_copies: Mapping[str, Mapping[str, TensorSpec]]
     saved: Mapping[str, Mapping[str, TensorSpec]]
+    biases: Mapping[str, Mapping[str, TensorSpec]]
     target_parameters: tuple[str, ...]
     use_rslora: bool
     lora_bias: bool
@@ -103,5 +105,5 @@ class Adapter:
     @property
     def meaning(self) -> Meaning:
         """What holds for every checkpoint of the same schema."""
-        parts = self.targets, self.base_copies, self.saved, self.target_parameters
+        parts = self.targets, self.base_copies, self.saved, self.biases, self.target_parameters
         return *parts, self.use_rslora, self.lora_bias, self.dropout

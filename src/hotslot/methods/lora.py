@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Options that say what the tensors mean or whom they belong to.
 _READ = frozenset(
     {
-        "alpha_pattern", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
+        "alpha_pattern", "bias", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
         "target_parameters", "use_dora", "use_rslora",
     }
 )  # fmt: skip
@@ -53,12 +53,16 @@ _REFUSED = {
 # PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
 _BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
 
+_BIASES = ("none", "all", "lora_only")
 _LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
 _SAVE_AGAIN = "the config was edited or belongs to another adapter: save the adapter again with save_pretrained"
 _PREFIX = "base_model.model."
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
 _BASE_COPY = re.compile(rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:base_layer\.)?(?P<suffix>weight|bias)")
+_BIAS = re.compile(r"(?P<fqn>.+)\.bias")
+# What bias="all" saves of a module that is saved whole, beside that: the original's biases, and once more the copy's.
+_BIAS_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)(?P<path>(?:\..+)?)\.bias")
 _Parts: TypeAlias = "dict[str, dict[str, TensorSpec]]"
 
 
@@ -70,7 +74,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
-    tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin))
+    tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin), config.get("bias", "none"))
     modules = tensors.targets
     _refuse_transposed_attention(config, modules, origin)
     keys = _pattern_keys(modules, parameters, origin)
@@ -92,7 +96,9 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
         _check_parts(fqn, parts, rank, config, origin)
         targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
     dropout = float(config.get("lora_dropout") or 0.0)
-    return Adapter(checkpoint, targets, tensors.copies, tensors.saved, parameters, use_rslora, lora_bias, dropout)
+    return Adapter(
+        checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, parameters, use_rslora, lora_bias, dropout
+    )
 
 
 def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -124,13 +130,13 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
                 expected="the option unused",
                 hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
             )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedError(
-            f"{origin} carries biases of the base model.",
+    if (bias := config.get("bias", "none")) not in _BIASES:
+        raise ConfigError(
+            f"{origin} has an unknown kind of biases.",
             where="bias",
-            found=f"{config['bias']!r:.80}",
-            expected="'none'",
-            hint="merge it into the base model: PEFT's merge_and_unload()",
+            found=f"{bias!r:.80}",
+            expected=f"one of {', '.join(map(repr, _BIASES))}",
+            hint=_SAVE_AGAIN,
         )
     init = config.get("init_lora_weights", True)
     if init not in _BENIGN_INITS:
@@ -141,7 +147,7 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
             expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:6]))}",
             hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    known = _READ | _WITHOUT_EFFECT | _REFUSED.keys() | {"bias", "init_lora_weights"}
+    known = _READ | _WITHOUT_EFFECT | _REFUSED.keys() | {"init_lora_weights"}
     unknown = sorted(config.keys() - known)
     for key in unknown:
         if config[key]:
@@ -266,15 +272,25 @@ class _Tensors(NamedTuple):
     targets: _Parts
     copies: _Parts
     saved: _Parts
+    biases: _Parts
 
 
-def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...]) -> _Tensors:
-    tensors = _Tensors({}, {}, {})
+def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> _Tensors:
+    tensors = _Tensors({}, {}, {}, {})
     for name, spec in checkpoint.tensors.items():
         found, key = tensors.targets, split_key(name)
         if key is None and (key := _within_saved(name, saved_names)):
             found = tensors.saved
-        elif key is None and (match := _BASE_COPY.fullmatch(name)):
+            inner = _BIAS_IN_WRAPPER.fullmatch(key[1]) if bias == "all" else None
+            if inner and inner["which"] == "modules_to_save":
+                continue  # the copy's, which is there by its own name too, and that is what PEFT takes
+            if inner:
+                found, key = tensors.biases, (f"{key[0]}{inner['path']}", "bias")
+        elif key is None and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
+            match = _BIAS.fullmatch(name)
+            if match:
+                found, key = tensors.biases, (match["fqn"].removeprefix(_PREFIX).replace(".base_layer", ""), "bias")
+        if key is None and (match := _BASE_COPY.fullmatch(name)):
             found, key = tensors.copies, (match["fqn"].removeprefix(_PREFIX), match["suffix"])
         if key is None:
             raise TensorError(
