@@ -79,7 +79,7 @@ REASONS = {
     r"UnsupportedError: .* uses use_bdlora,": ["use_bdlora"],
     r"UnsupportedError: .* uses kasa_config,": ["kasa_config"],
     r"UnsupportedError: The adapter 'default' on the model has put its biases in the place of": ["bias"],
-    r"UnsupportedError: .* rewrites the base weights when it is loaded": ["init_lora_weights"],
+    r"UnsupportedError: .* rewrites the base weights": ["init_lora_weights"],
     r"UnsupportedError: .* adapts other bare parameters": ["target_parameters"],
     r"UnsupportedError: The adapter 'default' on the model is of a kind that hotslot does not swap": [
         "use_dora", "alora_invocation_tokens", "use_bdlora", "kasa_config", "init_lora_weights",
