@@ -374,7 +374,6 @@ def test_adapter_that_transformers_loaded_is_swapped(functions: Any, tmp_path: P
         {"kasa_config": {"beta": 1.0}},
         {"use_bdlora": {"nblocks": 2}},
         {"megatron_config": {"tensor_model_parallel_size": 2}},
-        {"bias": "all"},
         {"init_lora_weights": "pissa"},
         {"some_new_option": True},
     ],
@@ -420,8 +419,8 @@ def assert_special_is_refused(functions: Any, which: str, case: tuple[Entry, dic
 @pytest.mark.parametrize(
     ("which", "case"),
     [
-        ("new", CLASSIFIER), ("old", CLASSIFIER), ("both", CLASSIFIER), ("old", TOKENS),
-        ("new", BIAS), ("old", BIAS), ("new", PISSA), ("old", PISSA), ("both", PISSA), ("new", OLORA), ("old", OLORA),
+        ("new", CLASSIFIER), ("old", TOKENS), ("old", BIAS), ("new", PISSA), ("old", PISSA), ("both", PISSA),
+        ("new", OLORA), ("old", OLORA),
     ],
     ids=case_id,
 )  # fmt: skip
@@ -450,6 +449,18 @@ def test_adapter_that_peft_refuses_too_is_refused(
     which: str, case: tuple[Entry, dict[str, Any]], tmp_path: Path
 ) -> None:
     assert_special_is_refused(hotslot, which, case, tmp_path)
+
+
+@pytest.mark.parametrize(("which", "case"), [("old", CLASSIFIER), ("both", CLASSIFIER), ("new", BIAS)], ids=case_id)
+@row
+def test_values_of_the_base_s_own_tensors_are_swapped(
+    functions: Any, which: str, case: tuple[Entry, dict[str, Any]], tmp_path: Path
+) -> None:
+    entry, option = case
+    plain = {"target_modules": option.get("target_modules", list(entry.targets))}
+    first = adapter(tmp_path / "first", entry, seed=0, **(plain if which == "new" else option))
+    second = adapter(tmp_path / "second", entry, seed=1, **(plain if which == "old" else option))
+    assert_swaps_right(functions, entry, first, second)
 
 
 DIFFERENT = {
