@@ -19,8 +19,10 @@ from ..methods import MAGNITUDE, Adapter
 from .base import base_modules
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
+from .quantised import has_bias
 from .slots import Slot
 
+_BIAS = "lora_B.bias"
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
 _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -82,8 +84,16 @@ def slot_shapes(
                 "An adapter with DoRA targets a module that PEFT has no DoRA for.",
                 where=fqn,
                 found=f"{MAGNITUDE} on a {type(modules.get(fqn)).__name__}",
-                expected="Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d",
+                expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d, Linear4bit or Linear8bitLt",
                 hint="train it without DoRA there",
+            )
+        if _BIAS in extra and fqn in modules and not has_bias(modules[fqn]):
+            raise UnsupportedError(
+                "An adapter with lora_bias targets a quantised module on which PEFT refuses it.",
+                where=fqn,
+                found=f"{_BIAS} on a weight of {type(getattr(modules[fqn], 'weight', None)).__name__}",
+                expected="lora_bias on layers that are not quantised, or are of bitsandbytes",
+                hint="train it without lora_bias; PEFT's merge would leave the bias out there",
             )
         shape = slots[fqn].shape(rank) if fqn in slots else _slot_shape(fqn, modules, rank, dtype)
         shapes[fqn] = shape.with_parts(extra)
@@ -128,6 +138,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, dtype: to
             where=fqn,
             found=type(module).__name__,
             expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention with one embedding size",
+            hint="if PEFT does adapt it (GPTQ, AWQ, HQQ …), load one adapter with PEFT and attach to that",
         )
     parts = {"lora_A.weight": down, "lora_B.weight": up}
     return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype, dtype), parts)
