@@ -47,6 +47,11 @@ def dense_weight(layer: Any) -> torch.Tensor:
     return dequantized
 
 
+def is_repacked(layer: Any) -> bool:
+    """Whether the layer's first forward pass replaces its 4-bit weight by another form, of which a part is rounded."""
+    return bool(getattr(layer, "support_avx512bf16_for_cpu", False)) and layer.weight.device.type == "cpu"
+
+
 def has_dora(layer: Any) -> bool:
     """Whether PEFT can do DoRA on this LoRA layer."""
     return ("use_dora",) in layer.lora_variants or type(layer).__name__ in _WITH_DORA
