@@ -22,6 +22,8 @@ from peft.tuners.lora.dora import (
 from torch import nn
 from torch.nn import functional as F
 
+from .quantised import dense_weight, is_dense
+
 
 class _InUse:
     """What all layers of DoRA in a slot have in common.
@@ -58,16 +60,11 @@ class SlotDoraLinear(_InUse, DoraLinearLayer):
         """What is to be added to the base layer's result, as PEFT works it out (section 4.3 of the paper).
 
         PEFT asks here whether the base layer is quantised, in a way that dynamo cannot trace: each linear layer with
-        DoRA breaks the graph. So it is left to PEFT only if it is.
+        DoRA breaks the graph. So that is asked only if it may be.
         """
-        if not self.fan_in_fan_out and type(base_layer) is not nn.Linear:
-            forward: Any = super().forward
-            added: torch.Tensor = forward(
-                x, lora_A=lora_A, lora_B=lora_B, scaling=scaling, base_layer=base_layer, **kwargs
-            )
-            return added
         base_result, bias = kwargs.get("base_result"), base_layer.bias
-        weight = base_layer.weight.to(x.dtype)
+        dense = self.fan_in_fan_out or is_dense(base_layer)
+        weight = (base_layer.weight if dense else dense_weight(base_layer)).to(x.dtype)
         delta = self.get_lora_weight(lora_A=lora_A, lora_B=lora_B).to(x.dtype)
         norm = self.get_weight_norm(weight=weight, lora_weight=delta.detach(), scaling=scaling)
         gain = (self.weight / norm.detach()).view(1, -1)

@@ -20,9 +20,11 @@ from ..methods import MAGNITUDE, Adapter
 from .base import base_modules, parameter_name
 from .discover import canonical_name, lora_layers, unwrap
 from .photo import ABSENT, Photo
+from .quantised import has_bias, is_repacked
 from .saved import refuse_adapted_and_saved, saved_wrappers
 from .slots import Slot
 
+_BIAS = "lora_B.bias"
 OUT_PROJ = ".base_layer.out_proj"  # where PEFT keeps the output projection of a MultiheadAttention
 _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -89,14 +91,7 @@ def slot_shapes(
     shapes = {}
     for fqn, rank in ranks.items():
         extra = sorted(parts.get(fqn, ()))
-        if MAGNITUDE in extra and not _can_be_dora(fqn, modules, slots):
-            raise UnsupportedError(
-                "An adapter with DoRA targets a module that PEFT has no DoRA for.",
-                where=fqn,
-                found=f"{MAGNITUDE} on a {type(modules.get(fqn)).__name__}",
-                expected="Linear, Conv1D, Embedding, Conv1d, Conv2d or Conv3d",
-                hint="train it without DoRA there",
-            )
+        _refuse_parts(fqn, extra, modules, slots)
         parameter = parameters.get(fqn)
         if fqn in slots:
             shape = slots[fqn].shape(rank)
@@ -106,6 +101,35 @@ def slot_shapes(
             shape = _slot_shape(fqn, modules, rank, dtype)
         shapes[fqn] = shape.with_parts(extra)
     return shapes
+
+
+def _refuse_parts(fqn: str, parts: Iterable[str], modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> None:
+    """Raise unless PEFT has what these parts are for on this module."""
+    module = modules.get(fqn)
+    if MAGNITUDE in parts and not _can_be_dora(fqn, modules, slots):
+        raise UnsupportedError(
+            "An adapter with DoRA targets a module that PEFT has no DoRA for.",
+            where=fqn,
+            found=f"{MAGNITUDE} on a {type(module).__name__}",
+            expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d, Linear4bit or Linear8bitLt",
+            hint="train it without DoRA there",
+        )
+    if MAGNITUDE in parts and module is not None and is_repacked(module):
+        raise UnsupportedError(
+            "An adapter with DoRA targets a module whose weight bitsandbytes repacks on this CPU.",
+            where=fqn,
+            found=f"{MAGNITUDE} on a {type(module).__name__} for AVX-512 BF16",
+            expected="a weight that can be read back, for DoRA needs its norm",
+            hint="set support_avx512bf16_for_cpu = False on the model's Linear4bit layers before their first forward",
+        )
+    if _BIAS in parts and module is not None and not has_bias(module):
+        raise UnsupportedError(
+            "An adapter with lora_bias targets a quantised module on which PEFT refuses it.",
+            where=fqn,
+            found=f"{_BIAS} on a weight of {type(getattr(module, 'weight', None)).__name__}",
+            expected="lora_bias on layers that are not quantised, or are of bitsandbytes",
+            hint="train it without lora_bias; PEFT's merge would leave the bias out there",
+        )
 
 
 def _can_be_dora(fqn: str, modules: Mapping[str, nn.Module], slots: Mapping[str, Slot]) -> bool:
@@ -148,6 +172,7 @@ def _slot_shape(fqn: str, modules: Mapping[str, nn.Module], rank: int, dtype: to
             where=fqn,
             found=type(module).__name__,
             expected="Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d or MultiheadAttention with one embedding size",
+            hint="if PEFT does adapt it (GPTQ, AWQ, HQQ …), load one adapter with PEFT and attach to that",
         )
     parts = {"lora_A.weight": down, "lora_B.weight": up}
     return SlotShape(fqn, rank, groups, 1, _slot_dtype(module.weight.dtype, dtype), parts)

@@ -14,6 +14,7 @@ from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE, PARTS
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
+from .quantised import has_bias, has_dora
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -116,8 +117,10 @@ class Slot:
     def can_have(self, suffix: str) -> bool:
         """Whether the layer has this part or can be given it."""
         if suffix == MAGNITUDE and suffix not in self.held:
-            return ("use_dora",) in self.layer.lora_variants
-        return suffix in self.held or (suffix == "lora_B.bias" and "lora_B.weight" in self.held)
+            return has_dora(self.layer)
+        if suffix == "lora_B.bias" and suffix not in self.held:
+            return "lora_B.weight" in self.held and has_bias(self.layer.get_base_layer())
+        return suffix in self.held
 
     @property
     def parameter(self) -> str | None:
