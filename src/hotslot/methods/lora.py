@@ -74,6 +74,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
+    _refuse_on_parameters(config, parameters, origin)
     tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin), config.get("bias", "none"))
     modules = tensors.targets
     _refuse_transposed_attention(config, modules, origin)
@@ -187,6 +188,18 @@ def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[st
             found=f"fan_in_fan_out: {config['fan_in_fan_out']!r:.80}",
             expected="fan_in_fan_out: false",
             hint="load it with PEFT itself",
+        )
+
+
+def _refuse_on_parameters(config: Mapping[str, Any], parameters: tuple[str, ...], origin: str) -> None:
+    used = [key for key in ("lora_dropout", "lora_bias", "fan_in_fan_out", "use_dora") if config.get(key)]
+    if parameters and used:
+        raise UnsupportedError(
+            f"{origin} adapts bare parameters with an option that PEFT refuses there.",
+            where="target_parameters",
+            found=", ".join(f"{key}: {config[key]!r:.80}" for key in used),
+            expected="no dropout, bias, transposition or DoRA on bare parameters",
+            hint="the config was edited, for PEFT trains no such adapter: " + _SAVE_AGAIN,
         )
 
 
