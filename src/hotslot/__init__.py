@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import errors, testing
+    from .attaching import attach
     from .dropin import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .errors import HotslotError
     from .planning import Plan, plan
     from .report import Fit, SwapReport
-    from .swapper import Swapper, attach
+    from .swapper import Swapper
 
 _HOMES = {
     "Fit": ".report",
@@ -35,7 +36,7 @@ _HOMES = {
     "Plan": ".planning",
     "SwapReport": ".report",
     "Swapper": ".swapper",
-    "attach": ".swapper",
+    "attach": ".attaching",
     "check_hotswap_configs_compatible": ".dropin",
     "errors": ".errors",
     "hotswap_adapter": ".dropin",

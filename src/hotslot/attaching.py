@@ -1,0 +1,109 @@
+"""`attach`: from a model and adapters to a Swapper. Everything is checked first, and undone if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from . import checkpoint as checkpoints
+from . import live
+from .checkpoint import Source
+from .engine import Engine, Entry
+from .errors import ModelError
+from .planning import Plan, plan_adapters, refuse_unfit
+from .swapper import Swapper
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Source] | None = None,
+    *,
+    adapter_name: str = "default",
+    route: str = "auto",
+    plan: Plan | None = None,
+) -> Swapper:
+    """Make a model ready for swaps, in place; nothing is activated.
+
+    On a plain model every module that one of `adapters` targets gets a neutral slot of the largest rank that any of
+    them has there: all of them activate later, in any order, without recompilation. On a model that carries PEFT
+    LoRA layers named `adapter_name`, those are the slots; their Parameter objects stay, and are padded if need be.
+
+    That is room for one adapter at a time, and no more, for a slot of an adapter's own rank is written in one copy
+    and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
+
+    Args:
+        model: any nn.Module, PeftModel, or transformers model; best before torch.compile. On a model that is compiled
+            already no parameter moves and none can be padded.
+        adapters: name → source, planned for together and loaded.
+        adapter_name: PEFT's name of the slot that is written.
+        route: "auto" or "side".
+        plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
+
+    Raises:
+        CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
+        ModelError: the model cannot be prepared.
+    """
+    if route not in ("auto", "side"):
+        raise ValueError(f"route must be 'auto' or 'side', got {route!r}")
+    Swapper.make_way(model, adapter_name)
+    entries = [Entry(name, checkpoints.read(source)) for name, source in (adapters or {}).items()]
+    compiled = live.is_compiled(model)
+    slots = live.find_slots(model, adapter_name)
+    if slots:
+        live.refuse_unsupported_resident(model, adapter_name)
+    elif not entries and plan is None:
+        raise ModelError(
+            f"The model has no adapter {adapter_name!r}, and there are no adapters to plan slots for.",
+            found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
+            hint="attach(model, adapters={name: source, …}), or name one of the model's own with adapter_name=",
+        )
+    if plan is None:
+        adapters_only = [entry.adapter for entry in entries]
+        plan = plan_adapters(model, adapters_only, max_blend=1, adapter_name=adapter_name)
+    else:
+        plan.refuse_other_model(model, slots)
+        if compiled:
+            _refuse_moves(plan, slots)
+    plan = plan.on(slots, resizable=not compiled)
+    for entry in entries:
+        refuse_unfit(model, entry.adapter, plan, adapter_name)  # raises here, before anything is touched
+    missing = {fqn: shape for fqn, shape in plan.slots.items() if fqn not in slots}
+    known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
+    if known is not None:
+        known.release()
+    injection = live.inject(model, adapter_name, missing) if missing else None
+    binding = wrapping = None
+    try:
+        saved = sorted(plan.saved - live.saved_modules(model, adapter_name))
+        if saved:
+            wrapping = live.wrap(model, adapter_name, saved)
+        found = live.find_slots(model, adapter_name)
+        ranks = {fqn: plan.slots[fqn].rank for fqn in found}
+        extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
+        empty = missing if slots else ()
+        binding = live.Binding(model, found, ranks, arena=not compiled, extra=extra, empty=empty, wrapped=saved)
+        engine = Engine(model, adapter_name, binding, empty=not slots)
+        for entry in entries:
+            entry.compile(binding)
+        return Swapper(engine, injection, entries, plan, wrapping)
+    except BaseException:
+        if binding is not None:
+            binding.release()
+        if wrapping is not None:
+            live.unwrap_saved(wrapping)
+        if injection is not None:
+            live.remove(injection)
+        raise
+
+
+def _refuse_moves(plan: Plan, slots: Mapping[str, live.Slot]) -> None:
+    small = [fqn for fqn, slot in slots.items() if fqn in plan.slots and slot.rank < plan.slots[fqn].rank]
+    if small:
+        raise ModelError(
+            "The model is compiled already, and the plan has more room than its slots.",
+            where=small[0],
+            found=f"rank {slots[small[0]].rank}, and {len(small) - 1} more slots like it",
+            expected=f"rank {plan.slots[small[0]].rank} by the plan, without moving a parameter",
+            hint="attach before torch.compile; or attach without the plan, and swapper.grow(plan) at one recompilation",
+        )
