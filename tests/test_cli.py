@@ -237,7 +237,7 @@ def test_inspect_gives_every_reason_to_refuse(tmp_path: Path) -> None:
         ("UnsupportedError", "layer_replication"),
     ]
     with pytest.raises(UnsupportedError) as refused:
-        hotslot.attach(LLAMA.build(), {"refused": folder})
+        hotslot.attach(LLAMA.build(), {"refused": folder}, route="side")
     assert found["refusals"][0]["message"] == str(refused.value)
     assert found["settings"]["use_dora"] is True
     assert {"name": "model.layers.*.self_attn.q_proj.lora_magnitude_vector", "tensors": 3, "shapes": [[16]]} in found[
@@ -381,7 +381,7 @@ def assert_agrees_with_attach(source: Path, verdict: dict[str, Any]) -> None:
         )
     else:
         with pytest.raises(HotslotError) as refused:
-            hotslot.attach(base, {"it": str(source)})
+            hotslot.attach(base, {"it": str(source)}, route="side")
         assert verdict["error"]["message"] == str(refused.value)
         assert verdict["error"]["type"] == type(refused.value).__name__
 

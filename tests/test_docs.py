@@ -317,7 +317,7 @@ def by_drop_in(model: nn.Module, folder: Path) -> None:
 
 
 def by_swapper(model: nn.Module, folder: Path) -> None:
-    swapper = hotslot.attach(model)
+    swapper = hotslot.attach(model, route="side")
     swapper.load("new", folder)
     swapper.activate("new")
 

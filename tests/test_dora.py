@@ -210,7 +210,7 @@ def test_a_magnitude_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             swapper.load("b", folder)
     assert_unchanged(before, snapshot(model))
     plain = make_adapter(tmp_path / "p", entry, seed=0, r=4, target_modules=["up"])
-    swapper = hotslot.attach(model := entry.build(), {"plain": plain})
+    swapper = hotslot.attach(model := entry.build(), {"plain": plain}, route="side")
     with pytest.raises(errors.UnexpectedTargetError) as caught:
         swapper.load("dora", make_adapter(tmp_path / "d", entry, seed=0, r=4, target_modules=["up"], use_dora=True))
     assert caught.value.plan is not None

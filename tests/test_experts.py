@@ -110,7 +110,7 @@ def test_any_to_any_on_a_model_of_peft(
 
 
 def test_experts_beyond_the_plan(folders: dict[str, Path], outputs: dict[str, Tensor]) -> None:
-    swapper = hotslot.attach(model := build(), {"none": folders["none"]})
+    swapper = hotslot.attach(model := build(), {"none": folders["none"]}, route="side")
     with pytest.raises(errors.UnexpectedTargetError) as caught:
         swapper.load("experts", folders["experts"])
     assert caught.value.plan is not None
@@ -127,7 +127,7 @@ def test_other_parameters_are_refused(folders: dict[str, Path], tmp_path: Path) 
     with expected_peft_warnings():
         other = get_peft_model(build(), LoraConfig(r=4, target_parameters=EXPERTS[:1], target_modules=[]))
         other.save_pretrained(tmp_path)
-    swapper = hotslot.attach(model := build(), {"experts": folders["experts"]})
+    swapper = hotslot.attach(model := build(), {"experts": folders["experts"]}, route="side")
     before = snapshot(model)
     with pytest.raises(errors.UnsupportedError, match="another bare parameter"):
         swapper.load("other", tmp_path)

@@ -204,9 +204,9 @@ def test_an_adapter_beyond_the_plan_is_refused_by_attach(make: Make) -> None:
     before = snapshot(model)
     plan = hotslot.plan(model, target_modules=["up"], max_rank=3)
     with pytest.raises(errors.RankError):
-        hotslot.attach(model, {"a": make("mlp", 0, r=4, target_modules=["up"])}, plan=plan)
+        hotslot.attach(model, {"a": make("mlp", 0, r=4, target_modules=["up"])}, plan=plan, route="side")
     with pytest.raises(errors.UnexpectedTargetError):
-        hotslot.attach(model, {"a": make("mlp", 1, r=2, target_modules=["down"])}, plan=plan)
+        hotslot.attach(model, {"a": make("mlp", 1, r=2, target_modules=["down"])}, plan=plan, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -233,7 +233,7 @@ def test_what_is_beyond_the_plan_is_refused_with_the_plan_that_takes_it(make: Ma
         make("mlp", 1, r=4, target_modules=["up", "down"], lora_bias=True),
     )
     model = ZOO["mlp"].build()
-    swapper = hotslot.attach(model, {"a": a})
+    swapper = hotslot.attach(model, {"a": a}, route="side")
     before = snapshot(model)
     fit = swapper.fits(b)
     assert not fit

@@ -332,7 +332,7 @@ def test_a_model_that_was_cast_is_put_right(entry: Entry, folders: Folders) -> N
 def test_a_head_that_was_not_planned_for_is_refused_and_grown_into(entry: Entry, folders: Folders) -> None:
     model = built(entry, folders, None)
     clean = snapshot(model)
-    swapper = hotslot.attach(model, {"none": folders["none"]})
+    swapper = hotslot.attach(model, {"none": folders["none"]}, route="side")
     swapper.activate("none")
     before = snapshot(model)
     with pytest.raises(UnexpectedTargetError, match="modules_to_save") as refusal:
@@ -400,11 +400,11 @@ def test_a_lora_where_another_saves_the_module_is_refused(made: Callable[[Entry]
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match=r"inner\.0"):
         hotslot.attach(model, {"a": made(entry)["second"], "b": on_it})
-    swapper = hotslot.attach(model, {"a": made(entry)["second"]})
+    swapper = hotslot.attach(model, {"a": made(entry)["second"]}, route="side")
     with pytest.raises(UnsupportedError, match=r"inner\.0"):
         swapper.load("b", on_it)
     swapper.detach()
-    swapper = hotslot.attach(model, {"b": on_it})
+    swapper = hotslot.attach(model, {"b": on_it}, route="side")
     with pytest.raises(UnsupportedError, match=r"inner\.0"):
         swapper.load("a", made(entry)["second"])
     swapper.detach()

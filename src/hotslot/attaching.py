@@ -10,8 +10,8 @@ from . import checkpoint as checkpoints
 from . import live
 from .checkpoint import Source
 from .engine import Engine, Entry
-from .errors import ModelError
-from .planning import Plan, plan_adapters, refuse_unfit
+from .errors import ModelError, RankError, UnexpectedTargetError
+from .planning import NO_SLOTS, Plan, plan_adapters, refuse_unfit
 from .swapper import Swapper
 
 
@@ -44,30 +44,37 @@ def attach(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
         ModelError: the model cannot be prepared.
     """
-    if route not in ("auto", "side"):
-        raise ValueError(f"route must be 'auto' or 'side', got {route!r}")
+    if route not in ("auto", "side", "merged"):
+        raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
     Swapper.make_way(model, adapter_name)
-    entries = [Entry(name, checkpoints.read(source)) for name, source in (adapters or {}).items()]
+    entries = [Entry(name, checkpoints.read(source), route=route) for name, source in (adapters or {}).items()]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
     if slots:
         live.refuse_unsupported_resident(model, adapter_name)
-    elif not entries and plan is None:
+    elif not entries and plan is None and route == "side":
         raise ModelError(
             f"The model has no adapter {adapter_name!r}, and there are no adapters to plan slots for.",
             found=f"adapters on the model: {live.adapter_names(model) or 'none'}",
             hint="attach(model, adapters={name: source, …}), or name one of the model's own with adapter_name=",
         )
+    made = plan is None
     if plan is None:
-        adapters_only = [entry.adapter for entry in entries]
-        plan = plan_adapters(model, adapters_only, max_blend=1, adapter_name=adapter_name)
+        sided = [entry.adapter for entry in entries if entry.adapter.targets]
+        plan = NO_SLOTS
+        if sided or slots:
+            plan = plan_adapters(model, sided, max_blend=1, adapter_name=adapter_name)
     else:
         plan.refuse_other_model(model, slots)
         if compiled:
             _refuse_moves(plan, slots)
     plan = plan.on(slots, resizable=not compiled)
     for entry in entries:
-        refuse_unfit(model, entry.adapter, plan, adapter_name)  # raises here, before anything is touched
+        try:
+            refuse_unfit(model, entry.adapter, plan, adapter_name)  # raises here, before anything is touched
+        except (RankError, UnexpectedTargetError):
+            if made or route == "side":
+                raise
     missing = {fqn: shape for fqn, shape in plan.slots.items() if fqn not in slots}
     known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
     if known is not None:
@@ -82,11 +89,13 @@ def attach(
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}
         extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
         empty = missing if slots else ()
-        binding = live.Binding(model, found, ranks, arena=not compiled, extra=extra, empty=empty, wrapped=saved)
+        binding = live.Binding(
+            model, adapter_name, found, ranks, arena=not compiled, extra=extra, empty=empty, wrapped=saved
+        )
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:
             entry.compile(binding)
-        return Swapper(engine, injection, entries, plan, wrapping)
+        return Swapper(engine, injection, entries, plan, wrapping, route)
     except BaseException:
         if binding is not None:
             binding.release()

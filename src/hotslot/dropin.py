@@ -302,7 +302,7 @@ def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:
 
 
 def _new_engine(model: nn.Module, adapter_name: str, slots: dict[str, live.Slot]) -> Engine:
-    binding = live.Binding(model, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
+    binding = live.Binding(model, adapter_name, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
     try:
         return Engine(model, adapter_name, binding, empty=False, keeps_history=False)
     except BaseException:

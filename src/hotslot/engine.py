@@ -15,12 +15,20 @@ import torch
 from torch import nn
 
 from . import live
-from .block import pack
+from .block import Block, pack, within
 from .checkpoint import Checkpoint
-from .errors import ModelError
+from .errors import (
+    DoesNotFitError,
+    HotslotError,
+    ModelError,
+    RankError,
+    TensorError,
+    UnexpectedTargetError,
+    UnsupportedError,
+)
 from .leases import Gate
-from .live import Binding, Image, Memory, Records, Writes
-from .methods import Adapter, interpret, refuse_biased_embeddings
+from .live import Binding, Image, Memory, Merge, Records, Writes
+from .methods import Adapter, interpret, opaque, refuse_biased_embeddings
 from .report import SwapReport
 
 NEUTRAL_SCALING = 1.0
@@ -31,25 +39,48 @@ _engines: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.Weak
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """An adapter, or none, made ready for one Memory: what remains to be done at a swap."""
+    """An adapter, or none, made ready for one Memory: what remains to be done at a swap.
+
+    Attributes:
+        memory: of the slots.
+        writes: into the slots.
+        values: of the base's own tensors that it has others for.
+        records: of PEFT, which describe what the slots hold.
+        merges: of what the slots do not hold, into the base's weights.
+        route: "side", "merged" or "side+merged".
+    """
 
     memory: Memory
     writes: Writes
-    values: Mapping[tuple[str, str], torch.Tensor]  # of the base's own tensors that it has others for
+    values: Mapping[tuple[str, str], torch.Tensor]
     records: Records
+    merges: tuple[Merge, ...] = ()
+    route: str = "side"
 
 
 class Entry:
-    """A loaded adapter: what it is, and what it was compiled into when last asked."""
+    """A loaded adapter: what it is, and what it was compiled into when last asked.
 
-    def __init__(self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None) -> None:
+    Args:
+        name: that the user has given it.
+        checkpoint: what was read.
+        adapter: what it means, if that is known.
+        route: "side": slots have to hold all of it; "merged": none of it; "auto": what they can.
+
+    Raises:
+        UnsupportedError, CheckpointError: it cannot take that route on any model.
+    """
+
+    def __init__(
+        self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None, *, route: str = "side"
+    ) -> None:
         self.name = name
-        if adapter is None:
-            adapter = interpret(checkpoint)
-            refuse_biased_embeddings(adapter)  # a blend may have both: biases of one, an embedding of another
-        self.adapter = adapter
+        self._refusal: UnsupportedError | None = None  # why slots cannot hold it, whatever their size
+        self.adapter = adapter or self._meaning(checkpoint, route)
+        self.route = route
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
+        self._merged: tuple[Binding, frozenset[str], tuple[Merge, ...]] | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
         self.error: float | None = None  # of what it is an approximation of
 
@@ -71,13 +102,60 @@ class Entry:
         """
         memory = binding.memory
         if self._compiled is None or self._compiled.memory is not memory:
-            block = pack(self.adapter, memory.layout)
+            sided, block, merges = self._split(binding)
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
-            scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
-            records = binding.records(self.adapter)
-            values = binding.absolutes.compile(self.adapter)
-            self._compiled = Compiled(memory, memory.compile(block, scalings), values, records)
+            scalings.update((fqn, target.scaling) for fqn, target in sided.targets.items())
+            values, records = binding.absolutes.compile(sided), binding.records(sided)
+            route = "+".join([*["side"][: bool(sided.targets)], *["merged"][: bool(merges)]]) or self.route
+            self._compiled = Compiled(memory, memory.compile(block, scalings), values, records, merges, route)
         return self._compiled
+
+    def _split(self, binding: Binding) -> tuple[Adapter, Block | None, tuple[Merge, ...]]:
+        """What the slots hold, and how the rest is merged, if there is any.
+
+        Raises:
+            DoesNotFitError: as `pack`, where no merge can take what the slots do not.
+        """
+        adapter, layout = self.adapter, binding.memory.layout
+        if self.route == "side":
+            return adapter, pack(adapter, layout), ()
+        if not adapter.targets:
+            return adapter, None, self._merges(binding, frozenset(), self._refusal)
+        sided = within(adapter, layout, binding.absolutes.wrapped)
+        if sided is adapter:
+            return adapter, pack(adapter, layout), ()
+        try:
+            if len(sided.targets) < len(adapter.targets):
+                pack(adapter, layout)
+            binding.absolutes.compile(adapter)
+        except (RankError, UnexpectedTargetError) as error:
+            refusal = error
+        merges = self._merges(binding, frozenset([*sided.targets, *sided.saved]), refusal)
+        return sided, pack(sided, layout) if sided.targets else None, merges
+
+    def _merges(self, binding: Binding, besides: frozenset[str], refusal: HotslotError | None) -> tuple[Merge, ...]:
+        """Of all modules but these; made once for one model. If they cannot be merged, slots say why they cannot."""
+        if self._merged is None or self._merged[:2] != (binding, besides):
+            try:
+                self._merged = binding, besides, binding.merger.prepare(self.adapter.checkpoint, besides)
+            except (DoesNotFitError, TensorError, UnsupportedError) as error:
+                if refusal is None:
+                    raise
+                raise refusal from error
+        return self._merged[2]
+
+    def _meaning(self, checkpoint: Checkpoint, route: str) -> Adapter:
+        if route == "merged":
+            return opaque(checkpoint)
+        try:
+            adapter = interpret(checkpoint)
+            refuse_biased_embeddings(adapter)  # a blend may have both: biases of one, an embedding of another
+            return adapter
+        except UnsupportedError as error:
+            if route == "side":
+                raise
+            self._refusal = error if checkpoint.config.get("peft_type") == "LORA" else None
+            return opaque(checkpoint)
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
         """What is to be written where `since` is live, untouched, or anything if None; and its bytes of adapter."""
@@ -321,16 +399,18 @@ class Engine:
             binding.restore(target.image)
         elif target.entry is not None:
             writes, nbytes = target.entry.writes(binding, since)
-            binding.write(writes, target.entry.compile(binding).values, occupied, clean=clean)
+            compiled = target.entry.compile(binding)
+            binding.write(writes, compiled.values, compiled.merges, occupied, clean=clean)
         else:
             nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
-            binding.write(nothing, {}, occupied, clean=clean)
+            binding.write(nothing, {}, (), occupied, clean=clean)
         return nbytes
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
         tier = "host" if nbytes else "none"
+        route = target.entry.compile(self.binding).route if target.entry is not None else "side"
         error = target.entry.error if target.entry is not None else None
         generation, seconds = self.gate.generation, time.perf_counter() - started
         return SwapReport(
-            target.name, previous.name, target.version, generation, "side", tier, nbytes, seconds, changed, error
+            target.name, previous.name, target.version, generation, route, tier, nbytes, seconds, changed, error
         )

@@ -157,6 +157,9 @@ class Plan:
         return f"Plan of {len(self.slots)} slots, {self.nbytes:,} bytes of {', '.join(dtypes)}, room for {room}"
 
 
+NO_SLOTS = Plan(MappingProxyType({}), max_blend=1)
+
+
 def plan(
     model: nn.Module,
     sources: Source | Iterable[Source] | Mapping[str, Source] | None = None,

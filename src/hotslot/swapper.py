@@ -64,11 +64,13 @@ class Swapper:
         entries: Iterable[Entry],
         plan: Plan,
         wrapping: live.Wrapping | None = None,
+        route: str = "auto",
     ) -> None:
         self._engine = engine
         self._injections = [injection] if injection is not None else []
         self._wrappings = [wrapping] if wrapping is not None else []
         self._plan = plan
+        self._route = route
         self._tier: HostTier[Entry] = HostTier()
         self._blender = Blender()
         self._lock = engine.lock
@@ -193,7 +195,8 @@ class Swapper:
         with self._lock:
             known = self._entry(name)
         config, origin = dict(known.adapter.checkpoint.config), f"the update of {name!r}"
-        entry = Entry(name, checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins))
+        checkpoint = checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins)
+        entry = Entry(name, checkpoint, route=self._route)
         with self._lock:
             self._compile(entry)
             is_live = self.active == name
@@ -231,7 +234,7 @@ class Swapper:
                 self._compile(entry)
         except (DoesNotFitError, UnsupportedError) as error:
             return Fit(None, entry.nbytes, str(error), getattr(error, "plan", None))
-        return Fit("side", entry.nbytes, None)
+        return Fit(entry.compile(self._bound().binding).route, entry.nbytes, None)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.
@@ -517,7 +520,7 @@ class Swapper:
             ) from None
 
     def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
-        return Entry(name, checkpoints.read(source, config=config, pin_memory=self._pins, **hub))
+        return Entry(name, checkpoints.read(source, config=config, pin_memory=self._pins, **hub), route=self._route)
 
     @property
     def _pins(self) -> bool:

@@ -43,7 +43,7 @@ class Subject:
         self.swapper: Swapper | None = None
         if way in ("load", "load_dict"):
             self.model = self.entry.build()
-            self.swapper = hotslot.attach(self.model, {"sound": self.sound})
+            self.swapper = hotslot.attach(self.model, {"sound": self.sound}, route="side")
             self.swapper.activate("sound")
         else:
             self.model = self.entry.build() if way == "attach" else fresh(self.entry, self.sound)
@@ -56,7 +56,7 @@ class Subject:
             assert self.swapper is not None
             self.swapper.load("new", draft.tensors, config=draft.config)
         elif self.way == "attach":
-            self.swapper = hotslot.attach(self.model, {"sound": self.sound, "new": folder})
+            self.swapper = hotslot.attach(self.model, {"sound": self.sound, "new": folder}, route="side")
         elif self.way == "hotswap_adapter":
             hotslot.hotswap_adapter(self.model, str(folder), "default", torch_device="cpu")
         else:

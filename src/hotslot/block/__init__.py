@@ -6,5 +6,6 @@ be written without looking at a name again. Knows no module and touches no live 
 
 from .block import Block, Run, Tile, pack
 from .layout import Layout, Place, SlotShape, arrange
+from .partial import within
 
-__all__ = ["Block", "Layout", "Place", "Run", "SlotShape", "Tile", "arrange", "pack"]
+__all__ = ["Block", "Layout", "Place", "Run", "SlotShape", "Tile", "arrange", "pack", "within"]

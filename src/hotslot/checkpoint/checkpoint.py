@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -152,6 +152,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return self.data.numel()
+
+    def under(self, config: dict[str, Any]) -> Checkpoint:
+        """The same tensors, and the same version, under another config."""
+        return replace(self, schema=self.schema.with_config(config))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of one tensor's values. Read it; do not write into it."""

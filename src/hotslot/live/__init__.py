@@ -4,6 +4,7 @@ Takes a model and Blocks; changes parameters, scalings and PEFT's own records of
 touches a live model, and the first of the line that imports peft.
 """
 
+from .absolutes import Merge
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
@@ -21,6 +22,7 @@ __all__ = [
     "Image",
     "Injection",
     "Memory",
+    "Merge",
     "Records",
     "Slot",
     "Wrapping",

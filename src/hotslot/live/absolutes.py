@@ -8,9 +8,9 @@ They are few and large, so each is written by a copy of its own, where it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class Site:
         original: gives the model's own values where an original stands beside the copy that is written; None where
             the base model's own tensor is written.
         kept: the values that this had before anything was written; empty as long as it has them.
+        spare: memory for those, between one time and the next.
     """
 
     holder: dict[str, Any]
@@ -42,6 +43,7 @@ class Site:
     param: nn.Parameter | None
     original: Callable[[], torch.Tensor] | None
     kept: list[torch.Tensor]
+    spare: list[torch.Tensor] = field(default_factory=list)
 
     def own(self) -> torch.Tensor:
         """The model's own values."""
@@ -52,13 +54,14 @@ class Site:
     def keep(self) -> None:
         """Keep the own values, before others are written."""
         if self.original is None and not self.kept:
-            self.kept.append(self.tensor.detach().clone())
+            memory = self.spare.pop() if self.spare else torch.empty_like(self.tensor.detach())
+            self.kept.append(memory.copy_(self.tensor))
 
     def put_back(self) -> None:
         """Write the own values."""
         if self.original is not None or self.kept:
             self.tensor.copy_(self.own())
-            self.kept.clear()
+            self.spare[:], self.kept[:] = self.kept, []
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -70,6 +73,19 @@ class Site:
         """Whether the model still has it."""
         found = self.holder.get(self.name)
         return found is not None and (self.param is None or found is self.param)
+
+
+class Merge(Protocol):
+    """Values that are computed from the model's own, for a few tensors of one module.
+
+    Attributes:
+        keys: which tensors.
+    """
+
+    keys: tuple[Key, ...]
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """Compute them into `targets`, of `keys`, from the model's own values of these."""
 
 
 class AbsoluteImage(NamedTuple):
@@ -234,18 +250,50 @@ class Absolutes:
             self.sites["", f"{fqn}.bias"] = Site(holder, "bias", holder["bias"], None, [])
         self._versions = [] if dirty else self._current_versions()
 
-    def write(self, values: Mapping[Key, torch.Tensor], *, clean: bool) -> None:
+    @property
+    def wrapped(self) -> Collection[str]:
+        """Paths of the modules that have a copy for adapters to write."""
+        return self._modules.keys()
+
+    def own(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's own values of a tensor of the base model, which holds `tensor` now."""
+        site = self.sites.get(key)
+        return site.own() if site is not None else tensor.detach()
+
+    def take_in(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+        """Make sites of more tensors of the base model: key → the dict that has it, its name there."""
+        missing = places.keys() - self.sites.keys()
+        dirty = bool(missing) and self.is_dirty()
+        for key in missing:
+            holder, name = places[key]
+            param = holder[name] if isinstance(holder[name], nn.Parameter) else None
+            self.sites[key] = Site(holder, name, param, None, [])
+        if missing:
+            self._versions = [] if dirty else self._current_versions()
+
+    def write(self, values: Mapping[Key, torch.Tensor], merges: Sequence[Merge], *, clean: bool) -> None:
         """Give these sites their values, and all others the model's own. Not atomic.
 
         Args:
             values: of `compile`.
+            merges: of sites that are computed from the model's own values.
             clean: whether it is known that nobody else has written since `mark_clean`.
         """
         if not self.sites:
             return
         with torch.inference_mode(False), torch.no_grad():
             written: set[int] = set()
+            merged = {key for merge in merges for key in merge.keys}
+            for merge in merges:
+                sites = [self.sites[key] for key in merge.keys]
+                for site in sites:
+                    site.keep()
+                self._foreign.update(merge.keys)
+                merge.write([site.tensor for site in sites], [site.own() for site in sites])
+                written.update(id(site.tensor) for site in sites)
             for key, site in self._ordered():
+                if key in merged:
+                    continue
                 if key in values:
                     site.keep()
                     self._foreign.add(key)

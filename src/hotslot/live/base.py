@@ -69,6 +69,8 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     says nothing; other values would have to be swapped as well. And each module and bias that it has values for must be
     one of the model's.
     """
+    if not adapter.targets:
+        return  # not for slots: the skeleton of its merge is compared with the model
     refuse_other_modules(model, adapter)
     refuse_other_biases(model, adapter)
     if not adapter.base_copies:

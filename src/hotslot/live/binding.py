@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import nn
 from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS, Adapter
-from .absolutes import Absolutes, Key
+from .absolutes import Absolutes, Key, Merge
 from .discover import is_compiled, unwrap
 from .dropout import SlotDropout
 from .ledger import Ledger
 from .memory import Homes, Image, Writes, bind, note_sizes
+from .merging import Merger
 from .scaling import ScalingMap
 from .slots import Slot, compact
-from .state import Records, adapter_records, build_config
+from .state import Records, adapter_records, build_config, neutral_records
 from .state_dict import TrueRank
 
 
@@ -29,7 +30,8 @@ class Binding:
 
     Args:
         model: as the user has it, compiled or not.
-        slots: of `find_slots`.
+        adapter_name: PEFT's name of them.
+        slots: of `find_slots`; there may be none, for adapters that are merged.
         ranks: fqn → rank to make room for, at least the slots' own.
         arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
         extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
@@ -43,6 +45,7 @@ class Binding:
     def __init__(
         self,
         model: nn.Module,
+        adapter_name: str,
         slots: dict[str, Slot],
         ranks: Mapping[str, int],
         *,
@@ -67,8 +70,9 @@ class Binding:
         self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         if is_compiled(model):
             _refuse_compiled_dora(slots)
-        name = next(iter(slots.values())).adapter_name
-        self.absolutes = Absolutes(model, name, lambda fqn: fqn not in wrapped)
+        self._adapter_name = adapter_name
+        self.absolutes = Absolutes(model, adapter_name, lambda fqn: fqn not in wrapped)
+        self.merger = Merger(model, self.absolutes)
         homes = Homes(slots)
         try:
             if arena and not _bound(slots):
@@ -77,7 +81,7 @@ class Binding:
             self._add_parts(extra)
             self.memory = bind(slots, self._ranks, ranks, arena=arena)
             self._install(slots, compiled=is_compiled(model))
-            self._ledger = Ledger(slots, self._ranks, watch=arena)
+            self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
             self.absolutes.release()
             self._uninstall()
@@ -97,7 +101,9 @@ class Binding:
         return {fqn: slot.rank for fqn, slot in self.slots.items()}
 
     def records(self, adapter: Adapter) -> Records:
-        """PEFT's records that describe `adapter`; made once for all checkpoints of its schema."""
+        """PEFT's records that describe `adapter` in the slots; made once for all checkpoints of its schema."""
+        if not adapter.targets:
+            return neutral_records(self.slots)
         schema = adapter.checkpoint.schema
         if schema not in self._records:
             self._records[schema] = adapter_records(adapter, self.slots, build_config(adapter.checkpoint))
@@ -134,10 +140,16 @@ class Binding:
             self.absolutes.restore(image.absolutes)
 
     def write(
-        self, writes: Writes, values: Mapping[Key, torch.Tensor], occupied: Mapping[str, int], *, clean: bool
+        self,
+        writes: Writes,
+        values: Mapping[Key, torch.Tensor],
+        merges: Sequence[Merge],
+        occupied: Mapping[str, int],
+        *,
+        clean: bool,
     ) -> None:
         """See `Memory.write` and `Absolutes.write`."""
-        self.absolutes.write(values, clean=clean)
+        self.absolutes.write(values, merges, clean=clean)
         self.memory.write(writes, occupied, clean=clean)
 
     def put_right(self) -> tuple[bool, bool]:
@@ -179,7 +191,7 @@ class Binding:
             if arena and not self.arena:
                 if not _bound(self.slots):
                     compact(self.slots)
-                self._ledger = Ledger(self.slots, self._ranks, watch=True)
+                self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=True)
             self._add_parts(extra)
             self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
             self.arena = arena
@@ -202,7 +214,7 @@ class Binding:
         self._add_parts(extra)
         self.memory = bind(self.slots, self.live_ranks, ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
-        self._ledger = Ledger(self.slots, self._ranks, watch=self.arena)
+        self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
         self._records.clear()
         if dirty:
             self.memory.mark_dirty()

@@ -71,13 +71,14 @@ class Ledger:
     Module attributes and per-slot objects would cost a swap a millisecond for 224 slots; this takes a twentieth.
 
     Args:
-        slots: all slots of one adapter name.
+        adapter_name: PEFT's name.
+        slots: all slots of it.
         ranks: fqn → rank that the layer's state_dict shows.
         watch: put RecordMaps in the place of the layers' dicts. Not where compiled code may know those.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], ranks: dict[str, int], *, watch: bool) -> None:
-        name = self._adapter_name = next(iter(slots.values())).adapter_name
+    def __init__(self, adapter_name: str, slots: Mapping[str, Slot], ranks: dict[str, int], *, watch: bool) -> None:
+        name = self._adapter_name = adapter_name
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
         if watch:
             for layer, key in self._records():

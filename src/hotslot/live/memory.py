@@ -193,7 +193,8 @@ class Memory:
                 if slot.dora is not None:
                     column[i, 1] = slot.dora.in_use
                     slot.dora.in_use = column[i, 1]
-        self._scaling_views = tuple(map(list, zip(*found, strict=True)))
+        if found:
+            self._scaling_views = tuple(map(list, zip(*found, strict=True)))
         self.mark_clean()
 
     # -- writing ----------------------------------------------------------------------------------------------------

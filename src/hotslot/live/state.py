@@ -49,7 +49,7 @@ class Records(NamedTuple):
 
 
 def _columns(records: list[SlotRecord]) -> Columns:
-    return tuple(zip(*records, strict=True))
+    return tuple(zip(*records, strict=True)) or ((),) * len(SlotRecord._fields)
 
 
 def peft_config(model: nn.Module | None, adapter_name: str) -> Any:
@@ -77,31 +77,51 @@ _configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
 
 
 def build_config(checkpoint: Checkpoint) -> Any:
-    """A peft LoraConfig of the checkpoint's config.
+    """A peft config of the checkpoint's config, of its method's class. Shared: copy it before PEFT changes it.
 
     Raises:
+        UnsupportedError: a method that this PEFT does not have.
         ConfigError: PEFT does not take these values.
     """
     schema = checkpoint.schema
     if schema not in _configs:
-        _configs[schema] = _lora_config(schema.config, checkpoint.origin)
+        _configs[schema] = _build(schema.config, checkpoint.origin)
     return _configs[schema]
 
 
-def _lora_config(options: Mapping[str, Any], origin: str) -> Any:
-    from peft import LoraConfig
+def _build(options: Mapping[str, Any], origin: str) -> Any:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    known = {key: copy.deepcopy(value) for key, value in options.items() if key in LoraConfig.__dataclass_fields__}
+    method = options.get("peft_type")
+    kind: Any = next((kind for known, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items() if known.value == method), None)
+    if kind is None:
+        raise UnsupportedError(
+            f"{origin} is an adapter of a method that this PEFT does not have.",
+            where="peft_type",
+            found=f"{method!r:.80}",
+            expected=f"one of {', '.join(sorted(known.value for known in PEFT_TYPE_TO_CONFIG_MAPPING))}",
+            hint="update peft",
+        )
+    unknown = sorted(key for key, value in options.items() if key not in kind.__dataclass_fields__ and value)
+    if unknown and method != "LORA":  # whose options `hotslot.methods.lora` has looked at, one by one
+        raise ConfigError(
+            f"{origin} has options that this PEFT does not know.",
+            where=unknown[0],
+            found=f"{options[unknown[0]]!r:.200}",
+            expected=f"options of peft.{kind.__name__}",
+            hint="a newer PEFT wrote it: update peft, or remove the keys if they have no effect",
+        )
+    known = {key: copy.deepcopy(value) for key, value in options.items() if key in kind.__dataclass_fields__}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice to whoever writes a config by hand
-            return LoraConfig(**known)
+            return kind(**known)
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"PEFT refuses the config of {origin}.",
             where="adapter_config.json",
             found=f"{type(error).__name__}: {error}",
-            expected="options that peft.LoraConfig takes",
+            expected=f"options that peft.{kind.__name__} takes",
             hint="save the adapter again with save_pretrained, or correct the option",
         ) from error
 
@@ -122,7 +142,7 @@ def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) ->
 
 def neutral_records(slots: Mapping[str, Slot]) -> Records:
     """The records of slots that add nothing."""
-    config = _lora_config(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
+    config = _build(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
     # Shown at its smallest rank, all zeros: what is saved loads again, and adds nothing.
     records = [_unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
     return Records(_columns(records), dict(config.__dict__))

@@ -13,16 +13,21 @@ from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
 from .lora import neutral_config, refuse_biased_embeddings, refuse_unsupported_options, split_key
+from .opaque import opaque
+from .patterns import Rules, refuse_endless
 
 __all__ = [
     "MAGNITUDE",
     "PARTS",
     "Adapter",
     "Part",
+    "Rules",
     "Target",
     "interpret",
     "neutral_config",
+    "opaque",
     "refuse_biased_embeddings",
+    "refuse_endless",
     "refuse_unsupported_options",
     "split_key",
 ]

@@ -238,7 +238,7 @@ def refuse_endless(config: Mapping[str, Any], paths: Collection[str], origin: st
     """
     sizes = _Paths(paths)
     given: list[tuple[str, str, str]] = []
-    for where in ("target_modules", "exclude_modules"):
+    for where in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = config.get(where)
         if isinstance(value, str):
             given.append((where, value, rf"(?:{value})\Z"))

@@ -1,0 +1,45 @@
+"""What of an adapter the slots of a layout hold, where they do not hold all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ..methods import PARTS, Adapter, Target
+from .layout import Layout
+
+
+def within(adapter: Adapter, layout: Layout, saved: Collection[str]) -> Adapter:
+    """The targets for which `layout` has slots, and of the modules that are saved whole those of `saved`.
+
+    It is an adapter of its own, whose config says no more than that; the same one, if it is all of it.
+    """
+    targets = {fqn: target for fqn, target in adapter.targets.items() if _holds(layout, target)}
+    kept = {fqn: specs for fqn, specs in adapter.saved.items() if fqn in saved}
+    if len(targets) == len(adapter.targets) and len(kept) == len(adapter.saved):
+        return adapter
+    stated = {
+        "target_modules": sorted(targets),
+        "exclude_modules": None,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": sorted(kept) or None,
+    }
+    checkpoint = adapter.checkpoint.under({**adapter.checkpoint.config, **stated})
+    return replace(adapter, checkpoint=checkpoint, targets=targets, saved=kept)
+
+
+def _holds(layout: Layout, target: Target) -> bool:
+    """Whether `pack` would take it."""
+    slot = layout.slots.get(target.fqn)
+    if slot is None or target.rank > slot.rank or target.rank % slot.groups:
+        return False
+    for suffix, spec in target.parts.items():
+        if suffix not in slot.parts:
+            return False
+        wanted, rank_dim = list(slot.parts[suffix]), PARTS[suffix].rank_dim
+        if rank_dim is not None:
+            wanted[rank_dim] = slot.experts * (target.rank if rank_dim == 0 else target.rank // slot.groups)
+        if tuple(wanted) != tuple(spec.shape):
+            return False
+    return True

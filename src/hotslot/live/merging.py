@@ -1,0 +1,292 @@
+"""An adapter merged into base weights: which of them, and how each is computed, from pristine values alone.
+
+What a merge means is asked of PEFT's own layers, once, when the adapter is loaded. What a swap runs then gives the same
+bits: that was tried, and where it does not, the merged values themselves are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import UnexpectedTargetError, UnsupportedError
+from .absolutes import Absolutes, Key, Merge
+from .discover import unwrap
+from .saved import named_tensors
+from .skeleton import SKELETON, Unit, base_of, base_tree, load, units
+
+# A product's rows that are added up at a time: few enough to be in the cache still when they are read.
+_BLOCK_BYTES = 1 << 20
+
+
+class Constant:
+    """Values that are kept: of modules saved whole, and where PEFT's layer merges once only."""
+
+    def __init__(self, keys: tuple[Key, ...], values: Sequence[torch.Tensor]) -> None:
+        self.keys = keys
+        self._values = [value.clone() for value in values]
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        for target, value in zip(targets, self._values, strict=True):
+            target.copy_(value)
+
+
+class ByPeft:
+    """What PEFT's layer makes of the base's own values.
+
+    Args:
+        keys: which tensors it changes.
+        unit: a layer of the skeleton; its base has no values between merges.
+        names: of `keys`, within the base module.
+        others: name → gives the values of a tensor that it only reads.
+    """
+
+    def __init__(
+        self,
+        keys: tuple[Key, ...],
+        unit: Unit,
+        names: Sequence[str],
+        others: Mapping[str, Callable[[], torch.Tensor]],
+    ) -> None:
+        self.keys = keys
+        self._layer = unit.layer
+        self._names = names
+        self._others = others
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        base = base_of(self._layer)
+        for name, other in self._others.items():
+            base.get_parameter(name).data = other().detach()
+        for name, target, values in zip(self._names, targets, pristine, strict=True):
+            target.copy_(values)
+            base.get_parameter(name).data = target.detach()
+        merged = merge_once(self._layer)
+        for name, target in zip(self._names, targets, strict=True):
+            param = merged.get_parameter(name)
+            if param.data_ptr() != target.data_ptr():
+                target.copy_(param)
+        for name in (*self._names, *self._others):
+            param = base.get_parameter(name)
+            param.data = param.data.new_empty(0)
+
+
+class LowRank:
+    """W + scaling B A, with the roundings of PEFT's layer (LoRA, https://arxiv.org/abs/2106.09685).
+
+    The product is made a block of rows at a time, so that it never leaves the cache.
+
+    Args:
+        key: the weight, [out, in]; [in, out] of transformers' Conv1D, which is `transposed`.
+        down, up: A, [rank, in], and B, [out, rank].
+    """
+
+    def __init__(
+        self, key: Key, down: torch.Tensor, up: torch.Tensor, scaling: float, *, transposed: bool, whole: bool = False
+    ) -> None:
+        self.keys: tuple[Key, ...] = (key,)
+        self._down, self._up, self._scaling, self._transposed = down.detach(), up.detach(), scaling, transposed
+        row_bytes = down.shape[1] * down.element_size()
+        self._rows = len(up) if whole else max(1, min(len(up), _BLOCK_BYTES // max(1, row_bytes)))
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        target, own = targets[0], pristine[0]
+        if self._transposed:
+            target, own = target.T, own.T
+        product = self._down.new_empty(self._rows, self._down.shape[1])
+        for first in range(0, len(self._up), self._rows):
+            up = self._up[first : first + self._rows]
+            delta = torch.mm(up, self._down, out=product[: len(up)]).mul_(self._scaling)
+            rows = slice(first, first + len(up))
+            torch.add(own[rows], delta, out=target[rows])
+
+
+class Merger:
+    """Makes merges for one model.
+
+    Args:
+        model: the live model; only read.
+        absolutes: knows the model's own values where an adapter's are live.
+    """
+
+    def __init__(self, model: nn.Module, absolutes: Absolutes) -> None:
+        self._model = weakref.ref(unwrap(model))
+        self._absolutes = absolutes
+
+    def prepare(self, checkpoint: Checkpoint, besides: Collection[str]) -> tuple[Merge, ...]:
+        """How to merge the adapter, but for the modules `besides`, which slots hold.
+
+        Raises:
+            UnsupportedError: PEFT does not merge it, or a weight is tied to another that would have to be another.
+            ConfigError, TensorError, DoesNotFitError: see `skeleton.load`.
+        """
+        model = self._model()
+        assert model is not None
+        places = {
+            name: (holder, key) for path, module in base_tree(model) for name, holder, key in _tensors(path, module)
+        }
+
+        def own(name: str) -> torch.Tensor:
+            holder, key = places[name]
+            return self._absolutes.own(("", name), holder[key])
+
+        skeleton = load(model, checkpoint, own)
+        merges = [
+            merge
+            for unit in units(skeleton)
+            if unit.fqn not in besides
+            for merge in (_prepare(unit, checkpoint, own, places),)
+            if merge is not None
+        ]
+        kept = _one_of_each_tie(merges, places, own, checkpoint)
+        self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
+        return tuple(kept)
+
+
+def merge_once(layer: Any) -> nn.Module:
+    """The base module with the layer's adapter merged in, as PEFT's `merge_and_unload` leaves it."""
+    with torch.no_grad():
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            merged: nn.Module = layer.unload_and_optionally_merge_module(
+                merge=True, safe_merge=False, adapter_names=None
+            )
+        else:
+            layer.merge(safe_merge=False, adapter_names=None)
+            merged = base_of(layer)
+        for module in layer.modules():  # layers around bare parameters stand one within the other
+            if hasattr(module, "merged_adapters"):
+                module.merged_adapters.clear()
+        return merged
+
+
+def _prepare(
+    unit: Unit, checkpoint: Checkpoint, own: Callable[[str], torch.Tensor], places: Mapping[str, Any]
+) -> Merge | None:
+    """The fastest way to PEFT's own bits; None if the merged module is as it was."""
+    try:
+        merged = merge_once(unit.layer)
+    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"PEFT does not merge {checkpoint.origin}.",
+            where=unit.fqn,
+            found=f"{type(error).__name__}: {error!s:.300}",
+            expected="a layer that merges into its base layer",
+            hint="attach the model with a slot for it, or load it with PEFT itself",
+        ) from error
+    values = {name: tensor.detach() for name, _, _, tensor in named_tensors(merged)}
+    unknown = [name for name in values if f"{unit.fqn}.{name}" not in places]
+    if unknown:
+        raise UnexpectedTargetError(
+            f"{checkpoint.origin} gives a module a tensor that the model does not have.",
+            where=f"{unit.fqn}.{unknown[0]}",
+            found=f"shape {tuple(values[unknown[0]].shape)}",
+            expected="tensors of the base model",
+            hint="this adapter belongs to another base model",
+        )
+    names = [name for name, value in values.items() if not _same_bits(value, own(f"{unit.fqn}.{name}"))]
+    if not names:
+        return None
+    keys = tuple(("", f"{unit.fqn}.{name}") for name in names)
+    wanted = [values[name].clone() for name in names]
+    pristine = [own(key[1]) for key in keys]
+    for merge in _candidates(keys, unit, names, values, own):
+        if _gives(merge, wanted, pristine):
+            return merge
+    return Constant(keys, wanted)
+
+
+def _candidates(
+    keys: tuple[Key, ...],
+    unit: Unit,
+    names: list[str],
+    values: Mapping[str, Any],
+    own: Callable[[str], torch.Tensor],
+) -> Iterator[Merge]:
+    from peft.tuners.lora.layer import Linear
+
+    layer: Any = unit.layer
+    if type(layer) is Linear and names == ["weight"] and not layer.lora_variant:
+        down: Any = layer.lora_A[SKELETON].weight
+        up: Any = layer.lora_B[SKELETON].weight
+        if down.dtype not in (torch.float16, torch.bfloat16) or down.is_cuda:  # PEFT takes another way there
+            for whole in (False, True):
+                transposed = bool(layer.fan_in_fan_out)
+                yield LowRank(keys[0], down, up, layer.scaling[SKELETON], transposed=transposed, whole=whole)
+    base = base_of(layer)
+    if hasattr(layer, "merged_adapters") and not dict(base.named_buffers()).keys() & set(names):
+        others = {name: _reader(own, f"{unit.fqn}.{name}") for name, _ in base.named_parameters() if name not in names}
+        yield ByPeft(keys, unit, names, others)
+
+
+def _reader(own: Callable[[str], torch.Tensor], path: str) -> Callable[[], torch.Tensor]:
+    return lambda: own(path)
+
+
+def _gives(merge: Merge, wanted: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> bool:
+    """Whether the merge, done anew, gives these bits."""
+    targets = [torch.empty_like(value) for value in wanted]
+    with torch.no_grad():
+        try:
+            merge.write(targets, pristine)
+        except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError):
+            return False
+    return all(_same_bits(target, value) for target, value in zip(targets, wanted, strict=True))
+
+
+def _one_of_each_tie(
+    merges: list[Merge], places: Mapping[str, Any], own: Callable[[str], torch.Tensor], checkpoint: Checkpoint
+) -> list[Merge]:
+    """Of merges into tied tensors the first alone, if all names of the tensor get the same values."""
+    names: dict[int, list[str]] = {}
+    for name, (holder, key) in places.items():
+        names.setdefault(id(holder[key]), []).append(name)
+    by_name = {key[1]: merge for merge in merges for key in merge.keys}
+    dropped: set[int] = set()
+    for ties in names.values():
+        merging = [name for name in ties if name in by_name]
+        if len(ties) == 1 or not merging:
+            continue
+        results = [_result(by_name[name], name, own) if name in by_name else own(name) for name in ties]
+        if not all(_same_bits(result, results[0]) for result in results):
+            raise UnsupportedError(
+                f"{checkpoint.origin} would have to be merged into a weight that is tied to another.",
+                where=merging[0],
+                found=f"tied: {', '.join(ties)}, which get other values each",
+                expected="the same values for all of them",
+                hint="attach the model with a slot for it: the side path leaves the tied weight alone",
+            )
+        dropped.update(id(by_name[name]) for name in merging[1:])
+    return [merge for merge in merges if id(merge) not in dropped]
+
+
+def _result(merge: Merge, name: str, own: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    pristine = [own(key[1]) for key in merge.keys]
+    targets = [torch.empty_like(values) for values in pristine]
+    with torch.no_grad():
+        merge.write(targets, pristine)
+    return targets[merge.keys.index(("", name))]
+
+
+def _tensors(path: str, module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(full name, the dict that has it, name there) of a module's own tensors."""
+    for holder in (module._parameters, module._buffers):
+        for name, tensor in holder.items():
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, holder, name
+
+
+def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(_bits(first), _bits(second))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
