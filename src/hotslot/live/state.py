@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError, UnsupportedError
-from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options
+from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options, trained_otherwise
 from .discover import unwrap
 from .slots import Slot
 
@@ -77,7 +77,7 @@ _configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
 
 
 def build_config(checkpoint: Checkpoint) -> Any:
-    """A peft LoraConfig of the checkpoint's config.
+    """A peft LoraConfig of the checkpoint's config, as plain LoRA or DoRA: what training alone reads is left out.
 
     Raises:
         ConfigError: PEFT does not take these values.
@@ -95,7 +95,7 @@ def _lora_config(options: Mapping[str, Any], origin: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice to whoever writes a config by hand
-            return LoraConfig(**known)
+            config = LoraConfig(**known)
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"PEFT refuses the config of {origin}.",
@@ -104,6 +104,8 @@ def _lora_config(options: Mapping[str, Any], origin: str) -> Any:
             expected="options that peft.LoraConfig takes",
             hint="save the adapter again with save_pretrained, or correct the option",
         ) from error
+    vars(config).update(trained_otherwise(options))
+    return config
 
 
 def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) -> Records:

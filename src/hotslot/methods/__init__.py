@@ -12,7 +12,14 @@ from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
-from .lora import neutral_config, refuse_biased_embeddings, refuse_unsupported_options, split_key
+from .lora import (
+    is_of_training,
+    neutral_config,
+    refuse_biased_embeddings,
+    refuse_unsupported_options,
+    split_key,
+    trained_otherwise,
+)
 
 __all__ = [
     "MAGNITUDE",
@@ -21,10 +28,12 @@ __all__ = [
     "Part",
     "Target",
     "interpret",
+    "is_of_training",
     "neutral_config",
     "refuse_biased_embeddings",
     "refuse_unsupported_options",
     "split_key",
+    "trained_otherwise",
 ]
 
 _INTERPRETERS = {"LORA": lora.interpret}
