@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 
 from ..checkpoint import Checkpoint, Schema, config_dict
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options, trained_otherwise
 from .discover import unwrap
 from .slots import Slot
@@ -63,14 +63,6 @@ def refuse_unsupported_resident(model: nn.Module, adapter_name: str) -> None:
     config = peft_config(model, adapter_name)
     if config is not None:
         refuse_unsupported_options(config_dict(config), f"the adapter {adapter_name!r} on the model")
-        if (config.bias or "none") != "none":
-            raise UnsupportedError(
-                f"The adapter {adapter_name!r} on the model has put its biases in the place of the base model's.",
-                where="bias",
-                found=repr(config.bias),
-                expected="'none': what was there before, and is to come back, nobody knows any more",
-                hint="attach to the base model, with this adapter among adapters=",
-            )
 
 
 _configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
