@@ -231,6 +231,15 @@ def _refuse_variants(config: Mapping[str, Any], modules: _Parts, origin: str) ->
     variants = [*trained_otherwise(config), *(["use_dora"] if config.get("use_dora") else [])]
     if variants in ([], ["use_dora"]):
         return
+    for option in set(variants) & _TRAINED_OTHERWISE.keys():
+        if not isinstance(config[option], Mapping):
+            raise ConfigError(
+                f"{origin} has an invalid value.",
+                where=option,
+                found=f"{config[option]!r:.80}",
+                expected="an object: the options of the variant",
+                hint=_SAVE_AGAIN,
+            )
     kinds = ({"lora_A.weight"}, {"lora_embedding_A"}) if variants == ["init_lora_weights"] else ({"lora_A.weight"},)
     odd = [
         fqn
@@ -360,6 +369,14 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
                 found=f"{spec.dtype} {spec.shape}",
                 expected=f"names that end in one of {', '.join(PARTS)}, or lie in a module of modules_to_save",
                 hint="remove it, if it says nothing; else load the adapter with PEFT itself",
+            )
+        if found is not tensors.saved and not spec.dtype.is_floating_point:
+            raise TensorError(
+                f"{checkpoint.origin} holds a tensor of a dtype that adapter weights do not have.",
+                where=name,
+                found=f"{spec.dtype} {spec.shape}",
+                expected="floating point, but for buffers of a module of modules_to_save",
+                hint="a quantised adapter has to be dequantised first",
             )
         if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
             raise TensorError(
