@@ -97,6 +97,40 @@ def test_every_transition_is_exact(entry: Entry, folders: Folders, came_with: st
     assert_unchanged(before, snapshot(model))
 
 
+def biases(folder: Path) -> set[str]:
+    """Names of the base biases in a file, with PEFT's wrappers looked through."""
+    keys = load_file(folder / "adapter_model.safetensors").keys()
+    plain = {key.replace(".base_layer", "").replace(".original_module", "") for key in keys if "lora_" not in key}
+    return {key for key in plain if key.endswith(".bias") and ".modules_to_save" not in key}
+
+
+@pytest.mark.parametrize("came_with", ["all", "lora_only", "all and head"])
+def test_a_model_of_peft_with_biases_takes_who_has_as_many(entry: Entry, folders: Folders, came_with: str) -> None:
+    """Whoever covers the biases that PEFT has written over is exact; those beyond come back."""
+    model = fresh(entry, folders[came_with])
+    before = snapshot(model)
+    fitting = {name: folder for name, folder in folders.items() if biases(folders[came_with]) <= biases(folder)}
+    assert came_with in fitting
+    swapper = hotslot.attach(model, fitting)
+    assert_live(entry, model, folders[came_with])
+    for first, second in [*permutations(fitting, 2), *((name, name) for name in fitting)]:
+        for name in (first, second):
+            swapper.activate(name)
+            assert_live(entry, model, folders[name])
+    with swapper.using(came_with):
+        assert_live(entry, model, folders[came_with])
+    swapper.detach()
+    assert_unchanged(before, snapshot(model))
+    assert_live(entry, model, folders[came_with])
+
+
+def test_drop_in_on_a_model_with_biases(entry: Entry, folders: Folders) -> None:
+    model = fresh(entry, folders["all"])
+    for name in ("other", "all", "other"):
+        hotslot.hotswap_adapter(model, folders[name], "default")
+        assert_live(entry, model, folders[name])
+
+
 def test_control_the_biases_make_a_difference(made: Callable[[Entry], Folders]) -> None:
     for name in ("mlp", "bert_classifier", "conv2d"):
         outputs = [fresh_output(ENTRIES[name], folder) for folder in made(ENTRIES[name]).values()]
@@ -186,17 +220,32 @@ def test_drop_in_from_a_state_dict(entry: Entry, folders: Folders) -> None:
 # --- refused --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_whose_own_biases_are_gone_is_refused(made: Callable[[Entry], Folders]) -> None:
-    """PEFT has written the adapter's over them: what would have to come back, nobody knows."""
-    entry = ENTRIES["mlp"]
-    folders = made(entry)
-    model = fresh(entry, folders["all"])
+@pytest.mark.parametrize("came_with", ["all", "lora_only", "all and head"])
+def test_what_lacks_biases_that_peft_has_written_over_is_refused(
+    came_with: str, entry: Entry, folders: Folders
+) -> None:
+    """What would have to come back there, nobody knows. The others are taken, and refused is what they are next to."""
+    model = fresh(entry, folders[came_with])
+    needs = biases(folders[came_with])
+    lacking = [name for name in ("none", "lora_only", "all") if not needs <= biases(folders[name])]
     before = snapshot(model)
-    with pytest.raises(UnsupportedError, match="in the place of the base model's"):
-        hotslot.attach(model, folders)
-    with pytest.raises(UnsupportedError, match="in the place of the base model's"):
-        hotslot.hotswap_adapter(model, folders["none"], "default")
-    assert_unchanged(before, snapshot(model))
+    for name in lacking:
+        with pytest.raises(UnsupportedError, match="in the place of the base model's"):
+            hotslot.attach(model, {name: folders[name]})
+        assert_unchanged(before, snapshot(model))
+        with pytest.raises(UnsupportedError, match="in the place of the base model's"):
+            hotslot.hotswap_adapter(model, folders[name], "default")
+        assert_unchanged(before, snapshot(model))
+    swapper = hotslot.attach(model, {came_with: folders[came_with]})
+    for name in lacking:
+        assert "in the place of the base model's" in str(swapper.fits(folders[name]).reason)
+    swapper.activate(came_with)
+    state = snapshot(model)
+    for ask in (swapper.deactivate, swapper.using(None).__enter__) if needs else ():
+        with pytest.raises(UnsupportedError, match="The base model lacks biases"):
+            ask()
+        assert_unchanged(state, snapshot(model))
+    assert lacking or not needs
 
 
 def test_two_adapters_with_biases_on_one_model_are_refused(made: Callable[[Entry], Folders]) -> None:
@@ -211,6 +260,18 @@ def test_two_adapters_with_biases_on_one_model_are_refused(made: Callable[[Entry
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match="another adapter"):
         second.load("all", folders["all"])
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("weights", [{"all": 1.0, "none": 1.0}, {"none": 1.0, "all": 0.5}, {"all": 2.0}])
+def test_biases_are_not_blended(weights: dict[str, float], made: Callable[[Entry], Folders]) -> None:
+    """They are no deltas, and adding them up would be a choice of ours."""
+    folders = made(ENTRIES["mlp"])
+    wanted, model = {name: folders[name] for name in ("all", "none")}, ENTRIES["mlp"].build()
+    swapper = hotslot.attach(model, wanted, plan=hotslot.plan(model, wanted.values()))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match="cannot be blended"):
+        swapper.activate(weights)
     assert_unchanged(before, snapshot(model))
 
 

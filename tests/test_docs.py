@@ -176,7 +176,11 @@ REFUSED = section("\nRefused", "\nAn option that is none of these")
 
 @pytest.mark.parametrize(
     ("text", "options"),
-    [(EXACT, lora._READ), (WITHOUT_EFFECT, lora._WITHOUT_EFFECT), (REFUSED, frozenset(lora._REFUSED))],
+    [
+        (EXACT, lora._READ | lora._TRAINED_OTHERWISE.keys()),
+        (WITHOUT_EFFECT, lora._WITHOUT_EFFECT),
+        (REFUSED, frozenset(lora._REFUSED)),
+    ],
     ids=["exact", "without effect", "refused"],
 )
 def test_each_option_stands_where_the_code_has_it(text: str, options: frozenset[str]) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hotslot
@@ -411,12 +412,103 @@ def test_a_lora_where_another_saves_the_module_is_refused(made: Callable[[Entry]
     assert_unchanged(before, snapshot(model))
 
 
-def test_integer_buffers_are_refused(tmp_path: Path) -> None:
-    """BatchNorm counts its batches."""
+# --- integers and booleans ------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Has buffers of each kind that a module may save, and the forward shows them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 4)
+        self.head.register_buffer("large", torch.tensor(2**53 + 1))  # which no float64 holds
+        self.head.register_buffer("small", torch.arange(4, dtype=torch.int8))
+        self.head.register_buffer("bytes", torch.arange(4, dtype=torch.uint8))
+        self.head.register_buffer("mask", torch.tensor([True, False, True, True]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.up(x))
+
+
+def _with_buffers(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Saves an adapter whose head has other buffers, and returns them."""
+    torch.manual_seed(seed)
+    own = {
+        "large": torch.tensor(2**60 + seed),
+        "small": torch.randint(-128, 127, (4,), dtype=torch.int8),
+        "bytes": torch.randint(0, 255, (4,), dtype=torch.uint8),
+        "mask": torch.rand(4) > 0.5,
+    }
+    model = get_peft_model(Counting(), LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
+    model.base_model.model.head.modules_to_save["default"].load_state_dict(own, strict=False)
+    model.save_pretrained(folder)
+    return own
+
+
+@pytest.mark.parametrize("from_memory", [False, True])
+def test_integer_and_boolean_buffers_are_exact(from_memory: bool, tmp_path: Path) -> None:
+    folders = {str(seed): tmp_path / str(seed) for seed in (1, 2)}
+    buffers: dict[str | None, dict[str, torch.Tensor]] = {k: _with_buffers(v, int(k)) for k, v in folders.items()}
+    model = Counting().eval()
+    buffers[None] = {name: buffer.clone() for name, buffer in model.head.named_buffers()}
+    swapper = hotslot.attach(model, folders)
+    if from_memory:
+        for name, folder in folders.items():
+            read = hotslot.checkpoint.read(folder)
+            swapper.unload(name)
+            swapper.load(name, load_file(folder / "adapter_model.safetensors"), config=dict(read.config))
+            swapper.activate(name)
+            assert swapper.version == read.version
+            swapper.deactivate()
+    for name in ("1", "2", None, "2", None):
+        swapper.activate(name) if name else swapper.deactivate()
+        wrapper: Any = model.head
+        live = dict((wrapper.modules_to_save["default"] if name else wrapper.original_module).named_buffers())
+        assert live.keys() == buffers[name].keys()
+        assert all(torch.equal(live[key], value) for key, value in buffers[name].items())
+        copied = dict(wrapper.modules_to_save["default"].named_buffers())
+        assert all(torch.equal(copied[key], value) for key, value in buffers[name].items())
+
+
+def test_a_norm_s_count_of_batches_is_swapped(tmp_path: Path) -> None:
     entry = ZOO["vision"]
-    folder = make_adapter(tmp_path, entry, seed=0, r=2, target_modules=["fc1"], modules_to_save=["norm"])
-    with pytest.raises(TensorError, match="num_batches_tracked"):
-        hotslot.attach(entry.build(), {"a": folder})
+    options: dict[str, Any] = {"r": 2, "target_modules": ["fc1"], "modules_to_save": ["norm"]}
+    folders: Folders = {}
+    for name, batches in (("few", 3), ("many", 10**6)):
+        folders[name] = make_adapter(tmp_path / name, entry, seed=batches, **options)
+        file = folders[name] / "adapter_model.safetensors"
+        save_file(load_file(file) | {"base_model.model.norm.num_batches_tracked": torch.tensor(batches)}, file)
+    swapper = hotslot.attach(model := entry.build().requires_grad_(False), folders)
+    for name, batches in (("few", 3), ("many", 10**6), ("few", 3)):
+        swapper.activate(name)
+        assert model.norm.modules_to_save["default"].num_batches_tracked.item() == batches
+        assert_live(entry, model, folders[name])
+    model.train()
+    entry.output(model, entry.inputs())  # counts one more
+    swapper.rollback()
+    swapper.rollback()
+    assert model.norm.modules_to_save["default"].num_batches_tracked.item() == 4
+    model.eval()
+    swapper.deactivate()
+    assert model.norm.original_module.num_batches_tracked.item() == 0
+    assert_live(entry, model, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["up.lora_B.weight", "up.lora_A.weight", "inner.2.bias", "embed_tokens.weight", "nowhere.weight"]
+)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool])
+def test_integers_elsewhere_are_refused(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    folder = make_adapter(tmp_path, entry, seed=0, r=2, target_modules=["up"], bias="all", modules_to_save=["down"])
+    tensors, key = load_file(folder / "adapter_model.safetensors"), f"base_model.model.{name}"
+    tensors[key] = torch.ones(tensors[key].shape if key in tensors else (3, 3), dtype=dtype)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    before = snapshot(model := entry.build())
+    with pytest.raises(TensorError, match=name):
+        hotslot.attach(model, {"a": folder})
+    assert_unchanged(before, snapshot(model))
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def attach(
     if known is not None:
         known.release()
     injection = live.inject(model, adapter_name, missing) if missing else None
-    binding = wrapping = None
+    engine = binding = wrapping = None
     try:
         saved = sorted(plan.saved - live.saved_modules(model, adapter_name))
         if saved:
@@ -97,7 +97,9 @@ def attach(
             entry.compile(binding)
         return Swapper(engine, injection, entries, plan, wrapping, route)
     except BaseException:
-        if binding is not None:
+        if engine is not None:
+            engine.release()
+        elif binding is not None:
             binding.release()
         if wrapping is not None:
             live.unwrap_saved(wrapping)

@@ -26,7 +26,7 @@ from .block import arrange, pack
 from .engine import Engine, Entry, State
 from .errors import ModelError, UnexpectedTargetError, UnsupportedError
 from .leases import Gate
-from .methods import PARTS, refuse_unsupported_options, split_key
+from .methods import PARTS, is_of_training, refuse_unsupported_options, split_key
 from .swapper import Swapper
 
 _lock = threading.RLock()
@@ -103,7 +103,10 @@ def hotswap_adapter_from_state_dict(
         )
     renamed, foreign = {}, []
     endings = {f".{part.key(adapter_name)}": suffix for suffix, part in PARTS.items()}
+    stated = checkpoints.config_dict(config)
     for key, tensor in state_dict.items():
+        if is_of_training(key, stated):
+            continue
         plain = _without_adapter_name(key, adapter_name, endings)
         if plain is None and key.endswith(".bias") and getattr(config, "bias", "none") != "none":
             plain = key  # the base model's own, which has no adapter's name

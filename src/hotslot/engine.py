@@ -263,6 +263,8 @@ class Engine:
             return self._report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
             target.entry.compile(binding)
+        elif target is self.neutral:
+            binding.absolutes.refuse_without((), "The base model")
         history = self.previous, self.original
         before = self._undo_state(touched)
         try:

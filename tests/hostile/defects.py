@@ -239,10 +239,7 @@ _REFUSED_OPTIONS = {
     "layer_replication": [[0, 1]],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
-    "use_qalora": True,
-    "monteclora_config": {"num_samples": 4},
     "kasa_config": {"beta": 1.0},
-    "velora_config": {"num_groups": 2},
     "megatron_config": {"tensor_model_parallel_size": 2},
     "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
@@ -294,6 +291,9 @@ _PATTERNS = [
 _CONFIG_VALUES = [
     *(_option(key, value, errors.UnsupportedError) for key, value in _REFUSED_OPTIONS.items()),
     *(_option("init_lora_weights", value, errors.UnsupportedError) for value in _OTHER_INITS),
+    *(_option(key, value, errors.ConfigError)
+      for key in ("velora_config", "monteclora_config") for value in ("x", [2])),
+    _option("monteclora_config", {"nothing": 2}, errors.ConfigError, "nothing"),
     *(_option("some_new_option", value, errors.ConfigError) for value in (True, 1, 0.5, "x", [0], {"a": 0})),
     Defect("options that PEFT does not take together",
            _both(partial(_set, "target_modules", ".*up"), partial(_set, "layers_to_transform", [0])),

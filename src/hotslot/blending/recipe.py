@@ -116,7 +116,7 @@ def needed_ranks(ingredients: Iterable[Ingredient]) -> dict[str, int]:
 
 
 def refuse_unblendable(adapter: Adapter) -> None:
-    """Raise unless all of the adapter adds up: neither DoRA's magnitudes do, nor modules that are saved whole.
+    """Raise unless all of the adapter adds up: neither DoRA's magnitudes do, nor what it has in the base's own place.
 
     Raises:
         UnsupportedError: naming the first tensor that does not.
@@ -127,7 +127,7 @@ def refuse_unblendable(adapter: Adapter) -> None:
         for suffix in target.parts
         if suffix not in (*DOWN, *UP, BIAS)
     ]
-    odd += [f"{fqn}.{name}" for fqn, saved in adapter.saved.items() for name in saved]
+    odd += [f"{fqn}.{name}" for held in (adapter.saved, adapter.biases) for fqn, own in held.items() for name in own]
     if odd:
         raise UnsupportedError(
             f"{adapter.checkpoint.origin} has tensors that cannot be blended.",

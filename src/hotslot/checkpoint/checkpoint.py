@@ -199,7 +199,7 @@ def _non_finite(schema: Schema, data: torch.Tensor, origin: str) -> NonFiniteErr
 
 
 def _finite(values: torch.Tensor) -> bool:
-    if values.numel() == 0:
+    if values.numel() == 0 or not values.dtype.is_floating_point:
         return True
     if values.dtype.itemsize == 1:  # float8 has no aminmax
         values = values.float()

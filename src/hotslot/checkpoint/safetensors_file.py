@@ -24,15 +24,22 @@ from .buffers import host_buffer
 from .checkpoint import Fill, TensorSpec
 from .limits import MAX_DATA_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, bad_name
 
-FLOAT_DTYPES = {
+# In the order in which the library writes them.
+DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_OTHER_DTYPES = frozenset({"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64", "F8_E8M0", "F4"})
+_OTHER_DTYPES = frozenset({"U16", "U32", "U64", "C64", "F8_E8M0", "F6_E2M3", "F6_E3M2", "F4"})
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -202,14 +209,14 @@ def _spec(name: str, entry: Any, path: Path) -> TensorSpec:
     shape, offsets, dtype_name = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
         raise _corrupt(path, f"shape {shape!r:.80}, offsets {offsets!r:.80}", "natural numbers", where=name)
-    dtype = FLOAT_DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
         if isinstance(dtype_name, str) and dtype_name in _OTHER_DTYPES:
             raise TensorError(
                 f"{path} holds a tensor of a dtype that adapter weights do not have.",
                 where=name or "a tensor without a name",
                 found=dtype_name,
-                expected=f"one of {', '.join(FLOAT_DTYPES)}",
+                expected=f"one of {', '.join(DTYPES)}",
                 hint="save the adapter again without it; a quantised adapter has to be dequantised first",
             )
         raise _corrupt(path, f"dtype {dtype_name!r:.80}", "a dtype of the safetensors format", where=name)

@@ -19,7 +19,7 @@ from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec
 from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
 from .safetensors_file import (
-    FLOAT_DTYPES,
+    DTYPES,
     aligned,
     is_aligned,
     open_data,
@@ -159,12 +159,12 @@ def from_tensors(
     given: Mapping[Any, Any] = tensors
     for name, tensor in given.items():
         sound = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        if not sound or tensor.dtype not in FLOAT_DTYPES.values():
+        if not sound or tensor.dtype not in DTYPES.values():
             raise TensorError(
                 f"{origin} holds something that is no adapter weight.",
                 where=name,
                 found=tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__,
-                expected=f"a tensor of {', '.join(str(d) for d in FLOAT_DTYPES.values())}",
+                expected=f"a tensor of {', '.join(str(d) for d in DTYPES.values())}",
                 hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
             )
         problem = bad_name(name)
@@ -206,7 +206,8 @@ def from_tensors(
 def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
     """As safetensors writes them, so that a dict and its file have one version."""
     specs, end = [], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+    place = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    for name in sorted(tensors, key=lambda name: (place[tensors[name].dtype], name)):
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape), start, end))

@@ -19,6 +19,7 @@ from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import lora_layers, unwrap
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
+from .state import peft_config
 from .state_dict import SavedModule
 
 # Path of a module that is saved whole, name within the copy; or "" and the full name of a tensor of the base model.
@@ -36,6 +37,8 @@ class Site:
             the base model's own tensor is written.
         kept: the values that this had before anything was written; empty as long as it has them.
         spare: memory for those, between one time and the next.
+        lost: whether the model's own values are gone: PEFT has written those of the adapter that came with the model
+            over them. Then whatever is made live has values for it.
     """
 
     holder: dict[str, Any]
@@ -44,6 +47,7 @@ class Site:
     original: Callable[[], torch.Tensor] | None
     kept: list[torch.Tensor]
     spare: list[torch.Tensor] = field(default_factory=list)
+    lost: bool = False
 
     def own(self) -> torch.Tensor:
         """The model's own values."""
@@ -53,7 +57,7 @@ class Site:
 
     def keep(self) -> None:
         """Keep the own values, before others are written."""
-        if self.original is None and not self.kept:
+        if self.original is None and not self.kept and not self.lost:
             memory = self.spare.pop() if self.spare else torch.empty_like(self.tensor.detach())
             self.kept.append(memory.copy_(self.tensor))
 
@@ -115,6 +119,7 @@ class Absolutes:
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[tuple[int, int]] = []
         try:
+            self._take_in_lost_biases(model)
             self.find(model, shown)
         except BaseException:
             self.release()
@@ -218,6 +223,7 @@ class Absolutes:
                 expected=f"modules among {sorted(self._modules) or 'none'}",
                 hint="attach with this adapter among adapters=, so that its modules get copies too",
             )
+        self.refuse_without({f"{fqn}.bias" for fqn in adapter.biases}, adapter.checkpoint.origin)
         self._take_in_biases(adapter)
         values = {
             ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name) for fqn, specs in adapter.biases.items()
@@ -227,6 +233,36 @@ class Absolutes:
             for fqn, specs in adapter.saved.items()
             for name, spec in specs.items()
         }
+
+    def refuse_without(self, biases: Collection[str], what: str) -> None:
+        """Raise unless these are all base biases whose own values are lost, for nothing can put those back.
+
+        Args:
+            biases: their names, of which `what`, something that is to be live, has values.
+            what: to call it in the message.
+        """
+        without = [name for (_, name), site in self.sites.items() if site.lost and name not in biases]
+        if without:
+            raise UnsupportedError(
+                f"{what} lacks biases that the adapter {self._adapter_name!r}, which came with the model, "
+                "has put in the place of the base model's.",
+                where=without[0],
+                found=f"{len(without)} biases that nobody knows any more, and it has no others for",
+                expected="an adapter with a bias for each, of bias='all' or the same targets",
+                hint="attach to the base model, with the adapter that came with this one among adapters=",
+            )
+
+    def _take_in_lost_biases(self, model: nn.Module) -> None:
+        """Sites of all biases that an adapter of PEFT's may have written over before hotslot came."""
+        config = peft_config(model, self._adapter_name)
+        if config is None or not _has_biases(config):
+            return
+        adapted = {fqn.replace(".base_layer", "") for fqn, _ in lora_layers(model)}
+        for fqn, module in base_biases(model).items():
+            if config.bias == "all" or fqn in adapted:
+                key, holder = ("", f"{fqn}.bias"), module._parameters
+                self.sites[key] = Site(holder, "bias", holder["bias"], None, [], lost=True)
+                self._foreign.add(key)
 
     def _take_in_biases(self, adapter: Adapter) -> None:
         missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]

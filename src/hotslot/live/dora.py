@@ -30,9 +30,11 @@ class _InUse:
 
     Attributes:
         in_use: 0-dim tensor, 1.0 while the live adapter is a DoRA here, else 0.0. Compiled code reads it anew.
+        displaced: the layer's variant before it was given a magnitude: MiCA's, or None.
     """
 
     in_use: torch.Tensor
+    displaced: Any
     weight: nn.Parameter
 
     def get_weight_norm(
@@ -108,9 +110,13 @@ _OF_VARIANT: dict[type[Any], type[Any]] = {
 }
 
 
-def is_dora(variant: Any) -> bool:
-    """Whether this variant of a PEFT layer is DoRA, and nothing else beside it."""
-    return type(variant) in _OF_VARIANT
+# Forward and merge are plain LoRA's; PEFT freezes B when it makes the layer.
+_PLAIN = (type(None), variants.MiCALinearVariant, variants.MiCAEmbeddingVariant)
+
+
+def is_plain_or_dora(variant: Any) -> bool:
+    """Whether a PEFT layer of this variant (None: of none) runs as plain LoRA or as DoRA, and nothing else."""
+    return isinstance(variant, _PLAIN) or type(variant) in _OF_VARIANT
 
 
 def is_slot_dora(module: nn.Module) -> bool:
@@ -128,16 +134,20 @@ def add_magnitude(
     module.weight = nn.Parameter(torch.ones(shape, dtype=dtype, device=device), requires_grad)
     module.in_use = torch.zeros((), device=device)
     module.train(layer.training)
+    module.displaced = layer.lora_variant.get(adapter_name)
     layer.lora_magnitude_vector[adapter_name] = module
     layer.lora_variant[adapter_name] = variant
 
 
 def drop_magnitude(layer: Any, adapter_name: str) -> None:
     """Undo `add_magnitude`."""
-    layer.lora_variant.pop(adapter_name, None)
     layer.use_dora[adapter_name] = False
     if adapter_name in layer.lora_magnitude_vector:
+        displaced = layer.lora_magnitude_vector[adapter_name].displaced
         del layer.lora_magnitude_vector[adapter_name]
+        del layer.lora_variant[adapter_name]
+        if displaced is not None:
+            layer.lora_variant[adapter_name] = displaced
 
 
 def use_slot_dora(layer: Any, adapter_name: str) -> tuple[nn.Module, type[nn.Module]] | None:

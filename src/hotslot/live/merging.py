@@ -278,7 +278,7 @@ def _tensors(path: str, module: nn.Module) -> Iterator[tuple[str, dict[str, Any]
     """(full name, the dict that has it, name there) of a module's own tensors."""
     for holder in (module._parameters, module._buffers):
         for name, tensor in holder.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
+            if tensor is not None:
                 yield f"{path}.{name}" if path else name, holder, name
 
 

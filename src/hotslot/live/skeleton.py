@@ -129,18 +129,13 @@ def load(model: nn.Module, checkpoint: Checkpoint, own: Callable[[str], torch.Te
     """
     paths = [path for path, _ in base_tree(model)]
     _refuse_endless(checkpoint, paths)
-    # First without memory: what PEFT would make of the config, and whether the file is of that.
-    nothing = shadow(model, lambda path, tensor: torch.empty_like(tensor, device="meta"))
-    empty = _built(nothing, checkpoint, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {}))
-    _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
-    _refuse_growth(empty, checkpoint)
-    _refuse_other_tensors(empty, checkpoint)
-    touched = tuple(f"{unit.fqn}." for unit in units(empty))
+    touched = _touched(model, checkpoint)
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         return own(path).detach().clone() if path.startswith(touched) else torch.empty_like(tensor, device="meta")
 
     skeleton: PeftModel = _built(shadow(model, place), checkpoint)
+    _refuse_other_tensors(skeleton, checkpoint)
     _fill(skeleton, checkpoint)
     skeleton.eval()
     return skeleton
@@ -162,11 +157,26 @@ def units(skeleton: PeftModel) -> Iterator[Unit]:
             inside += (f"{name}.",)
 
 
+def _touched(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the paths begin with of the tensors that PEFT needs; found out without memory, where PEFT can do without."""
+    nothing = shadow(model, lambda path, tensor: torch.empty_like(tensor, device="meta"))
+    try:
+        empty = _built(nothing, checkpoint, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {}))
+    except UnsupportedError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+        return ("",)  # it looks at values already when it makes its layers
+    _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
+    _refuse_growth(empty, checkpoint)
+    _refuse_other_tensors(empty, checkpoint)
+    return tuple(f"{unit.fqn}." for unit in units(empty))
+
+
 def _built(base: nn.Module, checkpoint: Checkpoint, **changes: Any) -> Any:
     from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-    config: Any = copy.deepcopy(build_config(checkpoint))
+    config: Any = build_config(checkpoint, as_trained=True)
     config.inference_mode = True
     vars(config).update(changes)
     kind: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)

@@ -233,17 +233,17 @@ _ALLOWED = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embed
 def _refuse_unsupported(fqn: str, layer: LoraLayer, name: str, held: Mapping[str, Held]) -> None:
     from peft.tuners.adalora import AdaLoraLayer
 
-    from .dora import is_dora
+    from .dora import is_plain_or_dora
 
     variant = layer.lora_variant.get(name)
-    if isinstance(layer, AdaLoraLayer) or (variant is not None and not is_dora(variant)):
-        kind = type(variant or layer).__name__
+    if isinstance(layer, AdaLoraLayer) or not is_plain_or_dora(variant):
         raise UnsupportedError(
             f"The adapter {name!r} on the model is of a kind that hotslot does not swap.",
             where=fqn,
-            found=kind,
-            expected="plain LoRA or DoRA",
-            hint="docs/supported.md lists what hotslot swaps",
+            found=type(variant or layer).__name__,
+            expected="plain LoRA, MiCA or DoRA: others keep tensors beside A and B, which a swap would leave behind",
+            hint="attach to the base model, with this adapter among adapters=, if hotslot takes it from a file: "
+            "docs/supported.md",
         )
     if set(held) - {"lora_B.bias", MAGNITUDE} not in _ALLOWED:
         raise UnsupportedError(f"The layer has unknown adapter tensors of {name!r}.", where=fqn, found=sorted(held))

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError, UnsupportedError
-from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options
+from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options, trained_otherwise
 from .discover import unwrap
 from .slots import Slot
 
@@ -63,29 +63,28 @@ def refuse_unsupported_resident(model: nn.Module, adapter_name: str) -> None:
     config = peft_config(model, adapter_name)
     if config is not None:
         refuse_unsupported_options(config_dict(config), f"the adapter {adapter_name!r} on the model")
-        if (config.bias or "none") != "none":
-            raise UnsupportedError(
-                f"The adapter {adapter_name!r} on the model has put its biases in the place of the base model's.",
-                where="bias",
-                found=repr(config.bias),
-                expected="'none': what was there before, and is to come back, nobody knows any more",
-                hint="attach to the base model, with this adapter among adapters=",
-            )
 
 
 _configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
 
 
-def build_config(checkpoint: Checkpoint) -> Any:
-    """A peft config of the checkpoint's config, of its method's class. Shared: copy it before PEFT changes it.
+def build_config(checkpoint: Checkpoint, *, as_trained: bool = False) -> Any:
+    """A peft config of the checkpoint's config, of its method's class.
+
+    A LoRA's is that of plain LoRA or DoRA, and shared: what training alone reads is left out. With `as_trained` it is
+    all of it, and the caller's own.
 
     Raises:
         UnsupportedError: a method that this PEFT does not have.
         ConfigError: PEFT does not take these values.
     """
     schema = checkpoint.schema
+    if as_trained:
+        return _build(schema.config, checkpoint.origin)
     if schema not in _configs:
-        _configs[schema] = _build(schema.config, checkpoint.origin)
+        config = _configs[schema] = _build(schema.config, checkpoint.origin)
+        if schema.config.get("peft_type") == "LORA":
+            vars(config).update(trained_otherwise(schema.config))
     return _configs[schema]
 
 

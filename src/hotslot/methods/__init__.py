@@ -12,7 +12,14 @@ from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
-from .lora import neutral_config, refuse_biased_embeddings, refuse_unsupported_options, split_key
+from .lora import (
+    is_of_training,
+    neutral_config,
+    refuse_biased_embeddings,
+    refuse_unsupported_options,
+    split_key,
+    trained_otherwise,
+)
 from .opaque import opaque
 from .patterns import Rules, refuse_endless
 
@@ -24,12 +31,14 @@ __all__ = [
     "Rules",
     "Target",
     "interpret",
+    "is_of_training",
     "neutral_config",
     "opaque",
     "refuse_biased_embeddings",
     "refuse_endless",
     "refuse_unsupported_options",
     "split_key",
+    "trained_otherwise",
 ]
 
 _INTERPRETERS = {"LORA": lora.interpret}

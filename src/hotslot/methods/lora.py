@@ -31,8 +31,15 @@ _WITHOUT_EFFECT = frozenset(
         "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
         "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
         "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+        "use_qalora",  # of GPTQ layers alone, where A is smaller
     }
 )  # fmt: skip
+
+# Options by which an adapter is trained otherwise than plain LoRA, and run just the same → what plain LoRA has there.
+# It is taken as the plain LoRA that it is; what else its file has, training alone would read.
+_TRAINED_OTHERWISE: Mapping[str, Any] = {"monteclora_config": None, "velora_config": None}
+_MICA = "mica"  # an initialisation by which B stays as it is
+_OF_TRAINING = re.compile(r".+\.(?:lora_monteclora_sampler|lora_velora_embed)(?:\..+)?")
 
 # Option → why an adapter that uses it is refused.
 _REFUSED = {
@@ -41,17 +48,14 @@ _REFUSED = {
     "layer_replication": "it changes how many layers the base model has",
     "use_bdlora": "block-diagonal LoRA has another forward pass",
     "arrow_config": "Arrow routes between several adapters",
-    "use_qalora": "QALoRA pools its input",
-    "monteclora_config": "MonteCLoRA samples its weights",
     "kasa_config": "KaSA removes part of the base weights",
-    "velora_config": "VeLoRA has another forward pass",
     "megatron_config": "Megatron layers hold a shard of each tensor",
     "ensure_weight_tying": "it ties tensors of several modules",
 }
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them when
 # PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
-_BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+_BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", _MICA, "true", "false")
 
 _BIASES = ("none", "all", "lora_only")
 _LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
@@ -78,6 +82,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin), config.get("bias", "none"))
     modules = tensors.targets
     _refuse_transposed_attention(config, modules, origin)
+    _refuse_variants(config, modules, origin)
     keys = _pattern_keys(modules, parameters, origin)
     paths = {path for found in keys.values() for path in found}
     refuse_endless(config, paths, origin)
@@ -97,6 +102,8 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
         _check_parts(fqn, parts, rank, config, origin)
         targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
     dropout = float(config.get("lora_dropout") or 0.0)
+    if variant := trained_otherwise(config):
+        logger.warning("%s is taken as plain LoRA: %s is for training only", origin, ", ".join(variant))
     return Adapter(
         checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, parameters, use_rslora, lora_bias, dropout
     )
@@ -123,7 +130,7 @@ def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
     """Raise if `config` uses a LoRA option that hotslot does not swap, or a key that it does not know."""
     for option, reason in _REFUSED.items():
-        if config.get(option) or isinstance(config.get(option), Mapping):  # PEFT fills {} up with its defaults
+        if _is_used(config, option):
             raise UnsupportedError(
                 f"{origin} uses {option}, which hotslot does not swap: {reason}.",
                 where=option,
@@ -145,10 +152,10 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
             f"{origin} is initialised in a way that rewrites the base weights, or that hotslot does not know.",
             where="init_lora_weights",
             found=f"{init!r:.80}",
-            expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:6]))}",
+            expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:7]))}",
             hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    known = _READ | _WITHOUT_EFFECT | _REFUSED.keys() | {"init_lora_weights"}
+    known = _READ | _WITHOUT_EFFECT | _TRAINED_OTHERWISE.keys() | _REFUSED.keys() | {"init_lora_weights"}
     unknown = sorted(config.keys() - known)
     for key in unknown:
         if config[key]:
@@ -163,6 +170,21 @@ def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
         shown = ", ".join(f"{key:.80} = {config[key]!r}" for key in unknown[:8])
         more = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
         logger.warning("%s has unknown options, which are taken as unused: %s%s", origin, shown, more)
+
+
+def trained_otherwise(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the config that change how the adapter is trained and nothing else → what plain LoRA has there."""
+    used = {option: plain for option, plain in _TRAINED_OTHERWISE.items() if _is_used(config, option)}
+    return used | ({"init_lora_weights": True} if config.get("init_lora_weights") == _MICA else {})
+
+
+def is_of_training(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether training alone reads this tensor, by its name in a file or a model."""
+    return any(_is_used(config, key) for key in _TRAINED_OTHERWISE) and _OF_TRAINING.fullmatch(name) is not None
+
+
+def _is_used(config: Mapping[str, Any], option: str) -> bool:
+    return bool(config.get(option)) or isinstance(config.get(option), Mapping)  # PEFT fills {} up with its defaults
 
 
 def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
@@ -193,12 +215,45 @@ def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[st
 
 def _refuse_on_parameters(config: Mapping[str, Any], parameters: tuple[str, ...], origin: str) -> None:
     used = [key for key in ("lora_dropout", "lora_bias", "fan_in_fan_out", "use_dora") if config.get(key)]
+    used += trained_otherwise(config)
     if parameters and used:
         raise UnsupportedError(
             f"{origin} adapts bare parameters with an option that PEFT refuses there.",
             where="target_parameters",
             found=", ".join(f"{key}: {config[key]!r:.80}" for key in used),
-            expected="no dropout, bias, transposition or DoRA on bare parameters",
+            expected="no dropout, bias, transposition, DoRA or other variant on bare parameters",
+            hint="the config was edited, for PEFT trains no such adapter: " + _SAVE_AGAIN,
+        )
+
+
+def _refuse_variants(config: Mapping[str, Any], modules: _Parts, origin: str) -> None:
+    """Raise if PEFT has no such variant of LoRA, or not on these layers, and so nobody has trained the adapter."""
+    variants = [*trained_otherwise(config), *(["use_dora"] if config.get("use_dora") else [])]
+    if variants in ([], ["use_dora"]):
+        return
+    for option in set(variants) & _TRAINED_OTHERWISE.keys():
+        if not isinstance(config[option], Mapping):
+            raise ConfigError(
+                f"{origin} has an invalid value.",
+                where=option,
+                found=f"{config[option]!r:.80}",
+                expected="an object: the options of the variant",
+                hint=_SAVE_AGAIN,
+            )
+    kinds = ({"lora_A.weight"}, {"lora_embedding_A"}) if variants == ["init_lora_weights"] else ({"lora_A.weight"},)
+    odd = [
+        fqn
+        for fqn, parts in modules.items()
+        if not any(kind <= parts.keys() for kind in kinds)
+        or fqn.endswith(".base_layer.out_proj")
+        or ("lora_A.weight" in parts and len(parts["lora_A.weight"].shape) > 2)
+    ]
+    if len(variants) > 1 or odd:
+        raise UnsupportedError(
+            f"{origin} uses a variant of LoRA where PEFT refuses it.",
+            where=odd[0] if odd else variants[0],
+            found=", ".join(f"{key}: {config[key]!r:.80}" for key in variants),
+            expected="one variant, on linear layers; MiCA on embeddings too",
             hint="the config was edited, for PEFT trains no such adapter: " + _SAVE_AGAIN,
         )
 
@@ -291,6 +346,8 @@ class _Tensors(NamedTuple):
 def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> _Tensors:
     tensors = _Tensors({}, {}, {}, {})
     for name, spec in checkpoint.tensors.items():
+        if is_of_training(name, checkpoint.config):
+            continue
         found, key = tensors.targets, split_key(name)
         if key is None and (key := _within_saved(name, saved_names)):
             found = tensors.saved
@@ -312,6 +369,14 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
                 found=f"{spec.dtype} {spec.shape}",
                 expected=f"names that end in one of {', '.join(PARTS)}, or lie in a module of modules_to_save",
                 hint="remove it, if it says nothing; else load the adapter with PEFT itself",
+            )
+        if found is not tensors.saved and not spec.dtype.is_floating_point:
+            raise TensorError(
+                f"{checkpoint.origin} holds a tensor of a dtype that adapter weights do not have.",
+                where=name,
+                found=f"{spec.dtype} {spec.shape}",
+                expected="floating point, but for buffers of a module of modules_to_save",
+                hint="a quantised adapter has to be dequantised first",
             )
         if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
             raise TensorError(
