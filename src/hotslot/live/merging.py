@@ -6,6 +6,7 @@ bits: that was tried, and where it does not, the merged values themselves are ke
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -137,15 +138,12 @@ class Merger:
             holder, key = places[name]
             return self._absolutes.own(("", name), holder[key])
 
-        skeleton = load(model, checkpoint, own)
-        merges = [
-            merge
-            for unit in units(skeleton)
-            if unit.fqn not in besides
-            for merge in (_prepare(unit, checkpoint, own, places),)
-            if merge is not None
-        ]
-        kept = _one_of_each_tie(merges, places, own, checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's and torch's advice to whoever trains
+            skeleton = load(model, checkpoint, own)
+            wanted = [unit for unit in units(skeleton) if unit.fqn not in besides]
+            prepared = [_prepare(unit, checkpoint, own, places) for unit in wanted]
+            kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
         self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
         return tuple(kept)
 
