@@ -37,6 +37,7 @@ _EXPECTED_WARNINGS = (
     r"Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion",
     # PEFT takes the bias of `lora_bias` for a shard of a matrix
     r"Adapter '.*': \d+ LoRA tensor\(s\) have invalid shape: \S+\.lora_B\.bias:",
+    r"Unsupported layer type '.*RMSNorm'>' encountered",  # LayerNorm tuning, which works there
     r"`is_gradient_checkpointing` is deprecated",  # transformers, of PEFT's own call
 )
 

@@ -114,14 +114,14 @@ def method_config(name: str, entry: Entry, **options: Any) -> Any:
     kind: Any = next(kind for known, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items() if known.value == name)
     row = METHODS[name]
     stated = {"task_type": entry.task_type, **row.options}
-    if row.targets[entry.name] is not None:
+    if row.targets.get(entry.name) is not None:
         stated["target_modules"] = row.targets[entry.name]
     return kind(**{**stated, **options})
 
 
 def make_method_adapter(
     folder: Path | str,
-    name: str,
+    method: str,
     entry: Entry | None = None,
     *,
     seed: int,
@@ -132,11 +132,11 @@ def make_method_adapter(
 
     Adapters of two seeds differ clearly, and so does each from the base of seed 0.
     """
-    folder, entry = Path(folder), entry or ZOO[next(iter(METHODS[name].targets))]
+    folder, entry = Path(folder), entry or ZOO[next(iter(METHODS[method].targets))]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
-        model = get_peft_model(entry.build(dtype=dtype), method_config(name, entry, **options))
+        model = get_peft_model(entry.build(dtype=dtype), method_config(method, entry, **options))
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hotslot
 from adapters import make_adapter, random_peft_model
 from hotslot.engine import Engine
+from methods import make_method_adapter
 from oracle import Snapshot, TensorFacts, assert_same_output, assert_unchanged, fresh, fresh_output, snapshot
 from zoo import ZOO, Entry
 
@@ -181,6 +182,9 @@ FOLDERS = {
         "same": {"r": 4, "target_modules": ["up", "inner.2"], "lora_alpha": 5, "lora_bias": True},
         "smaller": {"r": 2, "target_modules": ["up", "inner.2"], "lora_alpha": 5, "lora_bias": True},
         "larger": {"r": 7, "target_modules": ["up", "inner.2"], "rank_pattern": {"up": 3}, "lora_bias": True},
+        "wide": {"r": 5, "target_modules": ["up", "inner.2", "down"], "rank_pattern": {"inner.2": 2}},
+        "loha": {"method": "LOHA", "target_modules": ["up", "down"]},
+        "ia3": {"method": "IA3", "target_modules": ["inner.0", "down"], "feedforward_modules": []},
     },
     "embedding": {
         "a": {"r": 3, "target_modules": ["word", "mix"], "lora_alpha": 5},
@@ -201,7 +205,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("adapters")
     return {
         name: {
-            key: make_adapter(root / name / key, ZOO[name], seed=i, **config)
+            key: (
+                make_method_adapter(root / name / key, entry=ZOO[name], seed=i, **config)
+                if "method" in config
+                else make_adapter(root / name / key, ZOO[name], seed=i, **config)
+            )
             for i, (key, config) in enumerate(configs.items())
         }
         for name, configs in FOLDERS.items()
@@ -294,6 +302,20 @@ def saving(first: str, second: str, *, came_with: str | None = None) -> Make:
         swapper = hotslot.attach(model, {name: folders[name] for name in (first, second)})
         swapper.activate(first)
         train(model)
+        return Stage(entry, model, lambda: swapper.activate(second), lambda: swapper.activate(first), folders[first])
+
+    return make
+
+
+def merging(first: str, second: str) -> Make:
+    """Between adapters of which one, or a part of it, is merged into the base weights."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build()
+        swapper = hotslot.attach(model, {"a": folders["a"]})
+        for name in {first, second} - {"a"}:
+            swapper.load(name, folders[name])
+        swapper.activate(first)
         return Stage(entry, model, lambda: swapper.activate(second), lambda: swapper.activate(first), folders[first])
 
     return make
@@ -393,6 +415,10 @@ SWAPS: dict[str, Scenario] = {
     "to a saved module": (saving("none", "head"), "embedding"),
     "from a saved module": (saving("head", "none"), "embedding"),
     "between saved modules": (saving("head", "none", came_with="head"), "embedding"),
+    "to a merged adapter": (merging("a", "loha"), "mlp"),
+    "from a merged adapter": (merging("loha", "a"), "mlp"),
+    "between merged adapters": (merging("loha", "ia3"), "mlp"),
+    "to an adapter that is merged in part": (merging("a", "wide"), "mlp"),
     "to a base bias": (saving("none", "bias"), "embedding"),
     "from a base bias": (saving("bias", "none"), "embedding"),
     "in a compiled model": (without_arena, "mlp"),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from torch import nn
 
 import hotslot
+from adapters import make_adapter
+from compiling import Backend
+from hotslot.errors import HotslotError, UnsupportedError
+from hotslot.live.merging import LowRank
+from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of
+from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
 from zoo import ZOO
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -21,7 +29,7 @@ def assert_same_tensors(model: nn.Module, want: dict[str, torch.Tensor]) -> None
     got = tensors_of(model)
     assert got.keys() == want.keys()
     for name, values in want.items():
-        assert torch.equal(got[name].view(torch.uint8), values.view(torch.uint8)), name
+        assert torch.equal(got[name].reshape(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8)), name
 
 
 def addresses(model: nn.Module) -> dict[str, int]:
@@ -61,3 +69,244 @@ def test_merged_weights_are_those_of_peft(name: str, entry: str, dtype: torch.dt
     swapper.detach()
     assert_same_tensors(model, before)
     assert addresses(model) == places
+
+
+SWAPS = {"llama": 600, "gpt2": 150, "conv2d": 150, "embedding": 100}
+ON = {  # on each model, beside the rows that name it
+    "gpt2": {"IA3": {"target_modules": ["c_attn", "c_fc"], "feedforward_modules": ["c_fc"]}, "LN_TUNING": {
+        "target_modules": ["ln_1"]}, "TRAINABLE_TOKENS": {"token_indices": [4, 7]}},
+    "embedding": {"TRAINABLE_TOKENS": {"token_indices": [4, 7], "target_modules": ["word"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("entry", SWAPS)
+def test_weights_depend_on_what_is_live_and_on_nothing_before(entry: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A thousand random swaps in all, among more than twenty methods, unloading and loading in between."""
+    rows: dict[str, dict[str, Any]] = {
+        name: {} for name, method in METHODS.items() if method.merges and method.available and entry in method.targets
+    }
+    rows |= ON.get(entry, {})
+    zoo = ZOO[entry]
+    folders = {
+        name: make_method_adapter(tmp_path / name, name, zoo, seed=1, dtype=dtype, **options)
+        for name, options in rows.items()
+    }
+    want = {name: fresh_merge(zoo, folder, dtype=dtype) for name, folder in folders.items()}
+    model = zoo.build(dtype=dtype)
+    base, places = tensors_of(model), addresses(model)
+    swapper = hotslot.attach(model, folders, route="merged")
+    rng = random.Random(0)
+    for _ in range(SWAPS[entry]):
+        name = rng.choice([*folders, None])
+        if name is None:
+            swapper.deactivate()
+            assert_same_tensors(model, base)
+            continue
+        swapper.activate(name)
+        assert_same_tensors(model, want[name])
+    assert addresses(model) == places
+    swapper.detach()
+    assert_same_tensors(model, base)
+
+
+def test_a_plain_lora_is_merged_in_one_pass(tmp_path: Path) -> None:
+    """PEFT's bits without PEFT's layer: with a scaling that is a power of two, and with others; [in, out] weights."""
+    for entry, targets in (("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_attn", "c_proj"])):
+        for alpha in (4, 3, 2.5):
+            folder = make_adapter(
+                tmp_path / f"{entry}{alpha}", ZOO[entry], seed=0, r=4, lora_alpha=alpha, target_modules=targets
+            )
+            swapper = hotslot.attach(model := ZOO[entry].build(), {"a": folder}, route="merged")
+            merges = merges_of(swapper, "a")
+            assert {type(merge) for merge in merges} == {LowRank}
+            swapper.activate("a")
+            assert_same_tensors(model, fresh_merge(ZOO[entry], folder))
+
+
+def merges_of(swapper: hotslot.Swapper, name: str) -> tuple[Any, ...]:
+    return swapper._tier[name].compile(swapper.engine.binding).merges
+
+
+LORA_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("bert", {"target_modules": ["query"], "bias": "all"}),
+    ("bert", {"target_modules": ["query"], "bias": "lora_only"}),
+    ("mlp", {"target_modules": ["up"], "use_dora": True}),
+    ("mlp", {"target_modules": ["up"], "lora_bias": True}),
+    ("conv2d", {"target_modules": ["stem", "head"], "use_dora": True}),
+    ("embedding", {"target_modules": ["word", "mix"], "use_rslora": True}),
+    ("attention", {"target_modules": ["batch_first", "mix"]}),
+    ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    ("vision", {"target_modules": ["fc1"], "modules_to_save": ["norm"]}),
+    ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
+    ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}),
+    ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]}),
+    ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [5, 6]}}),
+    ("llama", {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
+]
+
+
+@pytest.mark.parametrize(("entry", "options"), LORA_OPTIONS, ids=[f"{name}-{o}" for name, o in LORA_OPTIONS])
+def test_options_of_lora_are_merged(entry: str, options: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, ZOO[entry], seed=1, r=2, **options)
+    model = ZOO[entry].build()
+    before = snapshot(model)
+    swapper = hotslot.attach(model, {"a": folder}, route="merged")
+    swapper.activate("a")
+    assert_same_tensors(model, fresh_merge(ZOO[entry], folder))
+    assert_same_output(ZOO[entry].output(model, ZOO[entry].inputs()), fresh_output(ZOO[entry], folder))
+    swapper.detach()
+    assert_unchanged(before, snapshot(model))
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt2", {"target_modules": ["lm_head"]}, "tied"),
+    ("gpt2", {"target_modules": ["wte"]}, "tied"),
+    ("conv2d", {"target_modules": ["grouped"]}, "groups > 1"),
+    ("llama", {"target_modules": ["q_proj"], "alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "aLoRA"),
+    ("llama", {"target_modules": ["q_proj"], "layer_replication": [(0, 2), (1, 3)]}, "how many layers"),
+]
+
+
+@pytest.mark.parametrize(("entry", "options", "words"), REFUSED, ids=[f"{name}-{o}" for name, o, _ in REFUSED])
+def test_what_cannot_be_merged_is_refused(entry: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, ZOO[entry], seed=1, r=2, **options)
+    model = ZOO[entry].build()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match=words):
+        hotslot.attach(model, {"a": folder}, route="merged")
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.merges])
+def test_methods_that_do_not_merge_are_refused_by_name(name: str) -> None:
+    source = hotslot.checkpoint.from_tensors({"x": torch.zeros(1)}, {"peft_type": name}, origin="mine")
+    model = ZOO["llama"].build()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedError, match="cannot be merged") as refusal:
+        hotslot.attach(model, {"a": source})
+    assert name in str(refusal.value)
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", ["LOHA", "IA3", "VERA", "OFT"])
+def test_adapters_of_another_model_are_refused(name: str, tmp_path: Path) -> None:
+    folder = make_method_adapter(tmp_path / "a", name, ZOO["llama"], seed=0)
+    other = ZOO["llama"].build()
+    for layer in other.model.layers[1:]:
+        layer.self_attn.q_proj = nn.Linear(20, 20)
+    before = snapshot(other)
+    swapper = hotslot.attach(other)
+    with pytest.raises(HotslotError):
+        swapper.load("a", folder)
+    assert not swapper.fits(folder)
+    assert_unchanged(before, snapshot(other))
+    cut = hotslot.checkpoint.read(folder)
+    tensors = {key: cut.tensor(key) for key in list(cut.tensors)[1:]}
+    swapper = hotslot.attach(model := ZOO["llama"].build())
+    with pytest.raises(HotslotError, match="lacks a tensor"):
+        swapper.load("a", tensors, config=dict(cut.config))
+    assert swapper.adapters == ()
+    assert_same_tensors(model, tensors_of(ZOO["llama"].build()))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("VERA", {"r": 10**9}),
+        ("LOHA", {"target_modules": "(a+)+$"}),
+        ("LOHA", {"rank_pattern": {"(.*.*)*x": 2}}),
+        ("OFT", {"target_modules": None}),
+        ("IA3", {"unknown_option": 5}),
+        ("IA3", {"task_type": "NO_SUCH_TASK"}),
+        ("C3A", {"block_size": 7}),
+        ("VBLORA", {"num_vectors": -1}),
+    ],
+)
+def test_hostile_configs_are_refused(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    source = hotslot.checkpoint.read(make_method_adapter(tmp_path, name, ZOO["llama"], seed=0))
+    tensors = {key: source.tensor(key) for key in source.tensors}
+    model = ZOO["llama"].build()
+    before = snapshot(model)
+    swapper = hotslot.attach(model)
+    with pytest.raises(HotslotError):
+        swapper.load("a", tensors, config={**source.config, **changes})
+    swapper.detach()
+    assert_unchanged(before, snapshot(model))
+
+
+# --- auto: what slots cannot hold -----------------------------------------------------------------------------------
+
+
+def test_auto_merges_what_slots_cannot_hold_and_nothing_else(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    small = make_adapter(tmp_path / "small", entry, seed=0, r=2, target_modules=["up", "inner.0"])
+    wide = make_adapter(
+        tmp_path / "wide", entry, seed=1, r=4, rank_pattern={"inner.0": 2}, target_modules=["up", "inner.0", "down"]
+    )
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2, target_modules=["up", "down"])
+    model = entry.build()
+    swapper = hotslot.attach(model, {"small": small})
+    base = model.state_dict()["inner.0.base_layer.weight"].clone()
+    for name, folder, route in (("wide", wide, "side+merged"), ("loha", loha, "merged"), ("small", small, "side")):
+        assert swapper.fits(folder).route == route
+        swapper.load(name, folder)
+    rng = random.Random(0)
+    for _ in range(30):
+        name = rng.choice(["small", "wide", "loha", None])
+        if name is None:
+            swapper.deactivate()
+            want = entry.output(entry.build(), entry.inputs())
+        else:
+            report = swapper.activate(name)
+            assert report.route == {"small": "side", "wide": "side+merged", "loha": "merged"}[name]
+            want = fresh_output(entry, tmp_path / name)
+        assert_same_output(entry.output(model, entry.inputs()), want, exact=name in ("small", None))
+        assert torch.equal(model.state_dict()["inner.0.base_layer.weight"], base)  # a slot holds it
+
+
+def test_side_merges_nothing(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    model = entry.build()
+    swapper = hotslot.attach(model, {"a": make_adapter(tmp_path / "a", entry, seed=0, r=2, target_modules=["up"])},
+                             route="side")  # fmt: skip
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2, target_modules=["up"])
+    with pytest.raises(UnsupportedError, match="another method"):
+        swapper.load("loha", loha)
+    assert swapper.fits(loha).route is None
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------
+
+
+def test_swaps_between_methods_compile_nothing(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    names = ["LORA", "LOHA", "OFT", "IA3", "LN_TUNING", "TRAINABLE_TOKENS"]
+    folders = {name: make_method_adapter(tmp_path / name, name, entry, seed=1) for name in names}
+    model = entry.build()
+    backend = Backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    swapper = hotslot.attach(compiled, route="merged")
+    base = entry.output(compiled, entry.inputs())
+    graphs = backend.graphs
+    with no_recompile(), same_addresses(model):
+        for name in [*names, *reversed(names)]:
+            swapper.load(name, folders[name])
+            swapper.activate(name)
+            assert_same_output(entry.output(compiled, entry.inputs()), fresh_output(entry, folders[name]))
+        swapper.deactivate()
+        assert torch.equal(entry.output(compiled, entry.inputs()), base)
+    assert backend.graphs == graphs
+
+
+def test_pefts_way_to_another_method_compiles_anew(tmp_path: Path) -> None:
+    """The control of the test above."""
+    entry = ZOO["llama"]
+    folders = {name: make_method_adapter(tmp_path / name, name, entry, seed=1) for name in ("LORA", "IA3")}
+    backend = Backend()
+    model: Any = PeftModel.from_pretrained(entry.build(), str(folders["LORA"])).eval()
+    torch.compile(model, backend=backend)(**entry.inputs())
+    graphs = backend.graphs
+    other = PeftModel.from_pretrained(model.unload(), str(folders["IA3"])).eval()
+    torch.compile(other, backend=backend)(**entry.inputs())
+    assert backend.graphs > graphs

@@ -6,6 +6,7 @@ bits: that was tried, and where it does not, the merged values themselves are ke
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,14 +16,15 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..errors import UnexpectedTargetError, UnsupportedError
+from ..errors import ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
 from .discover import unwrap
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, units
 
 # A product's rows that are added up at a time: few enough to be in the cache still when they are read.
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 19
+_PREFIX = "base_model.model."
 
 
 class Constant:
@@ -79,34 +81,45 @@ class ByPeft:
 
 
 class LowRank:
-    """W + scaling B A, with the roundings of PEFT's layer (LoRA, https://arxiv.org/abs/2106.09685).
+    """W + scaling B A, a block of rows at a time, so that the product never leaves the cache.
 
-    The product is made a block of rows at a time, so that it never leaves the cache.
+    PEFT rounds the product, then scaling times it, then the sum (LoRA, https://arxiv.org/abs/2106.09685). Where the
+    scaling is a power of two the second changes no digit, and one matrix multiplication does all of it.
 
     Args:
         key: the weight, [out, in]; [in, out] of transformers' Conv1D, which is `transposed`.
         down, up: A, [rank, in], and B, [out, rank].
+        whole: the product in one piece, for libraries that round blocks otherwise.
     """
 
     def __init__(
         self, key: Key, down: torch.Tensor, up: torch.Tensor, scaling: float, *, transposed: bool, whole: bool = False
     ) -> None:
         self.keys: tuple[Key, ...] = (key,)
-        self._down, self._up, self._scaling, self._transposed = down.detach(), up.detach(), scaling, transposed
-        row_bytes = down.shape[1] * down.element_size()
-        self._rows = len(up) if whole else max(1, min(len(up), _BLOCK_BYTES // max(1, row_bytes)))
+        left, right = (down.T, up.T) if transposed else (up, down)
+        self._folded = math.frexp(scaling)[0] == 0.5
+        self._left = (left.detach() * scaling if self._folded else left.detach()).contiguous()
+        self._right = right.detach().contiguous()
+        self._scaling = scaling
+        row_bytes = self._right.shape[1] * self._right.element_size()
+        self._rows = len(left) if whole else max(1, min(len(left), _BLOCK_BYTES // max(1, row_bytes)))
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
-        target, own = targets[0], pristine[0]
-        if self._transposed:
-            target, own = target.T, own.T
-        product = self._down.new_empty(self._rows, self._down.shape[1])
-        for first in range(0, len(self._up), self._rows):
-            up = self._up[first : first + self._rows]
-            delta = torch.mm(up, self._down, out=product[: len(up)]).mul_(self._scaling)
-            rows = slice(first, first + len(up))
-            torch.add(own[rows], delta, out=target[rows])
+        (target,), (own,), right = targets, pristine, self._right
+        block = right.new_empty(self._rows, right.shape[1])
+        product = torch.empty_like(block)
+        for first in range(0, len(self._left), self._rows):
+            rows = slice(first, first + self._rows)
+            left, old, new = self._left[rows], own[rows], target[rows]
+            exact = old if own.dtype == right.dtype else block[: len(left)].copy_(old)
+            total = new if exact is old else exact
+            if self._folded:
+                torch.addmm(exact, left, right, out=total)
+            else:
+                torch.add(exact, torch.mm(left, right, out=product[: len(left)]).mul_(self._scaling), out=total)
+            if total is not new:
+                new.copy_(total)
 
 
 class Merger:
@@ -141,8 +154,9 @@ class Merger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's and torch's advice to whoever trains
             skeleton = load(model, checkpoint, own)
-            wanted = [unit for unit in units(skeleton) if unit.fqn not in besides]
-            prepared = [_prepare(unit, checkpoint, own, places) for unit in wanted]
+            found = list(units(skeleton))
+            prepared = [_prepare(unit, checkpoint, own, places) for unit in found if unit.fqn not in besides]
+            prepared += _stated(checkpoint, [unit.fqn for unit in found], places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
         self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
         return tuple(kept)
@@ -150,6 +164,7 @@ class Merger:
 
 def merge_once(layer: Any) -> nn.Module:
     """The base module with the layer's adapter merged in, as PEFT's `merge_and_unload` leaves it."""
+    _forget(layer)  # of a merge that was broken off
     with torch.no_grad():
         if hasattr(layer, "unload_and_optionally_merge_module"):
             merged: nn.Module = layer.unload_and_optionally_merge_module(
@@ -158,10 +173,17 @@ def merge_once(layer: Any) -> nn.Module:
         else:
             layer.merge(safe_merge=False, adapter_names=None)
             merged = base_of(layer)
-        for module in layer.modules():  # layers around bare parameters stand one within the other
-            if hasattr(module, "merged_adapters"):
-                module.merged_adapters.clear()
+        _forget(layer)
         return merged
+
+
+def _forget(layer: Any) -> None:
+    """Let it merge again: a merge is recorded, in layers around bare parameters by each, one within the other."""
+    if hasattr(layer, "merged_adapters"):
+        layer.merged_adapters.clear()
+    for child in layer._modules.values():  # `modules()` of PEFT's MultiheadAttention rewrites its weights
+        if child is not None:
+            _forget(child)
 
 
 def _prepare(
@@ -198,6 +220,26 @@ def _prepare(
         if _gives(merge, wanted, pristine):
             return merge
     return Constant(keys, wanted)
+
+
+def _stated(checkpoint: Checkpoint, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
+    """What the file itself has of the base's tensors where PEFT puts nothing: biases, weights of embeddings."""
+    inside = tuple(f"{fqn}." for fqn in fqns)
+    for name in checkpoint.tensors:
+        path = name.removeprefix(_PREFIX)
+        if path.startswith(inside) or path not in places:
+            continue
+        holder, key = places[path]
+        values = checkpoint.tensor(name)
+        if values.shape != holder[key].shape:
+            raise ShapeError(
+                f"{checkpoint.origin} has a tensor of the base model in another size.",
+                where=path,
+                found=f"shape {tuple(values.shape)}",
+                expected=f"{tuple(holder[key].shape)}, by the model",
+                hint="this adapter belongs to another base model, or to one with another vocabulary",
+            )
+        yield Constant((("", path),), [values.to(holder[key])])
 
 
 def _candidates(
