@@ -248,6 +248,33 @@ def test_what_lacks_biases_that_peft_has_written_over_is_refused(
     assert lacking or not needs
 
 
+def test_nothing_is_merged_into_biases_that_are_gone(made: Callable[[Entry], Folders], tmp_path: Path) -> None:
+    """A merge is computed from the model's own values. Slots need none, so what is planned for is exact."""
+    entry = ENTRIES["mlp"]
+    folders, wide = made(entry), {"r": 4, "target_modules": ["up", "inner.2"]}
+    drawn = {
+        "all": {"bias": "all"},
+        "none": {},
+        "pissa": {"init_lora_weights": "pissa"},
+        "lora_bias": {"lora_bias": True},
+    }
+    wider = {
+        name: make_adapter(tmp_path / name, entry, seed=i, **wide, **config)
+        for i, (name, config) in enumerate(drawn.items(), 5)
+    }
+    swapper = hotslot.attach(model := fresh(entry, folders["all"]), {"other": folders["other"]})
+    for name, folder in wider.items():
+        before = snapshot(model)
+        with pytest.raises((UnsupportedError, UnexpectedTargetError)):
+            swapper.load(name, folder)
+        assert_unchanged(before, snapshot(model))
+    swapper.detach()
+    swapper = hotslot.attach(model, {"other": folders["other"], "all": wider["all"]})
+    for name, folder in (("all", wider["all"]), ("other", folders["other"]), ("all", wider["all"])):
+        swapper.activate(name)
+        assert_live(entry, model, folder)
+
+
 def test_two_adapters_with_biases_on_one_model_are_refused(made: Callable[[Entry], Folders]) -> None:
     entry = ENTRIES["mlp"]
     folders = made(entry)

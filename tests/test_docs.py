@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import builtins
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import hotslot
 from adapters import expected_peft_warnings, make_adapter
 from hotslot import errors
-from hotslot.methods import lora
 from hotslot.testing import no_recompile, same_addresses
-from oracle import assert_same_output, error, fresh, fresh_output
+from oracle import assert_same_output, error, fresh_output
 from zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
@@ -158,197 +152,3 @@ def test_each_part_of_the_package_is_in_the_architecture() -> None:
     listed = text.partition("## Packages")[2].partition("\n## ")[0]
     parts = {path.stem for path in (ROOT / "src" / "hotslot").iterdir() if path.name not in ("py.typed", "__pycache__")}
     assert {part for part in parts if not re.search(rf"\b{part}\b", listed)} == set()
-
-
-# --- docs/supported.md is whole -------------------------------------------------------------------------------------
-
-
-def section(start: str, end: str) -> str:
-    assert start in SUPPORTED
-    assert end in SUPPORTED
-    return SUPPORTED.partition(start)[2].partition(end)[0]
-
-
-EXACT = section("\nExact, read from the config:", "\nWithout effect")
-WITHOUT_EFFECT = section("\nWithout effect", "\nRefused")
-REFUSED = section("\nRefused", "\nAn option that is none of these")
-
-
-@pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        (EXACT, lora._READ | lora._TRAINED_OTHERWISE.keys()),
-        (WITHOUT_EFFECT, lora._WITHOUT_EFFECT),
-        (REFUSED, frozenset(lora._REFUSED)),
-    ],
-    ids=["exact", "without effect", "refused"],
-)
-def test_each_option_stands_where_the_code_has_it(text: str, options: frozenset[str]) -> None:
-    assert {option for option in options if f"`{option}`" not in text} == set()
-
-
-def test_each_option_of_the_installed_peft_is_documented() -> None:
-    options = set(LoraConfig.__dataclass_fields__)
-    assert {option for option in options if f"`{option}`" not in EXACT + WITHOUT_EFFECT + REFUSED} == set()
-
-
-def test_initialisations_stand_where_the_code_has_them() -> None:
-    row = next(line for line in EXACT.splitlines() if line.startswith("| `init_lora_weights`"))
-    benign = [repr(init).replace("'", '"') for init in lora._BENIGN_INITS if init not in (None, "true", "false")]
-    assert [init for init in benign if f"`{init}`" not in row] == []
-    refused = re.findall(r'"(\w+)"', "".join(line for line in REFUSED.splitlines() if "`init_lora_weights`" in line))
-    assert refused
-    assert not set(refused) & set(lora._BENIGN_INITS)
-
-
-# --- and its reasons hold -------------------------------------------------------------------------------------------
-
-LINEARS = ["up", "inner.0"]
-BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj", "up_proj"], nblocks=2, match_strict=False)
-# option → (model, config, tensors beside A and B, PEFT changes base weights at loading, computes what plain LoRA does;
-# None: A and B alone are no plain LoRA)
-IN_PEFT: dict[str, tuple[str, dict[str, Any], set[str], bool, bool | None]] = {
-    "nothing": ("mlp", {}, set(), False, True),
-    "use_dora": ("mlp", {"use_dora": True}, {"lora_magnitude_vector"}, False, False),
-    "pissa": ("mlp", {"init_lora_weights": "pissa"}, set(), True, False),
-    "olora": ("mlp", {"init_lora_weights": "olora"}, set(), True, False),
-    "mica": ("mlp", {"init_lora_weights": "mica"}, set(), False, True),
-    "kasa_config": ("mlp", {"kasa_config": KasaConfig()}, {"lora_diag"}, True, False),
-    "velora_config": ("mlp", {"velora_config": VeloraConfig()}, {"lora_velora_embed"}, False, True),
-    "monteclora_config": (
-        "mlp",
-        {"monteclora_config": MontecloraConfig()},
-        {"expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior"},
-        False,
-        True,
-    ),
-    "use_qalora": ("mlp", {"use_qalora": True, "qalora_group_size": 4}, set(), False, True),
-    "alora_invocation_tokens": (
-        "llama",
-        {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]},
-        set(),
-        False,
-        False,
-    ),
-    "use_bdlora": ("llama", {"use_bdlora": BLOCKS, "target_modules": ["q_proj", "up_proj"]}, set(), False, None),
-}
-
-
-@pytest.mark.parametrize("option", IN_PEFT)
-def test_what_a_refused_option_does_in_peft(option: str, tmp_path: Path) -> None:
-    name, config, extra, changes_base, is_plain = IN_PEFT[option]
-    entry = ZOO[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder = make_adapter(tmp_path / option, entry, seed=1, **{"r": 4, "target_modules": LINEARS, **config})
-        model = fresh(entry, folder)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        assert {key.rpartition(".")[2] for key in tensors if "lora_A" not in key and "lora_B" not in key} == extra
-        assert (_base_weights(model) != _base_weights(entry.build())) == changes_base
-        options = {"r": 4, "peft_type": "LORA", "target_modules": config.get("target_modules", LINEARS)}
-        if is_plain is None:
-            with pytest.raises(RuntimeError, match="size mismatch"):
-                _load_plain(entry.build(), tensors, options, tmp_path / "plain")
-        else:
-            plain = _load_plain(entry.build(), tensors, options, tmp_path / "plain")
-            outputs = [entry.output(subject, entry.inputs()) for subject in (model, plain)]
-            assert torch.equal(*outputs) == is_plain
-
-
-def _base_weights(model: nn.Module) -> dict[str, list[Any]]:
-    wrapping = r"base_model\.model\.|\.base_layer|\.modules_to_save\.default"
-    return {
-        re.sub(wrapping, "", key): value.tolist()
-        for key, value in model.state_dict().items()
-        if "lora_" not in key and "original_module" not in key
-    }
-
-
-def _load_plain(base: nn.Module, tensors: dict[str, Tensor], options: dict[str, Any], folder: Path) -> PeftModel:
-    """A and B, read as plain LoRA."""
-    LoraConfig(**{key: value for key, value in options.items() if key != "peft_type"}).save_pretrained(folder)
-    save_file(
-        {k: v for k, v in tensors.items() if "lora_A" in k or "lora_B" in k}, folder / "adapter_model.safetensors"
-    )
-    return PeftModel.from_pretrained(base, str(folder)).eval()
-
-
-class KeysOfTheirOwn(nn.Module):
-    """Attention whose keys and values are narrower, experts as one bare parameter, and an embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, kdim=4, vdim=4)
-        self.word = nn.Embedding(5, 8)
-        self.experts = nn.Module()
-        self.experts.weight = nn.Parameter(torch.zeros(3, 8, 6))
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"target_modules": ["attention"]}, "Only same embed"),
-        ({"target_modules": ["word"], "lora_bias": True}, "lora_bias=True is not supported for Embedding"),
-        ({"target_modules": [], "target_parameters": ["experts.weight"], "lora_bias": True}, "lora_bias=True"),
-        ({"target_modules": [], "target_parameters": ["experts.weight"], "lora_dropout": 0.5}, "lora_dropout != 0"),
-    ],
-)
-def test_what_peft_itself_does_not_take(config: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        get_peft_model(KeysOfTheirOwn(), LoraConfig(**config))
-
-
-class Experts(nn.Module):
-    """Three of them in one parameter, and the linear layer behind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.experts = nn.Module()
-        self.experts.forward = self._mix  # type: ignore[method-assign]
-        self.experts.weight = nn.Parameter(0.3 * torch.randn(3, 8, 6))
-        self.out = nn.Linear(6, 4)
-
-    def _mix(self, x: Tensor) -> Tensor:
-        return torch.einsum("bi,eio->beo", x, self.get_submodule("experts").weight).tanh().sum(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.experts(x))
-
-
-def by_drop_in(model: nn.Module, folder: Path) -> None:
-    hotslot.hotswap_adapter(model, folder, "default")
-
-
-def by_swapper(model: nn.Module, folder: Path) -> None:
-    swapper = hotslot.attach(model, route="side")
-    swapper.load("new", folder)
-    swapper.activate("new")
-
-
-@pytest.mark.parametrize(("first", "second"), [(4, 2), (2, 4), (4, 3), (4, 4)])
-@pytest.mark.parametrize("swap", [by_drop_in, by_swapper])
-def test_experts_stay_apart_when_the_rank_changes(
-    swap: Callable[[nn.Module, Path], None], first: int, second: int, tmp_path: Path
-) -> None:
-    folders = [_expert_adapter(tmp_path / str(i), rank, seed=i) for i, rank in enumerate((first, second))]
-    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
-    live, oracle = (PeftModel.from_pretrained(Experts(), str(folder)).eval() for folder in folders)
-    assert error(live(x), oracle(x)) > 0.01  # the control
-    if swap is by_swapper and second > first:
-        with pytest.raises(errors.RankError):
-            swap(live, folders[1])
-    else:
-        swap(live, folders[1])
-        assert_same_output(live(x), oracle(x))
-
-
-def _expert_adapter(folder: Path, rank: int, *, seed: int) -> Path:
-    config = LoraConfig(r=rank, lora_alpha=2 * rank + seed, target_modules=[], target_parameters=["experts.weight"])
-    model = get_peft_model(Experts(), config)
-    generator = torch.Generator().manual_seed(seed)
-    for param in model.parameters():
-        if param.requires_grad:
-            param.data.copy_(0.3 * torch.randn(param.shape, generator=generator))
-    model.save_pretrained(folder)
-    return folder

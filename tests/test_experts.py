@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hotslot
 from adapters import expected_peft_warnings
 from hotslot import errors
-from oracle import assert_same_output, assert_unchanged, snapshot
+from oracle import assert_same_output, assert_unchanged, error, snapshot
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANKS = {f"layers.0.{name}": 5 for name in EXPERTS}
@@ -134,3 +135,59 @@ def test_other_parameters_are_refused(folders: dict[str, Path], tmp_path: Path) 
     with pytest.raises(errors.HotslotError):
         hotslot.attach(build(), {"experts": folders["experts"], "other": tmp_path})
     assert_unchanged(before, snapshot(model))
+
+
+class Experts(nn.Module):
+    """Three of them in one parameter, and the linear layer behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Module()
+        self.experts.forward = self._mix  # type: ignore[method-assign]
+        self.experts.weight = nn.Parameter(0.3 * torch.randn(3, 8, 6))
+        self.out = nn.Linear(6, 4)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->beo", x, self.get_submodule("experts").weight).tanh().sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.experts(x))
+
+
+def by_drop_in(model: nn.Module, folder: Path) -> None:
+    hotslot.hotswap_adapter(model, folder, "default")
+
+
+def by_swapper(model: nn.Module, folder: Path) -> None:
+    swapper = hotslot.attach(model, route="side")
+    swapper.load("new", folder)
+    swapper.activate("new")
+
+
+@pytest.mark.parametrize(("first", "second"), [(4, 2), (2, 4), (4, 3), (4, 4)])
+@pytest.mark.parametrize("swap", [by_drop_in, by_swapper])
+def test_experts_stay_apart_when_the_rank_changes(
+    swap: Callable[[nn.Module, Path], None], first: int, second: int, tmp_path: Path
+) -> None:
+    folders = [_expert_adapter(tmp_path / str(i), rank, seed=i) for i, rank in enumerate((first, second))]
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    live, oracle = (PeftModel.from_pretrained(Experts(), str(folder)).eval() for folder in folders)
+    assert error(live(x), oracle(x)) > 0.01  # the control
+    if swap is by_swapper and second > first:
+        with pytest.raises(errors.RankError):
+            swap(live, folders[1])
+    else:
+        swap(live, folders[1])
+        assert_same_output(live(x), oracle(x))
+
+
+def _expert_adapter(folder: Path, rank: int, *, seed: int) -> Path:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank + seed, target_modules=[], target_parameters=["experts.weight"])
+    model = get_peft_model(Experts(), config)
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        if param.requires_grad:
+            param.data.copy_(0.3 * torch.randn(param.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder

@@ -297,7 +297,21 @@ class Absolutes:
         return site.own() if site is not None else tensor.detach()
 
     def take_in(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
-        """Make sites of more tensors of the base model: key → the dict that has it, its name there."""
+        """Make sites of more tensors of the base model: key → the dict that has it, its name there.
+
+        Raises:
+            UnsupportedError: what the model itself has there is lost.
+        """
+        lost = [key[1] for key in places if key in self.sites and self.sites[key].lost]
+        if lost:
+            raise UnsupportedError(
+                f"The adapter {self._adapter_name!r}, which came with the model, has put its biases in the place of "
+                "the base model's, so that nothing can be merged into those.",
+                where=lost[0],
+                found=f"{len(lost)} biases that nobody knows any more",
+                expected="a merge that leaves them alone",
+                hint="attach to the base model, with the adapter that came with this one among adapters=",
+            )
         missing = places.keys() - self.sites.keys()
         dirty = bool(missing) and self.is_dirty()
         for key in missing:

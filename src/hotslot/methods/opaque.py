@@ -68,6 +68,14 @@ def opaque(checkpoint: Checkpoint) -> Adapter:
                 expected="the option unused",
                 hint="load it with PEFT itself",
             )
+    if str(config.get("init_lora_weights")).startswith("pissa_niter"):
+        raise UnsupportedError(
+            f"{origin} is initialised by a randomised SVD, which PEFT draws anew whenever it loads the adapter.",
+            where="init_lora_weights",
+            found=f"{config['init_lora_weights']!r:.80}",
+            expected="an adapter that is the same at each load",
+            hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+        )
     return Adapter(checkpoint, _NONE, _NONE, _NONE, _NONE, (), False, False, 0.0)
 
 
