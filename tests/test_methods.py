@@ -125,7 +125,7 @@ def test_a_plain_lora_is_merged_in_one_pass(tmp_path: Path) -> None:
 
 
 def merges_of(swapper: hotslot.Swapper, name: str) -> tuple[Any, ...]:
-    return swapper._tier[name].compile(swapper.engine.binding).merges
+    return swapper._tier[name].compile(swapper.engine.binding).merges.all
 
 
 LORA_OPTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -310,3 +310,37 @@ def test_pefts_way_to_another_method_compiles_anew(tmp_path: Path) -> None:
     other = PeftModel.from_pretrained(model.unload(), str(folders["IA3"])).eval()
     torch.compile(other, backend=backend)(**entry.inputs())
     assert backend.graphs > graphs
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+def test_fits_says_what_a_merge_costs(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folder = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1, target_modules=["q_proj"])
+    swapper = hotslot.attach(model := entry.build(), {"a": folder})
+    fit, weights = swapper.fits(folder), [layer.self_attn.q_proj.weight for layer in model.model.layers]
+    assert fit.route == "merged"
+    assert fit.pristine_bytes == fit.nbytes == sum(weight.nbytes for weight in weights)
+    assert fit.seconds > 0
+    report = swapper.activate("a")
+    assert (report.route, report.nbytes, report.error) == ("merged", fit.nbytes, None)
+
+
+def test_the_rounding_error_of_16_bits_is_told(tmp_path: Path) -> None:
+    """As the merged weights themselves show it, beside a merge in 32 bits."""
+    entry = ZOO["llama"]
+    folder = make_adapter(tmp_path, entry, seed=0, r=4, lora_alpha=3, target_modules=["q_proj"])
+    model = entry.build(dtype=torch.bfloat16)
+    base, exact = tensors_of(model), PeftModel.from_pretrained(entry.build(dtype=torch.bfloat16).float(), str(folder))
+    want = tensors_of(exact.merge_and_unload())
+    swapper = hotslot.attach(model, {"a": folder}, route="merged")
+    report = swapper.activate("a")
+    got, errors = tensors_of(model), []
+    for name in base:
+        effect = (want[name] - base[name].float()).norm()
+        if effect > 0:
+            errors.append(float((got[name].float() - want[name]).norm() / effect))
+    assert report.error == pytest.approx(max(errors), rel=1e-3)
+    assert swapper.fits(folder).error == report.error
+    assert 1e-4 < report.error < 0.1

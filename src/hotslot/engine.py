@@ -27,7 +27,7 @@ from .errors import (
     UnsupportedError,
 )
 from .leases import Gate
-from .live import Binding, Image, Memory, Merge, Records, Writes
+from .live import NO_MERGES, Binding, Image, Memory, Merges, Records, Writes
 from .methods import Adapter, interpret, opaque, refuse_biased_embeddings
 from .report import SwapReport
 
@@ -47,15 +47,22 @@ class Compiled:
         values: of the base's own tensors that it has others for.
         records: of PEFT, which describe what the slots hold.
         merges: of what the slots do not hold, into the base's weights.
-        route: "side", "merged" or "side+merged".
+        nbytes: of the adapter that the slots take.
     """
 
     memory: Memory
     writes: Writes
     values: Mapping[tuple[str, str], torch.Tensor]
     records: Records
-    merges: tuple[Merge, ...] = ()
-    route: str = "side"
+    merges: Merges = NO_MERGES
+    nbytes: int = 0
+
+    @property
+    def route(self) -> str:
+        """See SwapReport."""
+        if not self.merges.all:
+            return "side"
+        return "side+merged" if self.nbytes else "merged"
 
 
 class Entry:
@@ -80,7 +87,7 @@ class Entry:
         self.route = route
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
-        self._merged: tuple[Binding, frozenset[str], tuple[Merge, ...]] | None = None
+        self._merged: tuple[Binding, frozenset[str], Merges] | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
         self.error: float | None = None  # of what it is an approximation of
 
@@ -106,11 +113,11 @@ class Entry:
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in sided.targets.items())
             values, records = binding.absolutes.compile(sided), binding.records(sided)
-            route = "+".join([*["side"][: bool(sided.targets)], *["merged"][: bool(merges)]]) or self.route
-            self._compiled = Compiled(memory, memory.compile(block, scalings), values, records, merges, route)
+            writes, nbytes = memory.compile(block, scalings), self.adapter.checkpoint.nbytes if block else 0
+            self._compiled = Compiled(memory, writes, values, records, merges, nbytes)
         return self._compiled
 
-    def _split(self, binding: Binding) -> tuple[Adapter, Block | None, tuple[Merge, ...]]:
+    def _split(self, binding: Binding) -> tuple[Adapter, Block | None, Merges]:
         """What the slots hold, and how the rest is merged, if there is any.
 
         Raises:
@@ -118,12 +125,12 @@ class Entry:
         """
         adapter, layout = self.adapter, binding.memory.layout
         if self.route == "side":
-            return adapter, pack(adapter, layout), ()
+            return adapter, pack(adapter, layout), NO_MERGES
         if not adapter.targets:
             return adapter, None, self._merges(binding, frozenset(), self._refusal)
         sided = within(adapter, layout, binding.absolutes.wrapped)
         if sided is adapter:
-            return adapter, pack(adapter, layout), ()
+            return adapter, pack(adapter, layout), NO_MERGES
         try:
             if len(sided.targets) < len(adapter.targets):
                 pack(adapter, layout)
@@ -133,7 +140,7 @@ class Entry:
         merges = self._merges(binding, frozenset([*sided.targets, *sided.saved]), refusal)
         return sided, pack(sided, layout) if sided.targets else None, merges
 
-    def _merges(self, binding: Binding, besides: frozenset[str], refusal: HotslotError | None) -> tuple[Merge, ...]:
+    def _merges(self, binding: Binding, besides: frozenset[str], refusal: HotslotError | None) -> Merges:
         """Of all modules but these; made once for one model. If they cannot be merged, slots say why they cannot."""
         if self._merged is None or self._merged[:2] != (binding, besides):
             try:
@@ -159,10 +166,10 @@ class Entry:
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
         """What is to be written where `since` is live, untouched, or anything if None; and its bytes of adapter."""
-        whole = self.compile(binding).writes
+        compiled = self.compile(binding)
         if since is not None and since.contents == self.contents:
-            return replace(whole, staged=[], targets=[], sources=[], unused=()), 0
-        return whole, self.adapter.checkpoint.nbytes
+            return replace(compiled.writes, staged=[], targets=[], sources=[], unused=()), 0
+        return compiled.writes, compiled.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +409,8 @@ class Engine:
         elif target.entry is not None:
             writes, nbytes = target.entry.writes(binding, since)
             compiled = target.entry.compile(binding)
-            binding.write(writes, compiled.values, compiled.merges, occupied, clean=clean)
+            nbytes += compiled.merges.nbytes
+            binding.write(writes, compiled.values, compiled.merges.all, occupied, clean=clean)
         else:
             nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
             binding.write(nothing, {}, (), occupied, clean=clean)
@@ -410,8 +418,10 @@ class Engine:
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
         tier = "host" if nbytes else "none"
-        route = target.entry.compile(self.binding).route if target.entry is not None else "side"
-        error = target.entry.error if target.entry is not None else None
+        route, error = "side", None
+        if target.entry is not None:
+            compiled = target.entry.compile(self.binding)
+            route, error = compiled.route, target.entry.error or compiled.merges.error
         generation, seconds = self.gate.generation, time.perf_counter() - started
         return SwapReport(
             target.name, previous.name, target.version, generation, route, tier, nbytes, seconds, changed, error

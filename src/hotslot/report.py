@@ -15,14 +15,16 @@ class SwapReport:
         previous: name of what was live before.
         version: digest of what is live now; None where `adapter` is.
         generation: how many swaps have changed the model's adapters so far, all of its swappers counted.
-        route: "side", the low-rank branch beside the base layer.
+        route: "side", the low-rank branch beside the base layer; "merged", into its weights; "side+merged", as far as
+            there are slots.
         tier: where the bytes came from: "host", or "none" if there were none to bring.
-        nbytes: adapter bytes brought in.
+        nbytes: that were brought in: of the adapter, and of base weights where it was merged.
         seconds: wall time of the swap, without the wait for work in flight. On a GPU the copies may still be under way,
             in the stream's order.
         changed: False if this adapter was live already, untouched, and nothing was written.
-        error: of a blend that was cut to its slots' rank: the largest relative error (Frobenius norm) of any module's
-            delta. None where what is live is exact.
+        error: the largest relative error (Frobenius norm) of any module's delta: of a blend that was cut to its slots'
+            rank, or of an adapter that was merged into weights of 16 bits. None where what is live is exact, within the
+            roundings of its dtype.
     """
 
     adapter: str | None
@@ -47,16 +49,22 @@ class Fit:
     """Whether an adapter can be activated on this model.
 
     Attributes:
-        route: "side", or None if it does not fit.
+        route: as of SwapReport, or None if it does not fit.
         nbytes: that a swap would bring in.
         reason: why it does not fit, the whole message of the error that `load` would raise.
-        plan: the Plan that would take it, for `Swapper.grow`, if it is only beyond the present one.
+        plan: the Plan that would take it into slots, for `Swapper.grow`, if it is only beyond the present one.
+        pristine_bytes: of the base's own values that are kept beside those it is merged into.
+        seconds: that merging it took when it was tried; None on the side path.
+        error: as of SwapReport.
     """
 
     route: str | None
     nbytes: int
     reason: str | None
     plan: Any = None
+    pristine_bytes: int = 0
+    seconds: float | None = None
+    error: float | None = None
 
     def __bool__(self) -> bool:
         return self.route is not None

@@ -234,7 +234,18 @@ class Swapper:
                 self._compile(entry)
         except (DoesNotFitError, UnsupportedError) as error:
             return Fit(None, entry.nbytes, str(error), getattr(error, "plan", None))
-        return Fit(entry.compile(self._bound().binding).route, entry.nbytes, None)
+        with self._lock:
+            return self._fit(entry)
+
+    def _fit(self, entry: Entry) -> Fit:
+        compiled, plan = entry.compile(self._bound().binding), None
+        route, merges = compiled.route, compiled.merges
+        if not merges.all:
+            return Fit(route, entry.nbytes, None)
+        if entry.adapter.targets:
+            plan = self._larger(entry)
+        nbytes = merges.nbytes + compiled.nbytes
+        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.
@@ -469,11 +480,15 @@ class Swapper:
 
     def _with_plan(self, error: DoesNotFitError, entry: Entry) -> DoesNotFitError:
         """The refusal of what is beyond the plan, with the plan that would take it."""
+        return error.within(self._larger(entry))
+
+    def _larger(self, entry: Entry) -> Plan:
+        """The plan that has slots for it too."""
         model, name, own = self._engine.model, self._engine.adapter_name, self.plan
         options: Any = {"max_blend": own.max_blend, "dtype": own.dtype, "adapter_name": name}
         larger = own | plan_adapters(model, [entry.adapter], **options)
         refuse_unfit(model, entry.adapter, larger, name)
-        return error.within(larger)
+        return larger
 
     def _ingredients(self, weights: Mapping[str, float]) -> list[Ingredient]:
         """By name, so that the order in which a blend is written makes no other blend of it."""

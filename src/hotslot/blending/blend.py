@@ -61,7 +61,8 @@ class Blend(Entry):
             writes = self._same_bytes.compile(binding).writes
             columns = binding.memory.compile(None, scalings).columns
             weighted = replace(writes, scalings=scalings, columns=columns)
-            self._compiled = Compiled(binding.memory, weighted, {}, binding.records(self.adapter))
+            nbytes = self._same_bytes.compile(binding).nbytes
+            self._compiled = Compiled(binding.memory, weighted, {}, binding.records(self.adapter), nbytes=nbytes)
         return super().compile(binding)
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:

@@ -4,25 +4,26 @@ Takes a model and Blocks; changes parameters, scalings and PEFT's own records of
 touches a live model, and the first of the line that imports peft.
 """
 
-from .absolutes import Merge
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
+from .merging import NO_MERGES, Merges
 from .saved import Wrapping, refuse_adapted_and_saved, saved_modules, unwrap_saved, wrap
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
 
 __all__ = [
+    "NO_MERGES",
     "OUT_PROJ",
     "Binding",
     "Image",
     "Injection",
     "Memory",
-    "Merge",
+    "Merges",
     "Records",
     "Slot",
     "Wrapping",

@@ -7,10 +7,11 @@ bits: that was tried, and where it does not, the merged values themselves are ke
 from __future__ import annotations
 
 import math
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +26,27 @@ from .skeleton import SKELETON, Unit, base_of, base_tree, load, units
 # A product's rows that are added up at a time: few enough to be in the cache still when they are read.
 _BLOCK_BYTES = 1 << 19
 _PREFIX = "base_model.model."
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Merges(NamedTuple):
+    """All merges of an adapter, and what they cost.
+
+    Attributes:
+        all: each module's.
+        nbytes: of the base's tensors that they write; as many are kept beside them.
+        seconds: what they took when they were tried.
+        error: what rounding to the weights' dtype loses of the adapter's effect, relative to that (Frobenius norms, the
+            largest of any module); None where weights are of 32 bits or more, or the method does not compute in them.
+    """
+
+    all: tuple[Merge, ...] = ()
+    nbytes: int = 0
+    seconds: float = 0.0
+    error: float | None = None
+
+
+NO_MERGES = Merges()
 
 
 class Constant:
@@ -134,7 +156,7 @@ class Merger:
         self._model = weakref.ref(unwrap(model))
         self._absolutes = absolutes
 
-    def prepare(self, checkpoint: Checkpoint, besides: Collection[str]) -> tuple[Merge, ...]:
+    def prepare(self, checkpoint: Checkpoint, besides: Collection[str]) -> Merges:
         """How to merge the adapter, but for the modules `besides`, which slots hold.
 
         Raises:
@@ -158,8 +180,13 @@ class Merger:
             prepared = [_prepare(unit, checkpoint, own, places) for unit in found if unit.fqn not in besides]
             prepared += _stated(checkpoint, [unit.fqn for unit in found], places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
-        self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
-        return tuple(kept)
+            started = time.perf_counter()
+            errors = [_rounding(merge, own) for merge in kept]
+            seconds = time.perf_counter() - started
+        keys = [key for merge in kept for key in merge.keys]
+        self._absolutes.take_in({key: places[key[1]] for key in keys})
+        nbytes = sum(own(path).nbytes for _, path in keys)
+        return Merges(tuple(kept), nbytes, seconds, max((error for error in errors if error is not None), default=None))
 
 
 def merge_once(layer: Any) -> nn.Module:
@@ -278,6 +305,26 @@ def _gives(merge: Merge, wanted: Sequence[torch.Tensor], pristine: Sequence[torc
         except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError):
             return False
     return all(_same_bits(target, value) for target, value in zip(targets, wanted, strict=True))
+
+
+def _rounding(merge: Merge, own: Callable[[str], torch.Tensor]) -> float | None:
+    """How much of the merge's effect the weights' dtype cannot hold."""
+    pristine = [own(key[1]) for key in merge.keys]
+    targets = [torch.empty_like(values) for values in pristine]
+    with torch.no_grad():
+        merge.write(targets, pristine)
+        if isinstance(merge, Constant) or not all(values.dtype in _HALVES for values in pristine):
+            return None
+        exact = [values.float() for values in pristine]
+        try:
+            merge.write(exact, exact)
+        except RuntimeError:  # a layer that computes in the weights' dtype
+            return None
+    lost, effect = (
+        math.hypot(*(float((one.float() - other.float()).norm()) for one, other in zip(exact, others, strict=True)))
+        for others in (targets, pristine)
+    )
+    return lost / effect if effect else None
 
 
 def _one_of_each_tie(
