@@ -14,7 +14,7 @@ from torch import nn
 import hotslot
 from adapters import make_adapter
 from compiling import Backend
-from hotslot.errors import HotslotError, UnsupportedError
+from hotslot.errors import HotslotError, NonFiniteError, UnsupportedError
 from hotslot.live.merging import LowRank
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of
@@ -344,3 +344,65 @@ def test_the_rounding_error_of_16_bits_is_told(tmp_path: Path) -> None:
     assert report.error == pytest.approx(max(errors), rel=1e-3)
     assert swapper.fits(folder).error == report.error
     assert 1e-4 < report.error < 0.1
+
+
+# --- blends ---------------------------------------------------------------------------------------------------------
+
+
+def blended_by_peft(entry: Any, folders: dict[str, Path], weights: dict[str, float]) -> dict[str, torch.Tensor]:
+    first, *others = weights
+    model: Any = PeftModel.from_pretrained(entry.build(), str(folders[first]), adapter_name=first)
+    for name in others:
+        model.load_adapter(str(folders[name]), adapter_name=name)
+    model.add_weighted_adapter(list(weights), list(weights.values()), "blend", combination_type="cat")
+    model.set_adapter("blend")
+    return tensors_of(model.eval().merge_and_unload())
+
+
+def assert_close(model: nn.Module, want: dict[str, torch.Tensor]) -> None:
+    """Within a rounding or two: the sum of a blend's products is not rounded before it is added."""
+    for name, values in tensors_of(model).items():
+        torch.testing.assert_close(values, want[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("entry", "targets"), [("llama", [["q_proj", "v_proj"], ["q_proj", "down_proj"]]),
+                                                ("gpt2", [["c_attn"], ["c_attn", "c_proj"]])])  # fmt: skip
+def test_blends_of_merged_adapters_are_those_of_peft(entry: str, targets: list[list[str]], tmp_path: Path) -> None:
+    zoo = ZOO[entry]
+    folders = {
+        name: make_adapter(tmp_path / name, zoo, seed=i, r=2 + i, lora_alpha=3 + i, target_modules=targets[i])
+        for i, name in enumerate("ab")
+    }
+    model = zoo.build()
+    before = tensors_of(model)
+    swapper = hotslot.attach(model, folders, route="merged")
+    for weights in ({"a": 0.7, "b": 1.0}, {"a": -0.5, "b": 0.25}, {"a": 1.0, "b": 0.0}, {"b": 0.3}):
+        report = swapper.activate(weights)
+        assert report.route == "merged"
+        assert_close(model, blended_by_peft(zoo, folders, weights))
+        swapper.activate("a")
+    assert_same_tensors(model, fresh_merge(zoo, folders["a"]))
+    swapper.rollback()
+    assert_close(model, blended_by_peft(zoo, folders, {"b": 0.3}))
+    swapper.deactivate()
+    assert_same_tensors(model, before)
+
+
+def test_what_does_not_add_up_is_not_blended(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    lora = make_adapter(tmp_path / "lora", entry, seed=0, r=2, target_modules=["q_proj"])
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1)
+    model = entry.build()
+    for swapper, words in (
+        (hotslot.attach(model, {"lora": lora, "loha": loha}, route="merged"), "do not add up"),
+        (hotslot.attach(entry.build(), {"lora": lora, "loha": loha}), "others that slots hold"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            swapper.activate({"lora": 0.5, "loha": 0.5})
+        with pytest.raises(HotslotError):
+            swapper.activate({"loha": 0.5})
+        assert swapper.active is None
+    assert_same_tensors(model, tensors_of(entry.build()))
+    swapper = hotslot.attach(entry.build(), {"lora": lora}, route="merged")
+    with pytest.raises(NonFiniteError):
+        swapper.activate({"lora": 1e300})

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import xxhash
 
+from .. import live
 from ..checkpoint import Checkpoint
 from ..engine import NEUTRAL_SCALING, Compiled, Entry
-from ..errors import NonFiniteError, RankError
+from ..errors import NonFiniteError, RankError, UnsupportedError
 from ..live import Binding, Writes
 from ..methods import Adapter, interpret
 from .mix import mix
@@ -87,6 +88,35 @@ class Blend(Entry):
         return exact and self.recipe is other.recipe and self.recipe is not None and self.versions == other.versions
 
 
+class MergedBlend(Blend):
+    """Adapters that no slot holds, added up in the base's weights."""
+
+    def __init__(self, ingredients: Sequence[Ingredient], key: Any, binding: Binding) -> None:
+        for entry, _ in ingredients:
+            _refuse_slots(entry, binding)
+        name = blend_name({entry.name: weight for entry, weight in ingredients})
+        first = ingredients[0].entry.adapter.checkpoint
+        nothing = Checkpoint(first.schema, first.data[:0], _version(ingredients, None), f"the blend {name}")
+        adapter = replace(ingredients[0].entry.adapter, checkpoint=nothing, targets={})
+        super().__init__(name, nothing, ingredients, key, adapter=adapter)
+        merges = live.blended([(entry.compile(binding).merges.all, weight) for entry, weight in ingredients])
+        self._merges_of_all = binding.merger.priced(merges)
+        self.contents = nothing.version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory of its own: its factors are where the weights are."""
+        return 0
+
+    def compile(self, binding: Binding) -> Compiled:
+        """See `Entry.compile`."""
+        memory = binding.memory
+        if self._compiled is None or self._compiled.memory is not memory:
+            nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
+            self._compiled = Compiled(memory, nothing, {}, binding.records(self.adapter), self._merges_of_all)
+        return self._compiled
+
+
 class Blender:
     """Makes blends, and holds the last few."""
 
@@ -113,6 +143,8 @@ class Blender:
         held = self._blends.get(key)
         if held is not None:
             return held
+        if any(ingredient.entry.compile(binding).merges.all for ingredient in ingredients):
+            return MergedBlend(ingredients, key, binding)
         if len(ingredients) == 1:
             return _weighted(ingredients[0], key)
         recipe = self._recipe(ingredients, binding, svd)
@@ -156,6 +188,18 @@ class Blender:
             if len(self._recipes) > KEPT_RECIPES:
                 self._recipes.popitem(last=False)
         return recipe
+
+
+def _refuse_slots(entry: Entry, binding: Binding) -> None:
+    compiled = entry.compile(binding)
+    if compiled.nbytes or compiled.values:
+        raise UnsupportedError(
+            "A blend of adapters that are merged and of others that slots hold.",
+            where=entry.name,
+            found=f"route {compiled.route!r}",
+            expected="one route for all",
+            hint="attach(model, …, route='merged'); or grow(plan) with a plan for all of them",
+        )
 
 
 def blend_name(weights: Mapping[str, float]) -> str:

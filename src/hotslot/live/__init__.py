@@ -10,7 +10,7 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
-from .merging import NO_MERGES, Merges
+from .merging import NO_MERGES, Merges, blended
 from .saved import Wrapping, refuse_adapted_and_saved, saved_modules, unwrap_saved, wrap
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
@@ -30,6 +30,7 @@ __all__ = [
     "Writes",
     "adapter_names",
     "base_modules",
+    "blended",
     "build_config",
     "count_slots",
     "find_slots",

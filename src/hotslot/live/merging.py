@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint
-from ..errors import ShapeError, UnexpectedTargetError, UnsupportedError
+from ..errors import NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
 from .discover import unwrap
 from .saved import named_tensors
@@ -118,11 +118,11 @@ class LowRank:
         self, key: Key, down: torch.Tensor, up: torch.Tensor, scaling: float, *, transposed: bool, whole: bool = False
     ) -> None:
         self.keys: tuple[Key, ...] = (key,)
+        self.down, self.up, self.scaling, self.transposed = down.detach(), up.detach(), scaling, transposed
         left, right = (down.T, up.T) if transposed else (up, down)
         self._folded = math.frexp(scaling)[0] == 0.5
         self._left = (left.detach() * scaling if self._folded else left.detach()).contiguous()
         self._right = right.detach().contiguous()
-        self._scaling = scaling
         row_bytes = self._right.shape[1] * self._right.element_size()
         self._rows = len(left) if whole else max(1, min(len(left), _BLOCK_BYTES // max(1, row_bytes)))
 
@@ -139,7 +139,7 @@ class LowRank:
             if self._folded:
                 torch.addmm(exact, left, right, out=total)
             else:
-                torch.add(exact, torch.mm(left, right, out=product[: len(left)]).mul_(self._scaling), out=total)
+                torch.add(exact, torch.mm(left, right, out=product[: len(left)]).mul_(self.scaling), out=total)
             if total is not new:
                 new.copy_(total)
 
@@ -180,13 +180,58 @@ class Merger:
             prepared = [_prepare(unit, checkpoint, own, places) for unit in found if unit.fqn not in besides]
             prepared += _stated(checkpoint, [unit.fqn for unit in found], places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
-            started = time.perf_counter()
-            errors = [_rounding(merge, own) for merge in kept]
-            seconds = time.perf_counter() - started
-        keys = [key for merge in kept for key in merge.keys]
-        self._absolutes.take_in({key: places[key[1]] for key in keys})
-        nbytes = sum(own(path).nbytes for _, path in keys)
-        return Merges(tuple(kept), nbytes, seconds, max((error for error in errors if error is not None), default=None))
+            self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
+            return self.priced(kept)
+
+    def priced(self, merges: Sequence[Merge]) -> Merges:
+        """What they cost, by trying each of them beside the model."""
+        started = time.perf_counter()
+        errors = [_rounding(merge, self._own) for merge in merges]
+        seconds = time.perf_counter() - started
+        nbytes = sum(self._own(path).nbytes for merge in merges for _, path in merge.keys)
+        return Merges(tuple(merges), nbytes, seconds, max((one for one in errors if one is not None), default=None))
+
+    def _own(self, path: str) -> torch.Tensor:
+        site = self._absolutes.sites["", path]
+        return site.own().detach()
+
+
+def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]:
+    """The sum of several adapters' deltas, each times its weight, added to the base's own values.
+
+    That is a LoRA whose A and B are theirs one behind the other, as PEFT's `add_weighted_adapter(
+    combination_type="cat")` makes it, and its merge.
+
+    Raises:
+        UnsupportedError: something that is no LoRA of linear layers.
+        NonFiniteError: a weight makes values overflow.
+    """
+    found: dict[tuple[Key, ...], list[tuple[LowRank, float]]] = {}
+    for merges, weight in parts:
+        for merge in merges:
+            if not isinstance(merge, LowRank):
+                raise UnsupportedError(
+                    "An adapter that is merged has other things than LoRA of linear layers, which do not add up.",
+                    where=merge.keys[0][1],
+                    found=type(merge).__name__,
+                    expected="plain LoRA, without DoRA, biases, saved modules",
+                    hint="activate it alone, with weight 1",
+                )
+            found.setdefault(merge.keys, []).append((merge, weight))
+    sums = []
+    for (key,), terms in found.items():
+        down = torch.cat([part.down * (weight * part.scaling) for part, weight in terms])
+        if not down.isfinite().all():
+            raise NonFiniteError(
+                "The weights make values overflow.",
+                where=key[1],
+                found="infinite values",
+                expected=f"numbers of {down.dtype}",
+                hint="smaller weights",
+            )
+        up = torch.cat([part.up for part, _ in terms], dim=1)
+        sums.append(LowRank(key, down, up, 1.0, transposed=terms[0][0].transposed))
+    return tuple(sums)
 
 
 def merge_once(layer: Any) -> nn.Module:
