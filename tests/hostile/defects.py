@@ -234,7 +234,6 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 
 
 _REFUSED_OPTIONS = {
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 1]],
     "use_bdlora": {"nblocks": 2},

@@ -11,10 +11,12 @@ from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .merging import NO_MERGES, Merges
-from .saved import Wrapping, refuse_adapted_and_saved, saved_modules, unwrap_saved, wrap
+from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
+from .tokens import refuse_untied, tied_modules, token_rooms
+from .wrap import Wrapping, unwrap_saved, wrap
 
 __all__ = [
     "NO_MERGES",
@@ -43,9 +45,12 @@ __all__ = [
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_unsupported_resident",
+    "refuse_untied",
     "remove",
     "saved_modules",
     "slot_shapes",
+    "tied_modules",
+    "token_rooms",
     "unguard",
     "unwrap",
     "unwrap_saved",

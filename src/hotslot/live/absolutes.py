@@ -16,13 +16,15 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
-from ..methods import Adapter
+from ..methods import TOKENS, Adapter
 from .discover import lora_layers, unwrap
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
-from .state_dict import SavedModule
+from .state_dict import SavedModule, ShownTokens
+from .tokens import PLACES, TokenRows, beyond, find_token_rows, tokens_in
 
-# Path of a module that is saved whole, name within the copy; or "" and the full name of a tensor of the base model.
+# Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
+# the full name of a tensor of the base model.
 Key: TypeAlias = tuple[str, str]
 
 
@@ -105,28 +107,41 @@ class Absolutes:
     Args:
         model: the model.
         adapter_name: PEFT's name of the slot.
-        shown: paths of the modules that hold the values of an adapter that came with the model.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, shown: Callable[[str], bool]) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self._model = weakref.ref(unwrap(model))
         self._adapter_name = adapter_name
         self.sites: dict[Key, Site] = {}
         self._modules: dict[str, frozenset[str]] = {}  # path of a wrapped module → names of its tensors
         self._shown: dict[str, bool] = {}  # shared with the hooks
         self._wrappers: dict[str, Any] = {}
+        self._tokens: dict[str, TokenRows] = {}
         self._uninstall: list[Callable[[], None]] = []
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[tuple[int, int]] = []
-        try:
-            self._take_in_lost_biases(model)
-            self.find(model, shown)
-        except BaseException:
-            self.release()
-            raise
+        self._take_in_lost_biases(model)
+        self.mark_clean()
 
-    def find(self, model: nn.Module, shown: Callable[[str], bool]) -> None:
-        """Take in the wrappers that the model has got since the last time."""
+    def find(self, model: nn.Module, wrapped: Collection[str], rooms: Mapping[str, int]) -> None:
+        """Take in the wrappers that the model has got since the last time, and make the places that tokens lack.
+
+        If it raises, `release`, or call what `undo_find` has given.
+
+        Args:
+            model: the model.
+            wrapped: paths of the modules whose wrapper is hotslot's own, and holds nothing yet; others hold the values
+                of an adapter that came with the model.
+            rooms: path of a module → for how many tokens it is to have places.
+        """
+        dirty = self.is_dirty()
+        for rows in self._tokens.values():
+            if rooms.get(rows.fqn, 0) > rows.room:
+                rows.resize(rooms[rows.fqn], rows.tokens)
+        for rows in find_token_rows(model, self._adapter_name, set(self._tokens)):
+            self._tokens[rows.fqn] = rows  # first: `release` is to find it, should the binding break off
+            rows.bind(rooms.get(rows.fqn, 0), empty=rows.fqn in wrapped)
+            self._take_in_tokens(rows)
         adapted = [fqn for fqn, _ in lora_layers(model)]
         for fqn, wrapper in saved_wrappers(model):
             if fqn in self._modules or self._adapter_name not in wrapper.modules_to_save:
@@ -139,8 +154,8 @@ class Absolutes:
                     expected="one or the other",
                     hint="load it with PEFT itself",
                 )
-            self._take_in(fqn, wrapper, shown(fqn))
-        self.mark_clean()
+            self._take_in(fqn, wrapper, fqn not in wrapped)
+        self._versions = [] if dirty else self._current_versions()
 
     def _take_in(self, fqn: str, wrapper: Any, shown: bool) -> None:
         copied = wrapper.modules_to_save[self._adapter_name]
@@ -155,21 +170,45 @@ class Absolutes:
             self._foreign.update((fqn, name) for name in names)
         self._uninstall.append(SavedModule(fqn, self._adapter_name, self._shown).install(wrapper))
 
-    def drop(self, fqns: Collection[str]) -> None:
-        """Undo `find`, as far as these modules are concerned."""
-        for fqn in fqns:
-            for name in self._modules.pop(fqn, ()):
-                self.sites.pop((fqn, name), None)
-                self._foreign.discard((fqn, name))
-            self._shown.pop(fqn, None)
-            self._wrappers.pop(fqn, None)
-        self.mark_clean()
+    def _take_in_tokens(self, rows: TokenRows) -> None:
+        keys = (rows.fqn, TOKENS), (rows.fqn, PLACES)
+        self.sites[keys[0]] = Site(rows.params, self._adapter_name, rows.param, rows.neutral_rows, [])
+        self.sites[keys[1]] = Site(rows.places, self._adapter_name, None, rows.neutral_places, [])
+        if rows.tokens:
+            self._foreign.update(keys)
+        shown = ShownTokens(self._adapter_name, rows.param)
+        for wrapper in rows.wrappers:
+            self._uninstall.append(wrapper.register_state_dict_post_hook(shown).remove)
+            self._uninstall.append(wrapper.register_load_state_dict_pre_hook(shown.on_load).remove)
+
+    def undo_find(self) -> Callable[[], None]:
+        """A function that undoes a `find`, whole or broken off; to be made before."""
+        dicts: list[Any] = [self.sites, self._modules, self._shown, self._wrappers, self._tokens]
+        kept, foreign, versions = [dict(known) for known in dicts], set(self._foreign), self._versions
+        installed, memories = len(self._uninstall), [(rows, rows.memory()) for rows in self._tokens.values()]
+
+        def undo() -> None:
+            for uninstall in reversed(self._uninstall[installed:]):
+                uninstall()
+            del self._uninstall[installed:]
+            for fqn in self._tokens.keys() - kept[-1].keys():
+                self._tokens[fqn].release()
+            for rows, memory in memories:
+                rows.put_memory_back(memory)
+            for known, was in zip(dicts, kept, strict=True):
+                known.clear()
+                known.update(was)
+            self._foreign, self._versions = foreign, versions
+
+        return undo
 
     def release(self) -> None:
         """Let go of the model; what is written stays."""
         for uninstall in reversed(self._uninstall):
             uninstall()
         self._uninstall.clear()
+        for rows in self._tokens.values():
+            rows.release()
 
     # -- state of the model -----------------------------------------------------------------------------------------
 
@@ -225,7 +264,7 @@ class Absolutes:
             )
         self.refuse_without({f"{fqn}.bias" for fqn in adapter.biases}, adapter.checkpoint.origin)
         self._take_in_biases(adapter)
-        values = {
+        values = self._token_values(adapter) | {
             ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name) for fqn, specs in adapter.biases.items()
         }
         return values | {
@@ -263,6 +302,25 @@ class Absolutes:
                 key, holder = ("", f"{fqn}.bias"), module._parameters
                 self.sites[key] = Site(holder, "bias", holder["bias"], None, [], lost=True)
                 self._foreign.add(key)
+
+    def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        values, origin = {}, adapter.checkpoint.origin
+        for fqn, tokens in adapter.tokens.items():
+            rows = self._tokens.get(fqn)
+            if rows is None:
+                raise UnexpectedTargetError(
+                    f"{origin} has tokens of a module that the model was not prepared for; "
+                    f"unexpected keys found: {tokens.rows.name}.",
+                    where=fqn,
+                    found=f"{len(tokens.indices)} tokens by trainable_token_indices",
+                    expected=f"tokens of modules among {sorted(self._tokens) or 'none'}",
+                    hint="attach with this adapter among adapters=, so that there are places for its tokens",
+                )
+            if len(tokens.indices) > rows.room:
+                raise beyond(rows, adapter)
+            given = adapter.checkpoint.tensor(tokens.rows.name)
+            values[fqn, TOKENS], values[fqn, PLACES] = rows.values(given, tokens.indices)
+        return values
 
     def _take_in_biases(self, adapter: Adapter) -> None:
         missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]
@@ -354,7 +412,7 @@ class Absolutes:
                 else:
                     continue
                 written.add(id(site.tensor))
-        self._show({fqn for fqn, _ in values})
+        self._show({fqn for fqn, _ in values}, values)
 
     def _ordered(self) -> list[tuple[Key, Site]]:
         """The base model's own tensors before the copies, some of which are to equal them."""
@@ -372,19 +430,33 @@ class Absolutes:
     def restore(self, image: AbsoluteImage) -> None:
         """Put an image back, bit for bit; what it has no values for gets the model's own."""
         with torch.inference_mode(False), torch.no_grad():
+            values = self._fitted(image.values)
             for key, site in self._ordered():
-                if key in image.values:
+                if key in values:
                     site.keep()
                     self._foreign.add(key)
-                    site.tensor.copy_(image.values[key])
+                    site.tensor.copy_(values[key])
                 else:
                     site.put_back()
                     self._foreign.discard(key)
-        self._show(image.shown)
+        self._show(image.shown, values)
 
-    def _show(self, fqns: Collection[str]) -> None:
+    def _fitted(self, values: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """An image's values, with places that were made since."""
+        fitted = dict(values)
+        for fqn, rows in self._tokens.items():
+            if (fqn, PLACES) in values:
+                tokens = tokens_in(values[fqn, PLACES])
+                given = values[fqn, TOKENS][: len(tokens)]
+                fitted[fqn, TOKENS], fitted[fqn, PLACES] = rows.values(given, tokens)
+        return fitted
+
+    def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor]) -> None:
+        """Let `state_dict` and PEFT's records say whose values are live."""
         for fqn in self._shown:
             self._shown[fqn] = fqn in fqns
+        for fqn, rows in self._tokens.items():
+            rows.note(tokens_in(values[fqn, PLACES]) if (fqn, PLACES) in values else [])
         self.mark_clean()
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from ..errors import UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
-from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers
+from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers, whole_modules
 from .slots import Slot
+from .tokens import refuse_other_tokens, token_wrappers
 
 _NESTED = ".base_layer"
 
@@ -26,6 +27,10 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name in [name for name in found if name.startswith(f"{fqn}.")]:
             del found[name]  # PEFT's own: the module and its copies
         found |= {f"{fqn}.{name}" if name else fqn: m for name, m in wrapper.original_module.named_modules()}
+    for fqn, token_wrapper in token_wrappers(model):
+        for name in [name for name in found if name.startswith(f"{fqn}.")]:
+            del found[name]
+        found[fqn] = token_wrapper.original_module
     return found | wrapped
 
 
@@ -73,8 +78,9 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
         return  # not for slots: the skeleton of its merge is compared with the model
     refuse_other_modules(model, adapter)
     refuse_other_biases(model, adapter)
-    if not adapter.base_copies:
+    if not adapter.base_copies and not adapter.tokens:
         return
+    refuse_other_tokens(model, adapter, whole_modules(model))
     modules = base_modules(model)
     for fqn, copies in adapter.base_copies.items():
         if fqn not in modules:
