@@ -419,7 +419,7 @@ def assert_special_is_refused(functions: Any, which: str, case: tuple[Entry, dic
 @pytest.mark.parametrize(
     ("which", "case"),
     [
-        ("new", CLASSIFIER), ("new", TOKENS), ("old", BIAS), ("new", PISSA), ("old", PISSA), ("both", PISSA),
+        ("new", CLASSIFIER), ("old", BIAS), ("new", PISSA), ("old", PISSA), ("both", PISSA),
         ("new", OLORA), ("old", OLORA),
     ],
     ids=case_id,
@@ -442,6 +442,10 @@ def test_dora(which: str, tmp_path: Path) -> None:
     model = fresh(MLP, first)
     swap(hotslot, model, second)
     assert_same_output(MLP.output(model, MLP.inputs()), fresh_output(MLP, second))
+
+
+def test_adapter_that_peft_refuses_too_is_refused(tmp_path: Path) -> None:
+    assert_special_is_refused(hotslot, "new", TOKENS, tmp_path)
 
 
 @pytest.mark.parametrize(
