@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -196,6 +197,10 @@ FOLDERS = {
         "tokens": {"r": 2, "target_modules": ["mix"], "trainable_token_indices": {"word": [3, 7, 9]}},
         "fewer": {"r": 2, "target_modules": ["mix"], "trainable_token_indices": {"word": [7]}},
     },
+    "llama": {
+        "copy": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]},
+        "none": {"r": 2, "target_modules": ["q_proj"]},
+    },
     "conv2d": {
         "a": {"r": 4, "target_modules": ["grouped", "head"], "lora_alpha": 6},
         "b": {"r": 2, "target_modules": ["grouped", "point"], "lora_alpha": 5},
@@ -206,7 +211,7 @@ FOLDERS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("adapters")
-    return {
+    made = {
         name: {
             key: (
                 make_method_adapter(root / name / key, entry=ZOO[name], seed=i, **config)
@@ -217,6 +222,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         }
         for name, configs in FOLDERS.items()
     }
+    file = made["llama"]["copy"] / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({**load_file(file), name: torch.rand(48, 16)}, file)  # another embedding than the model's
+    return made
 
 
 def train(model: nn.Module) -> None:
@@ -453,6 +462,8 @@ SWAPS: dict[str, Scenario] = {
     "to an adapter that is merged in part": (merging("a", "wide"), "mlp"),
     "to a base bias": (saving("none", "bias"), "embedding"),
     "from a base bias": (saving("bias", "none"), "embedding"),
+    "to another embedding": (saving("none", "copy"), "llama"),
+    "from another embedding": (saving("copy", "none"), "llama"),
     "to tokens": (saving("mix", "tokens"), "embedding"),
     "from tokens": (saving("tokens", "mix"), "embedding"),
     "between tokens": (saving("tokens", "fewer", came_with="fewer"), "embedding"),

@@ -276,7 +276,8 @@ def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: s
             expected=f"modules among {sorted(plan.saved) or 'none'}, by the plan",
             hint="plan with this adapter among the sources",
         )
-    for fqn, tokens in adapter.tokens.items():
+    own = live.own_tokens(model, adapter)
+    for fqn, tokens in own.items():
         if len(tokens.indices) > plan.tokens.get(fqn, 0):
             raise RankError(
                 f"{adapter.checkpoint.origin} has more tokens than the plan has places for.",
@@ -285,14 +286,16 @@ def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: s
                 expected=f"at most {plan.tokens.get(fqn, 0)}, by the plan",
                 hint="plan with this adapter among the sources",
             )
-    live.refuse_untied({*plan.tokens, *adapter.tokens}, {**plan.tied, **live.tied_modules(model, adapter)})
+    live.refuse_untied({*plan.tokens, *own}, {**plan.tied, **live.tied_modules(model, adapter)})
 
 
 def _planned_tokens(
     model: nn.Module, adapters: Iterable[Adapter], adapter_name: str
 ) -> tuple[Mapping[str, int], Mapping[str, str]]:
     """`Plan.tokens` and `Plan.tied` for these adapters, and for the one that the model has already."""
-    own = [{fqn: len(tokens.indices) for fqn, tokens in adapter.tokens.items()} for adapter in adapters]
+    own = [
+        {fqn: len(tokens.indices) for fqn, tokens in live.own_tokens(model, adapter).items()} for adapter in adapters
+    ]
     tokens = _most([live.token_rooms(model, adapter_name), *own])
     tied: dict[str, str] = {}
     for adapter in adapters:

@@ -214,7 +214,7 @@ _RESIZED = [
            errors.UnsupportedError, f"{module}(?s:.*)save_embedding_layers=False", entry="llama",
            ways=CONFIGS)
     for module, path in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight"))
-    for by in (8, 0, -8)
+    for by in (8, -8)
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import xxhash
 
 from ..checkpoint import Checkpoint
 from ..engine import NEUTRAL_SCALING, Compiled, Entry
-from ..errors import NonFiniteError, RankError
+from ..errors import NonFiniteError, RankError, UnsupportedError
 from ..live import Binding, Writes
 from ..methods import Adapter, interpret
 from .mix import mix
@@ -113,6 +113,8 @@ class Blender:
         held = self._blends.get(key)
         if held is not None:
             return held
+        for ingredient in ingredients:
+            _refuse_absolute(ingredient.entry, binding)
         if len(ingredients) == 1:
             return _weighted(ingredients[0], key)
         recipe = self._recipe(ingredients, binding, svd)
@@ -156,6 +158,19 @@ class Blender:
             if len(self._recipes) > KEPT_RECIPES:
                 self._recipes.popitem(last=False)
         return recipe
+
+
+def _refuse_absolute(entry: Entry, binding: Binding) -> None:
+    """Raise if the adapter has values of its own for tensors of the base model: they have no weight."""
+    values = entry.compile(binding).values
+    if values:
+        raise UnsupportedError(
+            f"{entry.adapter.checkpoint.origin} has tensors that cannot be blended.",
+            where=".".join(filter(None, next(iter(values)))),
+            found=f"{len(values)} tensors in the place of the base model's own",
+            expected="A, B and bias of plain LoRA, which add up",
+            hint="activate it alone, with weight 1",
+        )
 
 
 def blend_name(weights: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
-from .tokens import refuse_untied, tied_modules, token_rooms
+from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
 from .wrap import Wrapping, unwrap_saved, wrap
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "is_compiled",
     "matching_targets",
     "neutral_records",
+    "own_tokens",
     "refuse_adapted_and_saved",
     "refuse_other_base",
     "refuse_other_parameters",

@@ -17,11 +17,13 @@ from torch import nn
 
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import TOKENS, Adapter
-from .discover import lora_layers, unwrap
+from .base import all_base_modules
+from .copies import Copy, base_copies
+from .discover import adapter_names, lora_layers, unwrap
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
 from .state_dict import SavedModule, ShownTokens
-from .tokens import PLACES, TokenRows, beyond, find_token_rows, tokens_in
+from .tokens import PLACES, TokenRows, beyond, find_token_rows, own_tokens, tokens_in
 
 # Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
 # the full name of a tensor of the base model.
@@ -249,7 +251,9 @@ class Absolutes:
         """The values that the adapter has for the sites.
 
         Raises:
-            UnexpectedTargetError: it saves a module that has no wrapper.
+            UnexpectedTargetError: it saves a module that has no wrapper, or has tokens of one.
+            RankError: it has more tokens than there are places.
+            UnsupportedError: it has values for the base that the model's other adapters would see, or that PEFT drops.
         """
         unknown = [fqn for fqn in adapter.saved if fqn not in self._modules]
         if unknown:
@@ -264,9 +268,14 @@ class Absolutes:
             )
         self.refuse_without({f"{fqn}.bias" for fqn in adapter.biases}, adapter.checkpoint.origin)
         self._take_in_biases(adapter)
-        values = self._token_values(adapter) | {
-            ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name) for fqn, specs in adapter.biases.items()
-        }
+        values = (
+            self._token_values(adapter)
+            | self._copied_values(adapter)
+            | {
+                ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name)
+                for fqn, specs in adapter.biases.items()
+            }
+        )
         return values | {
             (fqn, name): adapter.checkpoint.tensor(spec.name)
             for fqn, specs in adapter.saved.items()
@@ -305,7 +314,8 @@ class Absolutes:
 
     def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
         values, origin = {}, adapter.checkpoint.origin
-        for fqn, tokens in adapter.tokens.items():
+        model = self._model()
+        for fqn, tokens in (own_tokens(model, adapter) if model is not None else {}).items():
             rows = self._tokens.get(fqn)
             if rows is None:
                 raise UnexpectedTargetError(
@@ -321,6 +331,60 @@ class Absolutes:
             given = adapter.checkpoint.tensor(tokens.rows.name)
             values[fqn, TOKENS], values[fqn, PLACES] = rows.values(given, tokens.indices)
         return values
+
+    def _copied_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        """Those of the base's weights that the adapter carries and that are not the model's own."""
+        model = self._model()
+        if not adapter.base_copies or model is None:
+            return {}
+        copies = list(base_copies(model, adapter, all_base_modules(model)))
+        # Of a tied weight the last one is what PEFT leaves behind.
+        last = {id(copy.holder[copy.name]): copy for copy in copies if copy.taken}
+        differing = [copy for copy in copies if self._differs(copy, adapter)]
+        stray = next((copy for copy in differing if not copy.taken), None)
+        if stray is not None:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} carries weights under a name that PEFT does not load.",
+                where=stray.spec.name,
+                found=f"other values than the model's for {stray.fqn}.{stray.name}",
+                expected="the name that the tensor has in a model with this adapter on it",
+                hint="remove them, or save the adapter again with save_pretrained",
+            )
+        values = {}
+        for copy in differing:
+            if last[id(copy.holder[copy.name])] is copy:
+                self._refuse_beside_others(adapter, f"{copy.fqn}.{copy.name}")
+                values[self._take_in_base(copy)] = adapter.checkpoint.tensor(copy.spec.name)
+        return values
+
+    def _differs(self, copy: Copy, adapter: Adapter) -> bool:
+        own = copy.holder[copy.name]
+        own = next((site.own() for site in self.sites.values() if site.param is own), own)
+        if own.is_meta:  # a plan for a model whose weights are not loaded
+            return False
+        return not torch.equal(own, adapter.checkpoint.tensor(copy.spec.name).to(own.device, own.dtype))
+
+    def _take_in_base(self, copy: Copy) -> Key:
+        """The key of a base tensor's site, which has one under whichever of its names came first."""
+        param = copy.holder[copy.name]
+        known = next((key for key, site in self.sites.items() if site.param is param), None)
+        if known is None:
+            known, dirty = ("", f"{copy.fqn}.{copy.name}"), self.is_dirty()
+            self.sites[known] = Site(copy.holder, copy.name, param, None, [])
+            self._versions = [] if dirty else self._current_versions()
+        return known
+
+    def _refuse_beside_others(self, adapter: Adapter, where: str) -> None:
+        model = self._model()
+        rivals = [name for name in adapter_names(model) if name != self._adapter_name] if model is not None else []
+        if rivals:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} carries weights of the base model, which another adapter on it uses too.",
+                where=where,
+                found=f"other values than the model's, beside {', '.join(map(repr, rivals))}",
+                expected="no other adapter on the model",
+                hint="use a model of its own for this adapter",
+            )
 
     def _take_in_biases(self, adapter: Adapter) -> None:
         missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, RankError, ShapeError, UnexpectedTargetError, UnsupportedError
-from ..methods import TOKENS, Adapter
+from ..methods import TOKENS, Adapter, Tokens
 from .discover import base_prefix, canonical_name, innermost, unwrap
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ def token_rooms(model: nn.Module, adapter_name: str) -> dict[str, int]:
     }
 
 
+def own_tokens(model: nn.Module, adapter: Adapter) -> dict[str, Tokens]:
+    """The adapter's tokens, without those that a file has once more of a tied module, which PEFT leaves out."""
+    tied = tied_modules(model, adapter)
+    return {fqn: tokens for fqn, tokens in adapter.tokens.items() if fqn not in tied}
+
+
 def tied_modules(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """Path → path of the input embedding whose tokens it shows, for the modules that PEFT ties to it.
 
@@ -56,7 +62,9 @@ def tied_modules(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     names = {id(module): _plain(name) for name, module in inner.named_modules()}
     embedding = names.get(id(inner.get_input_embeddings()))
     tied = {_plain(name) for name in _get_module_names_tied_with_embedding(inner)}
-    if embedding is None or embedding not in adapter.tokens or tied & adapter.tokens.keys():
+    if embedding is None or embedding not in adapter.tokens:
+        return {}
+    if any(adapter.tokens[fqn].indices != adapter.tokens[embedding].indices for fqn in tied & adapter.tokens.keys()):
         return {}
     return dict.fromkeys(sorted(tied), embedding)
 
@@ -77,7 +85,7 @@ def refuse_other_tokens(model: nn.Module, adapter: Adapter, modules: Mapping[str
         modules: path → base module.
     """
     origin = adapter.checkpoint.origin
-    for fqn, tokens in adapter.tokens.items():
+    for fqn, tokens in own_tokens(model, adapter).items():
         module = modules.get(fqn)
         if module is None:
             raise UnexpectedTargetError(

@@ -64,11 +64,13 @@ _PREFIX = "base_model.model."
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
 _BASE_COPY = re.compile(
-    rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:(?:token_adapter\.)?base_layer\.)?(?P<suffix>weight|bias)"
+    rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:(?:token_adapter\.)?base_layer\.|original_module\.|)(?P<suffix>weight|bias)"
 )
 _BIAS = re.compile(r"(?P<fqn>.+)\.bias")
 # What bias="all" saves of a module that is saved whole, beside that: the original's biases, and once more the copy's.
 _BIAS_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)(?P<path>(?:\..+)?)\.bias")
+# What save_embedding_layers=True saves of one: the original's tensors, and once more the copy's.
+_COPY_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)\.(?P<suffix>weight|bias)")
 _Parts: TypeAlias = "dict[str, dict[str, TensorSpec]]"
 
 
@@ -362,6 +364,10 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
                 continue  # the copy's, which is there by its own name too, and that is what PEFT takes
             if inner:
                 found, key = tensors.biases, (f"{key[0]}{inner['path']}", "bias")
+            elif copy := _COPY_IN_WRAPPER.fullmatch(key[1]):
+                if copy["which"] == "modules_to_save":
+                    continue
+                found, key = tensors.copies, (key[0], copy["suffix"])
         elif key is None and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             match = _BIAS.fullmatch(name)
             if match:

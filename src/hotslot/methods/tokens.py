@@ -51,10 +51,13 @@ def read_tokens(
             expected="one for each module with tokens",
             hint=_HINT,
         )
-    tokens = {}
-    for fqn, rows in ((fqn, specs[TOKENS]) for fqn, specs in found.items()):
+    tokens: dict[str, Tokens] = {}
+    named_first = sorted(found, key=lambda fqn: not fqn.endswith(tuple(indices)))
+    for fqn, rows in ((fqn, found[fqn][TOKENS]) for fqn in named_first):
         # PEFT takes whatever ends with the name, and of several the first that has come to the module.
         own = next((values for name, values in indices.items() if fqn.endswith(name)), ())
+        if not own and rows.shape in [found[other][TOKENS].shape for other in tokens]:
+            continue  # save_embedding_layers=True has saved them once more, of a module that is tied to the other
         if len(rows.shape) != 2 or rows.shape[0] != len(own) or not own:
             raise TensorError(
                 f"{origin} has rows for other tokens than its config says.",
