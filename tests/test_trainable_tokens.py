@@ -181,7 +181,7 @@ def test_other_tokens_for_the_output_layer(name: str, tmp_path: Path) -> None:
     tied = make_adapter(
         tmp_path / "tied", entry, seed=9, target_modules=[target], trainable_token_indices={embedding: [3]}
     )
-    with pytest.raises(UnsupportedError, match="ties to the embedding"):
+    with pytest.raises(UnsupportedError, match="that it ties to others than the model's slot does"):
         swapper.load("tied", tied)
     swapper.detach()
     assert_unchanged(before, snapshot(model))
@@ -535,7 +535,7 @@ def test_a_plan_has_the_largest_number_of_tokens(entry: Entry, folders: Folders)
     plan = hotslot.plan(model, [folders["one"], folders["others"]])
     assert list(plan.tokens.values()) == [2]
     assert list((plan | hotslot.plan(model, [folders["three"]])).tokens.values()) == [3]
-    with pytest.raises(RankError, match="more tokens than the plan"):
+    with pytest.raises(RankError, match="more tokens than"):
         hotslot.attach(model, {"three": folders["three"]}, plan=plan)
 
 

@@ -23,7 +23,16 @@ from .discover import adapter_names, lora_layers, unwrap
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
 from .state_dict import SavedModule, ShownTokens
-from .tokens import PLACES, TokenRows, beyond, find_token_rows, own_tokens, tokens_in
+from .tokens import (
+    PLACES,
+    TokenRows,
+    beyond,
+    find_token_rows,
+    own_tokens,
+    refuse_other_ties,
+    tied_modules,
+    tokens_in,
+)
 
 # Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
 # the full name of a tensor of the base model.
@@ -313,9 +322,12 @@ class Absolutes:
                 self._foreign.add(key)
 
     def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
-        values, origin = {}, adapter.checkpoint.origin
-        model = self._model()
-        for fqn, tokens in (own_tokens(model, adapter) if model is not None else {}).items():
+        values: dict[Key, torch.Tensor] = {}
+        origin, model = adapter.checkpoint.origin, self._model()
+        if not adapter.tokens or model is None:
+            return {}
+        tied = tied_modules(model, adapter)
+        for fqn, tokens in own_tokens(model, adapter).items():
             rows = self._tokens.get(fqn)
             if rows is None:
                 raise UnexpectedTargetError(
@@ -326,6 +338,7 @@ class Absolutes:
                     expected=f"tokens of modules among {sorted(self._tokens) or 'none'}",
                     hint="attach with this adapter among adapters=, so that there are places for its tokens",
                 )
+            refuse_other_ties(rows, adapter, tied)
             if len(tokens.indices) > rows.room:
                 raise beyond(rows, adapter)
             given = adapter.checkpoint.tensor(tokens.rows.name)

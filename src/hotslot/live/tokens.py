@@ -147,16 +147,15 @@ class TokenRows:
     PEFT's own list of indices is kept right. To be bound before use; `release` undoes that, broken off or not.
 
     Args:
-        fqn: path of the module.
-        wrappers: PEFT's wrapper of it, and those that are tied to it.
+        wrappers: path → PEFT's wrapper of the module, and behind it those that are tied to it.
         adapter_name: PEFT's name of the slot.
     """
 
-    def __init__(self, fqn: str, wrappers: list[Any], adapter_name: str) -> None:
-        self.fqn = fqn
-        self.wrappers = wrappers
+    def __init__(self, wrappers: Mapping[str, Any], adapter_name: str) -> None:
+        self.fqn, *self.tied = wrappers
+        self.wrappers = list(wrappers.values())
         self._name = adapter_name
-        self._layer = wrappers[0].token_adapter
+        self._layer = self.wrappers[0].token_adapter
         self.param: nn.Parameter = self._layer.trainable_tokens_delta[adapter_name]
         # What came with the model.
         self._home = self.param.data
@@ -285,13 +284,26 @@ def find_token_rows(model: nn.Module, adapter_name: str, known: Collection[str])
     wrappers = dict(token_wrappers(model))
     for fqn in token_rooms(model, adapter_name).keys() - known:
         layer = wrappers[fqn].token_adapter
-        tied = [other for other in wrappers.values() if other.token_adapter.tied_adapter is layer]
-        yield TokenRows(fqn, [wrappers[fqn], *tied], adapter_name)
+        tied = {name: other for name, other in wrappers.items() if other.token_adapter.tied_adapter is layer}
+        yield TokenRows({fqn: wrappers[fqn], **tied}, adapter_name)
 
 
 def tokens_in(places: torch.Tensor) -> list[int]:
     """The tokens that have one of these places."""
     return [token for token in places.tolist() if token >= 0]
+
+
+def refuse_other_ties(rows: TokenRows, adapter: Adapter, tied: Mapping[str, str]) -> None:
+    """Raise unless the model ties the same modules to this one as PEFT would for the adapter."""
+    wanted = [fqn for fqn, source in tied.items() if source == rows.fqn]
+    if sorted(wanted) != sorted(rows.tied):
+        raise UnsupportedError(
+            f"{adapter.checkpoint.origin} has tokens of a module that it ties to others than the model's slot does.",
+            where=rows.fqn,
+            found=f"tied to it: {', '.join(wanted) or 'none'}",
+            expected=f"{', '.join(rows.tied) or 'none'}: PEFT ties the layer itself, for all adapters on it",
+            hint="attach it to a model of its own",
+        )
 
 
 def beyond(rows: TokenRows, adapter: Adapter) -> RankError:
