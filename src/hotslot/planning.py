@@ -229,7 +229,7 @@ def plan_adapters(
 ) -> Plan:
     """`plan` for adapters that have been read; whether each fits is for `refuse_unfit` to say."""
     _refuse_bad_options(max_rank, max_blend, dtype)
-    adapters = list(adapters)
+    adapters = [live.as_loaded(model, adapter) for adapter in adapters]
     slots = live.find_slots(model, adapter_name)
     matched = _matched(model, target_modules)
     ranked = {fqn for adapter in adapters for fqn in adapter.targets}
@@ -265,6 +265,7 @@ def plan_adapters(
 def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: str) -> None:
     """Raise unless the adapter can be loaded once the model has the slots of `plan`."""
     live.refuse_other_base(model, adapter)
+    adapter = live.as_loaded(model, adapter)
     live.refuse_other_parameters(model, live.find_slots(model, adapter_name), adapter)
     pack(adapter, plan.layout)
     unplanned = sorted(adapter.saved.keys() - plan.saved - live.saved_modules(model, adapter_name))

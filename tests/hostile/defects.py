@@ -240,7 +240,6 @@ _REFUSED_OPTIONS = {
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
 }
 _OTHER_INITS = ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something new")

@@ -16,6 +16,7 @@ from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
 from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
+from .tying import as_loaded
 from .wrap import Wrapping, unwrap_saved, wrap
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Wrapping",
     "Writes",
     "adapter_names",
+    "as_loaded",
     "base_modules",
     "build_config",
     "count_slots",

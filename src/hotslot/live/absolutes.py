@@ -33,6 +33,7 @@ from .tokens import (
     tied_modules,
     tokens_in,
 )
+from .tying import as_loaded
 
 # Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
 # the full name of a tensor of the base model.
@@ -264,6 +265,9 @@ class Absolutes:
             RankError: it has more tokens than there are places.
             UnsupportedError: it has values for the base that the model's other adapters would see, or that PEFT drops.
         """
+        model = self._model()
+        if model is not None:
+            adapter = as_loaded(model, adapter)
         unknown = [fqn for fqn in adapter.saved if fqn not in self._modules]
         if unknown:
             keys = [spec.name for fqn in unknown for spec in adapter.saved[fqn].values()]
@@ -285,11 +289,29 @@ class Absolutes:
                 for fqn, specs in adapter.biases.items()
             }
         )
-        return values | {
+        values |= {
             (fqn, name): adapter.checkpoint.tensor(spec.name)
             for fqn, specs in adapter.saved.items()
             for name, spec in specs.items()
         }
+        self._refuse_torn(values, adapter)
+        return values
+
+    def _refuse_torn(self, values: Mapping[Key, torch.Tensor], adapter: Adapter) -> None:
+        """Raise if one tensor is to have two values: PEFT lets the copies of tied modules share it."""
+        first: dict[int, Key] = {}
+        for key, site in self.sites.items():
+            other = first.setdefault(id(site.tensor), key)
+            one, two = values.get(other), values.get(key)
+            if other != key and not (one is two or (one is not None and two is not None and torch.equal(one, two))):
+                raise UnsupportedError(
+                    f"{adapter.checkpoint.origin} has other values for a module than for the one that it is tied to.",
+                    where=".".join(filter(None, key)),
+                    found=f"one parameter with {'.'.join(filter(None, other))}, by ensure_weight_tying of the adapter "
+                    "that came with the model",
+                    expected="equal values, or none for either",
+                    hint="attach to the base model, with that adapter among adapters=",
+                )
 
     def refuse_without(self, biases: Collection[str], what: str) -> None:
         """Raise unless these are all base biases whose own values are lost, for nothing can put those back.

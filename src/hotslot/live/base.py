@@ -13,6 +13,7 @@ from .discover import base_prefix, canonical_name, lora_layers, unwrap
 from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers, whole_modules
 from .slots import Slot
 from .tokens import refuse_other_tokens, token_wrappers
+from .tying import as_loaded, refuse_torn_ties
 
 _NESTED = ".base_layer"
 
@@ -76,6 +77,8 @@ def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
     """Raise unless each tensor of the base that the adapter has values for is one of the model's, of its shape."""
     if not adapter.targets:
         return  # not for slots: the skeleton of its merge is compared with the model
+    refuse_torn_ties(model, adapter)
+    adapter = as_loaded(model, adapter)
     refuse_other_modules(model, adapter)
     refuse_other_biases(model, adapter)
     refuse_other_tokens(model, adapter, whole_modules(model) if adapter.tokens else {})

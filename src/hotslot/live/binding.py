@@ -75,6 +75,7 @@ class Binding:
         if is_compiled(model):
             _refuse_compiled_dora(slots)
             refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
+        _refuse_shared(slots, arena=arena)
         self._adapter_name = adapter_name
         self.absolutes = Absolutes(model, adapter_name)
         self.merger = Merger(model, self.absolutes)
@@ -381,6 +382,22 @@ def _refuse_compiled_dora(slots: Mapping[str, Slot]) -> None:
                 expected="a model that is attached, or prepared for hot-swapping, before it is compiled",
                 hint="hotslot.attach(model, …), then torch.compile",
             )
+
+
+def _refuse_shared(slots: Mapping[str, Slot], *, arena: bool) -> None:
+    """Raise if slots share memory (`ensure_weight_tying`), and would go on doing so, or be trained apart."""
+    first: dict[int, str] = {}
+    for fqn, slot in slots.items():
+        for held in slot.held.values():
+            other = first.setdefault(held.param.data_ptr(), fqn)
+            if other != fqn and held.param.numel() and (not arena or held.param.requires_grad):
+                raise ModelError(
+                    "The adapter on the model lets two layers share their matrices (ensure_weight_tying).",
+                    where=fqn,
+                    found=f"the memory of {other!r}" + (", in training" if held.param.requires_grad else ""),
+                    expected="matrices of their own: others than those of tied layers may come",
+                    hint="hotslot.attach to the base model, or to this one, not compiled and not in training",
+                )
 
 
 def _bound(slots: Mapping[str, Slot]) -> bool:

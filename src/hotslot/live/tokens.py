@@ -54,14 +54,13 @@ def tied_modules(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     PEFT ties them whenever the model does, unless the adapter has other tokens for them.
     """
     from peft.tuners.tuners_utils import BaseTuner
-    from peft.utils.other import _get_module_names_tied_with_embedding
 
     inner: Any = innermost(model)
     if not adapter.tokens or not BaseTuner.get_model_config(inner).get("tie_word_embeddings"):
         return {}
-    names = {id(module): _plain(name) for name, module in inner.named_modules()}
+    names = {id(module): plain_name(name) for name, module in inner.named_modules()}
     embedding = names.get(id(inner.get_input_embeddings()))
-    tied = {_plain(name) for name in _get_module_names_tied_with_embedding(inner)}
+    tied = tied_with_embedding(inner)
     if embedding is None or embedding not in adapter.tokens:
         return {}
     if any(adapter.tokens[fqn].indices != adapter.tokens[embedding].indices for fqn in tied & adapter.tokens.keys()):
@@ -69,7 +68,28 @@ def tied_modules(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     return dict.fromkeys(sorted(tied), embedding)
 
 
-def _plain(name: str) -> str:
+def tied_with_embedding(model: Any) -> frozenset[str]:
+    """Paths of the modules that have the input embedding's weight, whatever PEFT has put around them."""
+    from peft.utils.other import ModulesToSaveWrapper, _get_module_names_tied_with_embedding
+
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "_tied_weights_keys"):
+        return frozenset()
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, ModulesToSaveWrapper):
+        return frozenset(map(plain_name, _get_module_names_tied_with_embedding(model)))
+    # PEFT looks for the weight by its name, which is another behind this wrapper.
+    name = next(plain_name(name) for name, module in model.named_modules() if module is embedding)
+    tied: set[str] = set()
+    for path, module in model.named_modules() if model.config.tie_word_embeddings is not False else ():
+        keys = getattr(module, "_tied_weights_keys", None)
+        for key, source in keys.items() if isinstance(keys, dict) else ():
+            if ".".join(filter(None, (path, source.rpartition(".")[0]))) == name:
+                tied.add(".".join(filter(None, (path, key.rpartition(".")[0]))))
+    return frozenset(tied)
+
+
+def plain_name(name: str) -> str:
+    """A module's path without what PEFT has put around it."""
     name = canonical_name(name, "")
     for ending in _PEFT_S_OWN:
         name = name.removesuffix(ending)

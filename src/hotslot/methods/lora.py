@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 # Options that say what the tensors mean or whom they belong to.
 _READ = frozenset(
     {
-        "alpha_pattern", "bias", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
-        "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
+        "alpha_pattern", "bias", "ensure_weight_tying", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save",
+        "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 
@@ -50,7 +50,6 @@ _REFUSED = {
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA removes part of the base weights",
     "megatron_config": "Megatron layers hold a shard of each tensor",
-    "ensure_weight_tying": "it ties tensors of several modules",
 }
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them when
