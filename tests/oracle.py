@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import Tensor, nn
 
 from adapters import expected_peft_warnings
-from zoo import CLASSIFIERS, ZOO, Entry
+from zoo import CLASSIFIERS, TIED, ZOO, Entry
 
 # What padding the low-rank matmuls may change in an output, relative to its largest magnitude (see `error`):
 # about ten times the worst seen over the zoo. Where the shapes agree, outputs agree bitwise: `exact=True`.
@@ -65,7 +65,7 @@ def fresh_output(
 
 @cache
 def _fresh_output(name: str, folder: str, digest: str, input_seed: int, seed: int, dtype: torch.dtype) -> Tensor:
-    entry = (ZOO | CLASSIFIERS)[name]
+    entry = (ZOO | CLASSIFIERS | TIED)[name]
     return entry.output(fresh(entry, folder, seed=seed, dtype=dtype), entry.inputs(input_seed, dtype))
 
 

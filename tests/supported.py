@@ -142,6 +142,24 @@ OPTIONS = (
            "may have them. They are not blended", example={"bias": "all"},
            proved_by=("tests/test_base_biases.py::test_every_transition_is_exact",
                       "tests/test_base_biases.py::test_biases_are_not_blended")),
+    Option(names="trainable_token_indices", kind="exact", on="llama", said="other tokens under each adapter, or none: "
+           "compiled code stays. Tied output layers too. A plan has places for the largest number of them; beyond it "
+           "`RankError`, and `grow`. The drop-in swaps up to as many as the adapter on the model has. A slot for "
+           "tokens costs a copy of the weight in each forward, as in PEFT, whoever is live. Refused: a Linear with a "
+           "bias, or an embedding with a forward of its own, both of which PEFT leaves out; a layer that one adapter "
+           "ties to the embedding and another has tokens of its own for",
+           example={"trainable_token_indices": {"embed_tokens": [3]}, "target_modules": ["q_proj"]},
+           proved_by=("tests/test_trainable_tokens.py::test_every_transition_is_exact",
+                      "tests/test_trainable_tokens.py::test_swaps_compile_nothing")),
+    Option(names="ensure_weight_tying", kind="exact", said="LoRA, whole modules and tokens that PEFT ties to the "
+           "embedding: each layer has the file's values, which are equal. Refused where a fresh load drops tensors or "
+           "makes them up: a file of an untied model on a tied one and the other way, LoRA on the head of a model "
+           "whose embedding is not called `embed_tokens`; and values that differ. PEFT lets the matrices share "
+           "memory: such an adapter on the model is not swapped by the drop-in, nor while it is trained",
+           example={"ensure_weight_tying": True}, from_peft=False,
+           proved_by=("tests/test_weight_tying.py::test_every_transition_is_right",
+                      "tests/test_weight_tying.py::test_what_peft_drops_when_it_loads_its_own_file_is_refused",
+                      "tests/test_weight_tying.py::test_shared_matrices_are_not_swapped_where_they_are")),
     Option(names="init_lora_weights", kind="exact", values=(True, False, "gaussian", "eva", "orthogonal"),
            said="without effect once trained", example={"init_lora_weights": "gaussian"}, in_peft=_PLAIN),
     Option(names="init_lora_weights", kind="exact", values=("mica",), said="plain LoRA of which A alone is trained. "
@@ -171,9 +189,6 @@ OPTIONS = (
            "runtime_config task_type", kind="without effect", said="describe the adapter", on="llama",
            example={"task_type": "CAUSAL_LM", "revision": "main", "target_modules": ["q_proj"]}),
 
-    Option(names="trainable_token_indices", kind="refused", merged=True, verdict="not yet", on="llama",
-           said="rows of the embedding, whose indices PEFT keeps in a Python list that compiled code guards",
-           example={"trainable_token_indices": {"embed_tokens": [3]}, "target_modules": ["q_proj"]}),
     Option(names="init_lora_weights", kind="refused", merged=True,
            values=("pissa", "olora", "corda", "loftq", "lora_ga"),
            said="PEFT changes the base weights when it loads the adapter, so its A and B belong to other base weights "
@@ -209,8 +224,6 @@ OPTIONS = (
            verdict="not yet: a slot holds one", example={"arrow_config": {"top_k": 2}}),
     Option(names="megatron_config", kind="refused", said="layers hold a shard of each tensor", verdict="not yet",
            example={"megatron_config": {"tensor_model_parallel_size": 2}}, from_peft=False),
-    Option(names="ensure_weight_tying", kind="refused", merged=True, said="ties tensors of several modules",
-           verdict="not yet", example={"ensure_weight_tying": True}, from_peft=False),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -192,6 +193,13 @@ FOLDERS = {
         "head": {"r": 2, "target_modules": ["word"], "modules_to_save": ["head"]},
         "none": {"r": 2, "target_modules": ["word"]},
         "bias": {"r": 2, "target_modules": ["mix"], "bias": "all"},
+        "mix": {"r": 2, "target_modules": ["mix"]},
+        "tokens": {"r": 2, "target_modules": ["mix"], "trainable_token_indices": {"word": [3, 7, 9]}},
+        "fewer": {"r": 2, "target_modules": ["mix"], "trainable_token_indices": {"word": [7]}},
+    },
+    "llama": {
+        "copy": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]},
+        "none": {"r": 2, "target_modules": ["q_proj"]},
     },
     "conv2d": {
         "a": {"r": 4, "target_modules": ["grouped", "head"], "lora_alpha": 6},
@@ -203,7 +211,7 @@ FOLDERS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("adapters")
-    return {
+    made = {
         name: {
             key: (
                 make_method_adapter(root / name / key, entry=ZOO[name], seed=i, **config)
@@ -214,13 +222,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
         }
         for name, configs in FOLDERS.items()
     }
+    file = made["llama"]["copy"] / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file({**load_file(file), name: torch.rand(48, 16)}, file)  # another embedding than the model's
+    return made
 
 
 def train(model: nn.Module) -> None:
     """Change every LoRA weight in place, as an optimizer does."""
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if "lora_" in name or ".modules_to_save." in name:
+            if "lora_" in name or ".modules_to_save." in name or ".trainable_tokens_delta." in name:
                 param.mul_(1.25)
 
 
@@ -327,6 +339,35 @@ def attaching_with_a_head(entry: Entry, folders: dict[str, Path]) -> Stage:
     return Stage(entry, model, attach, lambda: attach().activate("head"), folders["head"])
 
 
+def attaching_with_tokens(came_with: str) -> Make:
+    """New wrappers, or room for more tokens in that of the adapter which came with the model."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = fresh(entry, folders[came_with])
+        attach = functools.partial(hotslot.attach, model, {"tokens": folders["tokens"]})
+        return Stage(entry, model, attach, lambda: attach().activate("tokens"), folders["tokens"])
+
+    return make
+
+
+def growing_by_tokens(planned: str) -> Make:
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = entry.build()
+        swapper = hotslot.attach(model, {planned: folders[planned]})
+        swapper.activate(planned)
+        train(model)
+        plan = hotslot.plan(model, [folders["tokens"]])
+
+        def swap() -> None:
+            swapper.grow(plan)
+            swapper.load("tokens", folders["tokens"])
+            swapper.activate("tokens")
+
+        return Stage(entry, model, lambda: swapper.grow(plan), swap, folders["tokens"])
+
+    return make
+
+
 def without_arena(entry: Entry, folders: dict[str, Path]) -> Stage:
     """On a model that was compiled before: no parameter may move, each is written where it is."""
     model = fresh(entry, folders["a"])
@@ -421,6 +462,11 @@ SWAPS: dict[str, Scenario] = {
     "to an adapter that is merged in part": (merging("a", "wide"), "mlp"),
     "to a base bias": (saving("none", "bias"), "embedding"),
     "from a base bias": (saving("bias", "none"), "embedding"),
+    "to another embedding": (saving("none", "copy"), "llama"),
+    "from another embedding": (saving("copy", "none"), "llama"),
+    "to tokens": (saving("mix", "tokens"), "embedding"),
+    "from tokens": (saving("tokens", "mix"), "embedding"),
+    "between tokens": (saving("tokens", "fewer", came_with="fewer"), "embedding"),
     "in a compiled model": (without_arena, "mlp"),
     "after the user moved the parameters": (moved_by_the_user, "embedding"),
     "to a blend": (blending("a", {"a": 0.7, "b": -1.0}), "mlp"),
@@ -439,10 +485,14 @@ PREPARATIONS: dict[str, Scenario] = {
     "attach to a plain model": (attaching(None), "embedding"),
     "attach to a grouped convolution": (attaching(None), "conv2d"),
     "attach to a PEFT model": (attaching("b"), "embedding"),
+    "attach beside tokens": (attaching_with_tokens("fewer"), "embedding"),
+    "attach and wrap for tokens": (attaching_with_tokens("mix"), "embedding"),
     "prepare_model_for_compiled_hotswap": (preparing, "mlp"),
     "grow": (growing(None), "mlp"),
     "grow beside embeddings": (growing(None), "embedding"),
     "grow a PEFT model": (growing("b"), "conv2d"),
+    "grow by a wrapper for tokens": (growing_by_tokens("mix"), "embedding"),
+    "grow by places for tokens": (growing_by_tokens("fewer"), "embedding"),
 }
 
 

@@ -333,3 +333,13 @@ def test_biases_that_the_config_denies_are_refused(made: Callable[[Entry], Folde
         source = hotslot.checkpoint.from_tensors(tensors, {**config, "bias": bias}, origin="mine")
         with pytest.raises(kind):
             hotslot.attach(ENTRIES["mlp"].build(), {"a": source})
+
+
+def test_blends_with_base_biases_are_refused(made: Callable[[Entry], Folders]) -> None:
+    entry = ENTRIES["mlp"]
+    folders = {name: made(entry)[name] for name in ("all", "none")}
+    model = built(entry, folders, None)
+    swapper = hotslot.attach(model, folders, plan=hotslot.plan(model, folders))
+    for weights in ({"all": 1.0, "none": 1.0}, {"all": 0.5}):
+        with pytest.raises(UnsupportedError, match="cannot be blended"):
+            swapper.activate(weights)

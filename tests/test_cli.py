@@ -229,12 +229,14 @@ def test_inspect_notices_an_untrained_adapter(tmp_path: Path) -> None:
 
 
 def test_inspect_gives_every_reason_to_refuse(tmp_path: Path) -> None:
-    folder = plain(tmp_path, use_dora=True, trainable_token_indices=[3], layer_replication=[(0, 3)])
+    folder = plain(tmp_path, use_dora=True, layer_replication=[(0, 3)])
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "megatron_config": {"tensor_model_parallel_size": 2}}))
     found = ask("inspect", folder, exit_code=1)
     assert not found["supported"]
     assert [(one["type"], one["where"]) for one in found["refusals"]] == [
-        ("UnsupportedError", "trainable_token_indices"),
         ("UnsupportedError", "layer_replication"),
+        ("UnsupportedError", "megatron_config"),
     ]
     with pytest.raises(UnsupportedError) as refused:
         hotslot.attach(LLAMA.build(), {"refused": folder}, route="side")

@@ -94,7 +94,7 @@ def _identity(result: Any) -> Tensor:
 # --- transformers -------------------------------------------------------------------------------------------
 
 
-def _llama() -> nn.Module:
+def _llama(*, tied: bool = False) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -107,7 +107,7 @@ def _llama() -> nn.Module:
             num_key_value_heads=2,
             max_position_embeddings=32,
             initializer_range=0.3,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
             use_cache=False,
         )
     )
@@ -330,3 +330,11 @@ _CLASSIFIERS = (
 )  # fmt: skip
 
 CLASSIFIERS: dict[str, Entry] = {entry.name: entry for entry in _CLASSIFIERS}
+
+# The output layer has the embedding's weight, as gpt2's has.
+_TIED = (
+    Entry("llama_tied", partial(_llama, tied=True), _tokens, _logits, LLAMA_TARGETS, extras=("norm",),
+          task_type="CAUSAL_LM", from_transformers=True, layers=3),
+)  # fmt: skip
+
+TIED: dict[str, Entry] = {entry.name: entry for entry in _TIED}

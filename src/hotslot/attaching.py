@@ -82,15 +82,21 @@ def attach(
     injection = live.inject(model, adapter_name, missing) if missing else None
     engine = binding = wrapping = None
     try:
-        saved = sorted(plan.saved - live.saved_modules(model, adapter_name))
-        if saved:
-            wrapping = live.wrap(model, adapter_name, saved)
+        wrapping = live.wrap(model, adapter_name, plan.saved, plan.tokens, plan.tied)
         found = live.find_slots(model, adapter_name)
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}
         extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
         empty = missing if slots else ()
         binding = live.Binding(
-            model, adapter_name, found, ranks, arena=not compiled, extra=extra, empty=empty, wrapped=saved
+            model,
+            adapter_name,
+            found,
+            ranks,
+            arena=not compiled,
+            extra=extra,
+            empty=empty,
+            wrapped=wrapping.fqns,
+            tokens=plan.tokens,
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:

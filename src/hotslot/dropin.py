@@ -26,7 +26,7 @@ from .block import arrange, pack
 from .engine import Engine, Entry, State
 from .errors import ModelError, UnexpectedTargetError, UnsupportedError
 from .leases import Gate
-from .methods import PARTS, is_of_training, refuse_unsupported_options, split_key
+from .methods import PARTS, TOKENS, is_of_training, refuse_unsupported_options, split_key
 from .swapper import Swapper
 
 _lock = threading.RLock()
@@ -415,5 +415,7 @@ def _without_adapter_name(key: str, adapter_name: str, endings: Mapping[str, str
     for ending, suffix in endings.items():
         if key.endswith(ending):
             return f"{key.removesuffix(ending)}.{suffix}"
+    if key.endswith(f".{TOKENS}.{adapter_name}"):
+        return key.removesuffix(f".{adapter_name}")
     module, saved, name = key.partition(f".modules_to_save.{adapter_name}.")
     return f"{module}.{name}" if saved else None

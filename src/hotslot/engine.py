@@ -322,26 +322,27 @@ class Engine:
         ranks: Mapping[str, int],
         *,
         extra: Iterable[tuple[str, str]],
+        tokens: Mapping[str, int],
         wrapped: Collection[str],
     ) -> Callable[[], None]:
         """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and the parts of `extra`.
 
-        And take in copies of the modules `wrapped`, which hold nothing yet either.
+        And take in the wrappers of the modules `wrapped`, which hold nothing yet either, and make room for `tokens`.
 
         What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
         """
         binding, kept = self.binding, (self.neutral, self.live, self.previous, self.original)
-        records, shrink = binding.capture(), binding.undo_extend(slots)
+        records, shrink, forget = binding.capture(), binding.undo_extend(slots), binding.absolutes.undo_find()
 
         def undo() -> None:
-            binding.absolutes.drop(wrapped)
+            forget()
             shrink()
             self.neutral, self.live, self.previous, self.original = kept
             binding.apply(records)
 
         try:
             binding.extend(slots, ranks, extra=extra)
-            binding.absolutes.find(self.model, lambda fqn: False)
+            binding.absolutes.find(self.model, wrapped, tokens)
             neutral = State(None, records=live.neutral_records(binding.slots))
             states = [neutral if state is self.neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)

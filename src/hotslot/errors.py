@@ -12,7 +12,7 @@
     ├── DoesNotFitError             (also RuntimeError)       sound, but not for this model or plan
     │   ├── UnexpectedTargetError                             targets modules that have no slot
     │   ├── ShapeError                                        made for a base layer of other dimensions
-    │   └── RankError                                         a rank beyond what the slot was planned for
+    │   └── RankError                                         a rank, or tokens, beyond what was planned for
     ├── ModelError                  (also RuntimeError)       the model is not in a state to be swapped
     │   ├── MergedError             (also ValueError)         the slot's adapter is merged into the base weights
     │   └── InFlightError           (also TimeoutError)       work in flight did not end in time
@@ -158,7 +158,7 @@ class ShapeError(DoesNotFitError):
 
 
 class RankError(DoesNotFitError):
-    """The adapter's rank is beyond what the slot was planned for."""
+    """The adapter's rank, or its number of tokens, is beyond what the slot was planned for."""
 
 
 class ModelError(HotslotError, RuntimeError):

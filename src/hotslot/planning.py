@@ -23,7 +23,7 @@ from . import live
 from .block import Layout, SlotShape, arrange, pack
 from .checkpoint import Checkpoint, Source
 from .engine import Entry
-from .errors import ModelError, UnexpectedTargetError
+from .errors import ModelError, RankError, UnexpectedTargetError
 from .methods import Adapter
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,6 +43,8 @@ class Plan:
         max_rank: the rank that every slot was given; None where the adapters' own ranks decide.
         dtype: as it was asked for: None is what a fresh PEFT load gives, "base" the base layer's.
         saved: paths of the modules that get a copy, because one of the adapters saves them whole.
+        tokens: path of an embedding or output layer → for how many tokens that adapters train it has places.
+        tied: path of a module → path of the input embedding, whose tokens it shows.
     """
 
     slots: Mapping[str, SlotShape]
@@ -51,6 +53,8 @@ class Plan:
     dtype: torch.dtype | str | None = None
     _largest: Largest = field(default_factory=lambda: MappingProxyType({}))
     saved: frozenset[str] = frozenset()
+    tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    tied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -83,9 +87,12 @@ class Plan:
             shape = _both(self.slots.get(fqn), other.slots.get(fqn))
             rank = max(shape.rank, _room(largest.get(fqn, ()), blended=not capped))
             slots[fqn] = shape.at_rank(rank)
-        live.refuse_adapted_and_saved(slots, self.saved | other.saved)
-        saved = self.saved | other.saved
-        return Plan(MappingProxyType(slots), max_blend, max(capped, default=None), self.dtype, largest, saved)
+        saved, tied = self.saved | other.saved, MappingProxyType({**self.tied, **other.tied})
+        tokens = _most([self.tokens, other.tokens])
+        live.refuse_adapted_and_saved(slots, saved, {*tokens, *tied})
+        live.refuse_untied(tokens, tied)
+        max_rank = max(capped, default=None)
+        return Plan(MappingProxyType(slots), max_blend, max_rank, self.dtype, largest, saved, tokens, tied)
 
     def with_room(self, ranks: Mapping[str, int], *, biased: bool) -> Plan:
         """The same slots, each with room for at least its rank in `ranks`, and with `biased` for a bias."""
@@ -222,7 +229,7 @@ def plan_adapters(
 ) -> Plan:
     """`plan` for adapters that have been read; whether each fits is for `refuse_unfit` to say."""
     _refuse_bad_options(max_rank, max_blend, dtype)
-    adapters = list(adapters)
+    adapters = [live.as_loaded(model, adapter) for adapter in adapters]
     slots = live.find_slots(model, adapter_name)
     matched = _matched(model, target_modules)
     ranked = {fqn for adapter in adapters for fqn in adapter.targets}
@@ -250,12 +257,15 @@ def plan_adapters(
         # PEFT's config has one lora_bias for all modules: in a blend with one that has biases, all have.
         planned = {fqn: _with_bias(shape) for fqn, shape in planned.items()}
     saved = frozenset(fqn for adapter in adapters for fqn in adapter.saved)
-    return Plan(MappingProxyType(planned), max_blend, max_rank, dtype, largest, saved)
+    tokens, tied = _planned_tokens(model, adapters, adapter_name)
+    live.refuse_adapted_and_saved(planned, saved, {*tokens, *tied})
+    return Plan(MappingProxyType(planned), max_blend, max_rank, dtype, largest, saved, tokens, tied)
 
 
 def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: str) -> None:
     """Raise unless the adapter can be loaded once the model has the slots of `plan`."""
     live.refuse_other_base(model, adapter)
+    adapter = live.as_loaded(model, adapter)
     live.refuse_other_parameters(model, live.find_slots(model, adapter_name), adapter)
     pack(adapter, plan.layout)
     unplanned = sorted(adapter.saved.keys() - plan.saved - live.saved_modules(model, adapter_name))
@@ -267,6 +277,39 @@ def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: s
             expected=f"modules among {sorted(plan.saved) or 'none'}, by the plan",
             hint="plan with this adapter among the sources",
         )
+    own = live.own_tokens(model, adapter)
+    for fqn, tokens in own.items():
+        if len(tokens.indices) > plan.tokens.get(fqn, 0):
+            raise RankError(
+                f"{adapter.checkpoint.origin} has more tokens than the plan has places for.",
+                where=fqn,
+                found=f"{len(tokens.indices)} tokens by trainable_token_indices",
+                expected=f"at most {plan.tokens.get(fqn, 0)}, by the plan",
+                hint="plan with this adapter among the sources",
+            )
+    live.refuse_untied({*plan.tokens, *own}, {**plan.tied, **live.tied_modules(model, adapter)})
+
+
+def _planned_tokens(
+    model: nn.Module, adapters: Iterable[Adapter], adapter_name: str
+) -> tuple[Mapping[str, int], Mapping[str, str]]:
+    """`Plan.tokens` and `Plan.tied` for these adapters, and for the one that the model has already."""
+    own = [
+        {fqn: len(tokens.indices) for fqn, tokens in live.own_tokens(model, adapter).items()} for adapter in adapters
+    ]
+    tokens = _most([live.token_rooms(model, adapter_name), *own])
+    tied: dict[str, str] = {}
+    for adapter in adapters:
+        tied |= live.tied_modules(model, adapter)
+    live.refuse_untied(tokens, tied)
+    return tokens, MappingProxyType(tied)
+
+
+def _most(counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    most: dict[str, int] = {}
+    for counted in counts:
+        most.update((fqn, max(count, most.get(fqn, 0))) for fqn, count in counted.items())
+    return MappingProxyType(most)
 
 
 def _refuse_bad_options(max_rank: Any, max_blend: Any, dtype: Any) -> None:

@@ -268,8 +268,10 @@ class Swapper:
             missing = {fqn: shape for fqn, shape in grown.slots.items() if fqn not in slots}
             larger = [fqn for fqn, slot in slots.items() if grown.slots[fqn].parts != slot.shape().parts]
             saved = grown.saved - live.saved_modules(engine.model, name)
-            if missing or larger or saved:
-                self._grow(engine, grown, missing, sorted(saved))
+            rooms = live.token_rooms(engine.model, name)
+            more = [fqn for fqn, count in grown.tokens.items() if count > rooms.get(fqn, 0)]
+            if missing or larger or saved or more:
+                self._grow(engine, grown, missing)
                 logger.warning(
                     "slot %r: %d slots added and %d made larger, %d slots of %d bytes now; what was compiled of the "
                     "model compiles once more",
@@ -443,17 +445,16 @@ class Swapper:
             raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
         return self._engine
 
-    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any], saved: list[str]) -> None:
+    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any]) -> None:
         model, name = engine.model, engine.adapter_name
         injection = wrapping = undo = None
         try:
             if missing:
                 injection = live.inject(model, name, missing)
-            if saved:
-                wrapping = live.wrap(model, name, saved)
+            wrapping = live.wrap(model, name, plan.saved, plan.tokens, plan.tied)
             found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
             extra = [(fqn, suffix) for fqn, slot in plan.slots.items() for suffix in slot.parts]
-            undo = engine.grow(found, plan.ranks, extra=extra, wrapped=saved)
+            undo = engine.grow(found, plan.ranks, extra=extra, tokens=plan.tokens, wrapped=wrapping.fqns)
             for entry in self._tier.values():
                 entry.compile(engine.binding)  # now, and not while it is activated
         except BaseException:
@@ -464,8 +465,7 @@ class Swapper:
             if injection is not None:
                 live.remove(injection)
             raise
-        if wrapping is not None:
-            self._wrappings.append(wrapping)
+        self._wrappings.append(wrapping)
         if injection is not None:
             self._injections.append(injection)
 

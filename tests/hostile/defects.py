@@ -214,7 +214,7 @@ _RESIZED = [
            errors.UnsupportedError, f"{module}(?s:.*)save_embedding_layers=False", entry="llama",
            ways=CONFIGS)
     for module, path in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight"))
-    for by in (8, 0, -8)
+    for by in (8, -8)
 ]  # fmt: skip
 
 
@@ -234,14 +234,12 @@ def _option(key: str, value: Any, error: type[errors.HotslotError], says: str = 
 
 
 _REFUSED_OPTIONS = {
-    "trainable_token_indices": [1, 2],
     "alora_invocation_tokens": [5],
     "layer_replication": [[0, 1]],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "kasa_config": {"beta": 1.0},
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "ensure_weight_tying": True,
     "init_lora_weights": "pissa",
 }
 _OTHER_INITS = ("pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something new")

@@ -143,6 +143,8 @@ class Blender:
         held = self._blends.get(key)
         if held is not None:
             return held
+        for ingredient in ingredients:
+            _refuse_absolute(ingredient.entry, binding)
         if any(ingredient.entry.compile(binding).merges.all for ingredient in ingredients):
             return MergedBlend(ingredients, key, binding)
         if len(ingredients) == 1:
@@ -192,13 +194,26 @@ class Blender:
 
 def _refuse_slots(entry: Entry, binding: Binding) -> None:
     compiled = entry.compile(binding)
-    if compiled.nbytes or compiled.values:
+    if compiled.nbytes:
         raise UnsupportedError(
             "A blend of adapters that are merged and of others that slots hold.",
             where=entry.name,
             found=f"route {compiled.route!r}",
             expected="one route for all",
             hint="attach(model, …, route='merged'); or grow(plan) with a plan for all of them",
+        )
+
+
+def _refuse_absolute(entry: Entry, binding: Binding) -> None:
+    """Raise if the adapter has values of its own for tensors of the base model: they have no weight."""
+    values = entry.compile(binding).values
+    if values:
+        raise UnsupportedError(
+            f"{entry.adapter.checkpoint.origin} has tensors that cannot be blended.",
+            where=".".join(filter(None, next(iter(values)))),
+            found=f"{len(values)} tensors in the place of the base model's own",
+            expected="A, B and bias of plain LoRA, which add up",
+            hint="activate it alone, with weight 1",
         )
 
 

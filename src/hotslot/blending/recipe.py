@@ -17,7 +17,7 @@ from ..engine import Entry
 from ..errors import UnsupportedError
 from ..live import OUT_PROJ, Binding, Memory
 from ..live.corner import band
-from ..methods import Adapter, Target
+from ..methods import TOKENS, Adapter, Target
 
 PREFIX = "base_model.model."
 BIAS = "lora_B.bias"
@@ -128,6 +128,7 @@ def refuse_unblendable(adapter: Adapter) -> None:
         if suffix not in (*DOWN, *UP, BIAS)
     ]
     odd += [f"{fqn}.{name}" for held in (adapter.saved, adapter.biases) for fqn, own in held.items() for name in own]
+    odd += [f"{fqn}.{TOKENS}" for fqn in adapter.tokens]
     if odd:
         raise UnsupportedError(
             f"{adapter.checkpoint.origin} has tensors that cannot be blended.",

@@ -11,10 +11,13 @@ from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .merging import NO_MERGES, Merges, blended
-from .saved import Wrapping, refuse_adapted_and_saved, saved_modules, unwrap_saved, wrap
+from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
+from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
+from .tying import as_loaded
+from .wrap import Wrapping, unwrap_saved, wrap
 
 __all__ = [
     "NO_MERGES",
@@ -29,6 +32,7 @@ __all__ = [
     "Wrapping",
     "Writes",
     "adapter_names",
+    "as_loaded",
     "base_modules",
     "blended",
     "build_config",
@@ -40,13 +44,17 @@ __all__ = [
     "is_compiled",
     "matching_targets",
     "neutral_records",
+    "own_tokens",
     "refuse_adapted_and_saved",
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_unsupported_resident",
+    "refuse_untied",
     "remove",
     "saved_modules",
     "slot_shapes",
+    "tied_modules",
+    "token_rooms",
     "unguard",
     "unwrap",
     "unwrap_saved",

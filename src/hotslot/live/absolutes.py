@@ -16,13 +16,27 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
-from ..methods import Adapter
-from .discover import lora_layers, unwrap
+from ..methods import TOKENS, Adapter
+from .base import all_base_modules
+from .copies import Copy, base_copies
+from .discover import adapter_names, lora_layers, unwrap
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
-from .state_dict import SavedModule
+from .state_dict import SavedModule, ShownTokens
+from .tokens import (
+    PLACES,
+    TokenRows,
+    beyond,
+    find_token_rows,
+    own_tokens,
+    refuse_other_ties,
+    tied_modules,
+    tokens_in,
+)
+from .tying import as_loaded
 
-# Path of a module that is saved whole, name within the copy; or "" and the full name of a tensor of the base model.
+# Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
+# the full name of a tensor of the base model.
 Key: TypeAlias = tuple[str, str]
 
 
@@ -105,28 +119,41 @@ class Absolutes:
     Args:
         model: the model.
         adapter_name: PEFT's name of the slot.
-        shown: paths of the modules that hold the values of an adapter that came with the model.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str, shown: Callable[[str], bool]) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self._model = weakref.ref(unwrap(model))
         self._adapter_name = adapter_name
         self.sites: dict[Key, Site] = {}
         self._modules: dict[str, frozenset[str]] = {}  # path of a wrapped module → names of its tensors
         self._shown: dict[str, bool] = {}  # shared with the hooks
         self._wrappers: dict[str, Any] = {}
+        self._tokens: dict[str, TokenRows] = {}
         self._uninstall: list[Callable[[], None]] = []
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[tuple[int, int]] = []
-        try:
-            self._take_in_lost_biases(model)
-            self.find(model, shown)
-        except BaseException:
-            self.release()
-            raise
+        self._take_in_lost_biases(model)
+        self.mark_clean()
 
-    def find(self, model: nn.Module, shown: Callable[[str], bool]) -> None:
-        """Take in the wrappers that the model has got since the last time."""
+    def find(self, model: nn.Module, wrapped: Collection[str], rooms: Mapping[str, int]) -> None:
+        """Take in the wrappers that the model has got since the last time, and make the places that tokens lack.
+
+        If it raises, `release`, or call what `undo_find` has given.
+
+        Args:
+            model: the model.
+            wrapped: paths of the modules whose wrapper is hotslot's own, and holds nothing yet; others hold the values
+                of an adapter that came with the model.
+            rooms: path of a module → for how many tokens it is to have places.
+        """
+        dirty = self.is_dirty()
+        for rows in self._tokens.values():
+            if rooms.get(rows.fqn, 0) > rows.room:
+                rows.resize(rooms[rows.fqn], rows.tokens)
+        for rows in find_token_rows(model, self._adapter_name, set(self._tokens)):
+            self._tokens[rows.fqn] = rows  # first: `release` is to find it, should the binding break off
+            rows.bind(rooms.get(rows.fqn, 0), empty=rows.fqn in wrapped)
+            self._take_in_tokens(rows)
         adapted = [fqn for fqn, _ in lora_layers(model)]
         for fqn, wrapper in saved_wrappers(model):
             if fqn in self._modules or self._adapter_name not in wrapper.modules_to_save:
@@ -139,8 +166,8 @@ class Absolutes:
                     expected="one or the other",
                     hint="load it with PEFT itself",
                 )
-            self._take_in(fqn, wrapper, shown(fqn))
-        self.mark_clean()
+            self._take_in(fqn, wrapper, fqn not in wrapped)
+        self._versions = [] if dirty else self._current_versions()
 
     def _take_in(self, fqn: str, wrapper: Any, shown: bool) -> None:
         copied = wrapper.modules_to_save[self._adapter_name]
@@ -155,21 +182,45 @@ class Absolutes:
             self._foreign.update((fqn, name) for name in names)
         self._uninstall.append(SavedModule(fqn, self._adapter_name, self._shown).install(wrapper))
 
-    def drop(self, fqns: Collection[str]) -> None:
-        """Undo `find`, as far as these modules are concerned."""
-        for fqn in fqns:
-            for name in self._modules.pop(fqn, ()):
-                self.sites.pop((fqn, name), None)
-                self._foreign.discard((fqn, name))
-            self._shown.pop(fqn, None)
-            self._wrappers.pop(fqn, None)
-        self.mark_clean()
+    def _take_in_tokens(self, rows: TokenRows) -> None:
+        keys = (rows.fqn, TOKENS), (rows.fqn, PLACES)
+        self.sites[keys[0]] = Site(rows.params, self._adapter_name, rows.param, rows.neutral_rows, [])
+        self.sites[keys[1]] = Site(rows.places, self._adapter_name, None, rows.neutral_places, [])
+        if rows.tokens:
+            self._foreign.update(keys)
+        shown = ShownTokens(self._adapter_name, rows.param)
+        for wrapper in rows.wrappers:
+            self._uninstall.append(wrapper.register_state_dict_post_hook(shown).remove)
+            self._uninstall.append(wrapper.register_load_state_dict_pre_hook(shown.on_load).remove)
+
+    def undo_find(self) -> Callable[[], None]:
+        """A function that undoes a `find`, whole or broken off; to be made before."""
+        dicts: list[Any] = [self.sites, self._modules, self._shown, self._wrappers, self._tokens]
+        kept, foreign, versions = [dict(known) for known in dicts], set(self._foreign), self._versions
+        installed, memories = len(self._uninstall), [(rows, rows.memory()) for rows in self._tokens.values()]
+
+        def undo() -> None:
+            for uninstall in reversed(self._uninstall[installed:]):
+                uninstall()
+            del self._uninstall[installed:]
+            for fqn in self._tokens.keys() - kept[-1].keys():
+                self._tokens[fqn].release()
+            for rows, memory in memories:
+                rows.put_memory_back(memory)
+            for known, was in zip(dicts, kept, strict=True):
+                known.clear()
+                known.update(was)
+            self._foreign, self._versions = foreign, versions
+
+        return undo
 
     def release(self) -> None:
         """Let go of the model; what is written stays."""
         for uninstall in reversed(self._uninstall):
             uninstall()
         self._uninstall.clear()
+        for rows in self._tokens.values():
+            rows.release()
 
     # -- state of the model -----------------------------------------------------------------------------------------
 
@@ -210,8 +261,13 @@ class Absolutes:
         """The values that the adapter has for the sites.
 
         Raises:
-            UnexpectedTargetError: it saves a module that has no wrapper.
+            UnexpectedTargetError: it saves a module that has no wrapper, or has tokens of one.
+            RankError: it has more tokens than there are places.
+            UnsupportedError: it has values for the base that the model's other adapters would see, or that PEFT drops.
         """
+        model = self._model()
+        if model is not None:
+            adapter = as_loaded(model, adapter)
         unknown = [fqn for fqn in adapter.saved if fqn not in self._modules]
         if unknown:
             keys = [spec.name for fqn in unknown for spec in adapter.saved[fqn].values()]
@@ -225,14 +281,37 @@ class Absolutes:
             )
         self.refuse_without({f"{fqn}.bias" for fqn in adapter.biases}, adapter.checkpoint.origin)
         self._take_in_biases(adapter)
-        values = {
-            ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name) for fqn, specs in adapter.biases.items()
-        }
-        return values | {
+        values = (
+            self._token_values(adapter)
+            | self._copied_values(adapter)
+            | {
+                ("", f"{fqn}.bias"): adapter.checkpoint.tensor(specs["bias"].name)
+                for fqn, specs in adapter.biases.items()
+            }
+        )
+        values |= {
             (fqn, name): adapter.checkpoint.tensor(spec.name)
             for fqn, specs in adapter.saved.items()
             for name, spec in specs.items()
         }
+        self._refuse_torn(values, adapter)
+        return values
+
+    def _refuse_torn(self, values: Mapping[Key, torch.Tensor], adapter: Adapter) -> None:
+        """Raise if one tensor is to have two values: PEFT lets the copies of tied modules share it."""
+        first: dict[int, Key] = {}
+        for key, site in self.sites.items():
+            other = first.setdefault(id(site.tensor), key)
+            one, two = values.get(other), values.get(key)
+            if other != key and not (one is two or (one is not None and two is not None and torch.equal(one, two))):
+                raise UnsupportedError(
+                    f"{adapter.checkpoint.origin} has other values for a module than for the one that it is tied to.",
+                    where=".".join(filter(None, key)),
+                    found=f"one parameter with {'.'.join(filter(None, other))}, by ensure_weight_tying of the adapter "
+                    "that came with the model",
+                    expected="equal values, or none for either",
+                    hint="attach to the base model, with that adapter among adapters=",
+                )
 
     def refuse_without(self, biases: Collection[str], what: str) -> None:
         """Raise unless these are all base biases whose own values are lost, for nothing can put those back.
@@ -263,6 +342,84 @@ class Absolutes:
                 key, holder = ("", f"{fqn}.bias"), module._parameters
                 self.sites[key] = Site(holder, "bias", holder["bias"], None, [], lost=True)
                 self._foreign.add(key)
+
+    def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        values: dict[Key, torch.Tensor] = {}
+        origin, model = adapter.checkpoint.origin, self._model()
+        if not adapter.tokens or model is None:
+            return {}
+        tied = tied_modules(model, adapter)
+        for fqn, tokens in own_tokens(model, adapter).items():
+            rows = self._tokens.get(fqn)
+            if rows is None:
+                raise UnexpectedTargetError(
+                    f"{origin} has tokens of a module that the model was not prepared for; "
+                    f"unexpected keys found: {tokens.rows.name}.",
+                    where=fqn,
+                    found=f"{len(tokens.indices)} tokens by trainable_token_indices",
+                    expected=f"tokens of modules among {sorted(self._tokens) or 'none'}",
+                    hint="attach with this adapter among adapters=, so that there are places for its tokens",
+                )
+            refuse_other_ties(rows, adapter, tied)
+            if len(tokens.indices) > rows.room:
+                raise beyond(rows, adapter)
+            given = adapter.checkpoint.tensor(tokens.rows.name)
+            values[fqn, TOKENS], values[fqn, PLACES] = rows.values(given, tokens.indices)
+        return values
+
+    def _copied_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
+        """Those of the base's weights that the adapter carries and that are not the model's own."""
+        model = self._model()
+        if not adapter.base_copies or model is None:
+            return {}
+        copies = list(base_copies(model, adapter, all_base_modules(model)))
+        # Of a tied weight the last one is what PEFT leaves behind.
+        last = {id(copy.holder[copy.name]): copy for copy in copies if copy.taken}
+        differing = [copy for copy in copies if self._differs(copy, adapter)]
+        stray = next((copy for copy in differing if not copy.taken), None)
+        if stray is not None:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} carries weights under a name that PEFT does not load.",
+                where=stray.spec.name,
+                found=f"other values than the model's for {stray.fqn}.{stray.name}",
+                expected="the name that the tensor has in a model with this adapter on it",
+                hint="remove them, or save the adapter again with save_pretrained",
+            )
+        values = {}
+        for copy in differing:
+            if last[id(copy.holder[copy.name])] is copy:
+                self._refuse_beside_others(adapter, f"{copy.fqn}.{copy.name}")
+                values[self._take_in_base(copy)] = adapter.checkpoint.tensor(copy.spec.name)
+        return values
+
+    def _differs(self, copy: Copy, adapter: Adapter) -> bool:
+        own = copy.holder[copy.name]
+        own = next((site.own() for site in self.sites.values() if site.param is own), own)
+        if own.is_meta:  # a plan for a model whose weights are not loaded
+            return False
+        return not torch.equal(own, adapter.checkpoint.tensor(copy.spec.name).to(own.device, own.dtype))
+
+    def _take_in_base(self, copy: Copy) -> Key:
+        """The key of a base tensor's site, which has one under whichever of its names came first."""
+        param = copy.holder[copy.name]
+        known = next((key for key, site in self.sites.items() if site.param is param), None)
+        if known is None:
+            known, dirty = ("", f"{copy.fqn}.{copy.name}"), self.is_dirty()
+            self.sites[known] = Site(copy.holder, copy.name, param, None, [])
+            self._versions = [] if dirty else self._current_versions()
+        return known
+
+    def _refuse_beside_others(self, adapter: Adapter, where: str) -> None:
+        model = self._model()
+        rivals = [name for name in adapter_names(model) if name != self._adapter_name] if model is not None else []
+        if rivals:
+            raise UnsupportedError(
+                f"{adapter.checkpoint.origin} carries weights of the base model, which another adapter on it uses too.",
+                where=where,
+                found=f"other values than the model's, beside {', '.join(map(repr, rivals))}",
+                expected="no other adapter on the model",
+                hint="use a model of its own for this adapter",
+            )
 
     def _take_in_biases(self, adapter: Adapter) -> None:
         missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]
@@ -354,7 +511,7 @@ class Absolutes:
                 else:
                     continue
                 written.add(id(site.tensor))
-        self._show({fqn for fqn, _ in values})
+        self._show({fqn for fqn, _ in values}, values)
 
     def _ordered(self) -> list[tuple[Key, Site]]:
         """The base model's own tensors before the copies, some of which are to equal them."""
@@ -372,19 +529,33 @@ class Absolutes:
     def restore(self, image: AbsoluteImage) -> None:
         """Put an image back, bit for bit; what it has no values for gets the model's own."""
         with torch.inference_mode(False), torch.no_grad():
+            values = self._fitted(image.values)
             for key, site in self._ordered():
-                if key in image.values:
+                if key in values:
                     site.keep()
                     self._foreign.add(key)
-                    site.tensor.copy_(image.values[key])
+                    site.tensor.copy_(values[key])
                 else:
                     site.put_back()
                     self._foreign.discard(key)
-        self._show(image.shown)
+        self._show(image.shown, values)
 
-    def _show(self, fqns: Collection[str]) -> None:
+    def _fitted(self, values: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """An image's values, with places that were made since."""
+        fitted = dict(values)
+        for fqn, rows in self._tokens.items():
+            if (fqn, PLACES) in values:
+                tokens = tokens_in(values[fqn, PLACES])
+                given = values[fqn, TOKENS][: len(tokens)]
+                fitted[fqn, TOKENS], fitted[fqn, PLACES] = rows.values(given, tokens)
+        return fitted
+
+    def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor]) -> None:
+        """Let `state_dict` and PEFT's records say whose values are live."""
         for fqn in self._shown:
             self._shown[fqn] = fqn in fqns
+        for fqn, rows in self._tokens.items():
+            rows.note(tokens_in(values[fqn, PLACES]) if (fqn, PLACES) in values else [])
         self.mark_clean()
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
-from ..errors import UnexpectedTargetError, UnsupportedError
+from ..errors import UnsupportedError
 from ..methods import Adapter
+from .copies import base_copies
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
-from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers
+from .saved import refuse_other_biases, refuse_other_modules, saved_wrappers, whole_modules
 from .slots import Slot
+from .tokens import refuse_other_tokens, token_wrappers
+from .tying import as_loaded, refuse_torn_ties
 
 _NESTED = ".base_layer"
 
@@ -26,7 +28,16 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name in [name for name in found if name.startswith(f"{fqn}.")]:
             del found[name]  # PEFT's own: the module and its copies
         found |= {f"{fqn}.{name}" if name else fqn: m for name, m in wrapper.original_module.named_modules()}
+    for fqn, token_wrapper in token_wrappers(model):
+        for name in [name for name in found if name.startswith(f"{fqn}.")]:
+            del found[name]
+        found[fqn] = token_wrapper.original_module
     return found | wrapped
+
+
+def all_base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`base_modules`, under each of their names."""
+    return {**whole_modules(model), **base_modules(model)}
 
 
 def parameter_name(fqn: str, adapter: Adapter, modules: Mapping[str, nn.Module]) -> str | None:
@@ -63,37 +74,13 @@ def refuse_other_parameters(model: nn.Module, slots: Mapping[str, Slot], adapter
 
 
 def refuse_other_base(model: nn.Module, adapter: Adapter) -> None:
-    """Raise unless each base weight that the adapter carries a copy of is the model's own, value for value.
-
-    PEFT saves embedding and output weights along with a LoRA on them, and when the vocabulary was resized. A copy
-    says nothing; other values would have to be swapped as well. And each module and bias that it has values for must be
-    one of the model's.
-    """
+    """Raise unless each tensor of the base that the adapter has values for is one of the model's, of its shape."""
     if not adapter.targets:
         return  # not for slots: the skeleton of its merge is compared with the model
+    refuse_torn_ties(model, adapter)
+    adapter = as_loaded(model, adapter)
     refuse_other_modules(model, adapter)
     refuse_other_biases(model, adapter)
-    if not adapter.base_copies:
-        return
-    modules = base_modules(model)
-    for fqn, copies in adapter.base_copies.items():
-        if fqn not in modules:
-            raise UnexpectedTargetError(
-                f"{adapter.checkpoint.origin} carries weights of a module that the model does not have.",
-                where=fqn,
-                found=", ".join(f"{name} {tuple(spec.shape)}" for name, spec in copies.items()),
-                expected="copies of the model's own embeddings at most",
-                hint="this adapter belongs to another base model",
-            )
-        for name, spec in copies.items():
-            own, carried = getattr(modules[fqn], name, None), adapter.checkpoint.tensor(spec.name)
-            if own is not None and own.is_meta and own.shape == carried.shape:
-                continue  # a plan for a model whose weights are not loaded
-            if own is None or own.shape != carried.shape or not torch.equal(own, carried.to(own.device, own.dtype)):
-                raise UnsupportedError(
-                    f"{adapter.checkpoint.origin} carries the base model's embeddings, resized or retrained.",
-                    where=f"{fqn}.{name}",
-                    found=f"shape {tuple(carried.shape)}, other values than the model's",
-                    expected=f"the model's own, shape {tuple(own.shape) if own is not None else None}",
-                    hint="if they were not trained, save it with save_pretrained(…, save_embedding_layers=False)",
-                )
+    refuse_other_tokens(model, adapter, whole_modules(model) if adapter.tokens else {})
+    if adapter.base_copies:
+        list(base_copies(model, adapter, all_base_modules(model)))

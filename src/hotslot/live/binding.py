@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .scaling import ScalingMap
 from .slots import Slot, compact
 from .state import Records, adapter_records, build_config, neutral_records
 from .state_dict import TrueRank
+from .tokens import refuse_compiled_tokens
 
 
 class Binding:
@@ -36,7 +38,8 @@ class Binding:
         arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
         extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
         empty: slots that hold nothing beside an adapter that came with the model.
-        wrapped: modules whose copy for this adapter is hotslot's own, and holds nothing yet.
+        wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
+        tokens: path of a module → for how many tokens it is to have places.
 
     Raises:
         ModelError: the slots cannot be resized.
@@ -52,7 +55,8 @@ class Binding:
         arena: bool,
         extra: Iterable[tuple[str, str]] = (),
         empty: Container[str] = (),
-        wrapped: Container[str] = (),
+        wrapped: Collection[str] = (),
+        tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self.slots = slots
@@ -70,11 +74,14 @@ class Binding:
         self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         if is_compiled(model):
             _refuse_compiled_dora(slots)
+            refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
+        _refuse_shared(slots, arena=arena)
         self._adapter_name = adapter_name
-        self.absolutes = Absolutes(model, adapter_name, lambda fqn: fqn not in wrapped)
+        self.absolutes = Absolutes(model, adapter_name)
         self.merger = Merger(model, self.absolutes)
         homes = Homes(slots)
         try:
+            self.absolutes.find(model, wrapped, tokens)
             if arena and not _bound(slots):
                 compact(slots)
             self._install_dora(slots)
@@ -375,6 +382,22 @@ def _refuse_compiled_dora(slots: Mapping[str, Slot]) -> None:
                 expected="a model that is attached, or prepared for hot-swapping, before it is compiled",
                 hint="hotslot.attach(model, …), then torch.compile",
             )
+
+
+def _refuse_shared(slots: Mapping[str, Slot], *, arena: bool) -> None:
+    """Raise if slots share memory (`ensure_weight_tying`), and would go on doing so, or be trained apart."""
+    first: dict[int, str] = {}
+    for fqn, slot in slots.items():
+        for held in slot.held.values():
+            other = first.setdefault(held.param.data_ptr(), fqn)
+            if other != fqn and held.param.numel() and (not arena or held.param.requires_grad):
+                raise ModelError(
+                    "The adapter on the model lets two layers share their matrices (ensure_weight_tying).",
+                    where=fqn,
+                    found=f"the memory of {other!r}" + (", in training" if held.param.requires_grad else ""),
+                    expected="matrices of their own: others than those of tied layers may come",
+                    hint="hotslot.attach to the base model, or to this one, not compiled and not in training",
+                )
 
 
 def _bound(slots: Mapping[str, Slot]) -> bool:

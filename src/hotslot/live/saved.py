@@ -1,4 +1,4 @@
-"""Modules that adapters save whole (`modules_to_save`): PEFT's wrappers around them, put on a model and taken off.
+"""Modules that adapters save whole (`modules_to_save`), and PEFT's wrappers around them.
 
 A wrapper holds the module itself, which is the pristine store, and for each adapter a copy, which is what is written.
 """
@@ -6,27 +6,17 @@ A wrapper holds the module itself, which is the pristine store, and for each ada
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import DoesNotFitError, ModelError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..errors import DoesNotFitError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
 
 if TYPE_CHECKING:
     from peft.utils.other import ModulesToSaveWrapper
-
-
-@dataclass(frozen=True, eq=False)
-class Wrapping:
-    """What `wrap` has done, for `unwrap_saved`."""
-
-    adapter_name: str
-    made: list[tuple[dict[str, Any], str, Any, Any]] = field(default_factory=list)  # siblings, name, module, new
-    joined: list[tuple[Any, Any]] = field(default_factory=list)  # wrappers of other adapters, and which was active
 
 
 def saved_wrappers(model: nn.Module) -> Iterator[tuple[str, ModulesToSaveWrapper]]:
@@ -163,112 +153,23 @@ def _refuse_other_tensors(fqn: str, given: Mapping[str, tuple[int, ...]], module
             )
 
 
-def refuse_adapted_and_saved(adapted: Iterable[str], saved: Collection[str]) -> None:
-    """Raise if a module that is to have a slot is saved whole by an adapter, or lies within one that is."""
-    for fqn in adapted:
-        around = next((path for path in saved if f"{fqn}.".startswith(f"{path}.")), None)
+def refuse_adapted_and_saved(adapted: Collection[str], saved: Collection[str], tokens: Collection[str] = ()) -> None:
+    """Raise if a module is to have two of: a LoRA slot, a copy that adapters save whole, places for tokens."""
+    _refuse_within(adapted, saved, "a LoRA", "saves whole", "modules_to_save")
+    _refuse_within(tokens, saved, "tokens", "saves whole", "modules_to_save")
+    _refuse_within(adapted, tokens, "a LoRA", "has tokens of", "trainable_token_indices")
+
+
+def _refuse_within(inner: Iterable[str], outer: Collection[str], what: str, does: str, option: str) -> None:
+    for fqn in inner:
+        around = next((path for path in outer if f"{fqn}.".startswith(f"{path}.")), None)
         if around is not None:
             raise UnsupportedError(
-                "One adapter has a LoRA on a module that another one saves whole.",
+                f"One adapter has {what} on a module that another one {does}.",
                 where=fqn,
-                found=f"a LoRA on it, and {around!r} by modules_to_save",
-                expected="one or the other: PEFT does not adapt the copy of a module",
+                found=f"{what} on it, and {around!r} by {option}",
+                expected="one or the other: PEFT wraps a module once",
                 hint="attach them to models of their own",
-            )
-
-
-def wrap(model: nn.Module, adapter_name: str, fqns: Iterable[str]) -> Wrapping:
-    """Put PEFT's wrapper around each of these modules, with a copy of the module for `adapter_name` in it.
-
-    The base model's own tensors and flags stay as they are. If it raises, the model is as it was.
-    """
-    from peft.utils.other import ModulesToSaveWrapper
-
-    wrapping, model = Wrapping(adapter_name), unwrap(model)
-    module: Any
-    places = _places(model)
-    active = any(adapter_name in layer.active_adapters for _, layer in lora_layers(model))
-    try:
-        for fqn in fqns:
-            siblings, child = places[fqn]
-            module = siblings[child]
-            if module is not unwrap(module):
-                raise ModelError(
-                    "A module that an adapter saves whole was compiled by itself.",  # its call would pass by the copy
-                    where=fqn,
-                    expected="a module that is not wrapped by torch.compile",
-                    hint="attach before torch.compile",
-                )
-            joins = isinstance(module, ModulesToSaveWrapper)
-            original: Any = module.original_module if joins else module
-            _refuse_meta(fqn, original)
-            flags = [param.requires_grad for param in original.parameters()]
-            if joins:
-                wrapper: Any = module
-                wrapping.joined.append((wrapper, wrapper._active_adapter))
-                wrapper.update(adapter_name)
-            else:
-                made = ModulesToSaveWrapper(module, adapter_name)
-                made.training = module.training
-                wrapping.made.append((siblings, child, module, made))
-                siblings[child] = module = made
-            # The copy as trainable as the original: torch's linear takes a kernel with another rounding for a frozen
-            # weight, and the copy is to compute what the original does where no adapter has values for it.
-            for copied in (original, module.modules_to_save[adapter_name]):
-                for param, flag in zip(copied.parameters(), flags, strict=True):
-                    param.requires_grad_(flag)
-            if not joins or active:
-                module._active_adapter = adapter_name if active else []
-        return wrapping
-    except BaseException:
-        unwrap_saved(wrapping)
-        raise
-
-
-def unwrap_saved(wrapping: Wrapping) -> None:
-    """Undo `wrap`: the modules back in their places. May be repeated."""
-    name = wrapping.adapter_name
-    for wrapper, active in wrapping.joined:
-        if name in wrapper.modules_to_save:
-            del wrapper.modules_to_save[name]
-        wrapper._adapters.discard(name)
-        wrapper._active_adapter = active
-    for siblings, child, module, wrapper in wrapping.made:
-        found: Any = siblings.get(child)
-        if found is not None and id(unwrap(found)) == id(wrapper):
-            if wrapper.modules_to_save.keys() - {name}:  # an adapter that came later
-                wrapper.delete_adapter(name, None)
-            else:
-                siblings[child] = module
-
-
-def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Canonical path → (the parent's modules, name there), for all modules under each of their names."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    prefix = base_prefix(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    hidden: tuple[str, ...] = ()
-    places: dict[str, tuple[dict[str, Any], str]] = {}
-    for name, module in modules.items():
-        if name and not name.startswith(hidden):
-            parent, _, child = name.rpartition(".")
-            # Outermost first: a module within torch.compile's wrapper has the wrapper's path.
-            places.setdefault(canonical_name(name, prefix), (modules[parent]._modules, child))
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                hidden += (f"{name}.",)
-    return places
-
-
-def _refuse_meta(fqn: str, module: nn.Module) -> None:
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise ModelError(
-                "A module that an adapter saves whole has parameters without memory.",
-                where=f"{fqn}.{name}",
-                found="device meta",
-                expected="weights that are loaded",
-                hint="load the model's weights first, or bring back what is offloaded",
             )
 
 

@@ -1,6 +1,7 @@
 """What `state_dict()` shows of a slot: the adapter that is live, at its own rank, and not the padding around it.
 
 And of the modules that adapters save whole: the copy of one that the live adapter saves, and no other.
+And of the places for tokens: the rows of the live adapter's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
-from ..methods import MAGNITUDE, PARTS
+from ..methods import MAGNITUDE, PARTS, TOKENS
 from .corner import corner, fill
 from .saved import named_tensors
 from .slots import Slot
@@ -203,3 +204,78 @@ class SavedModule:
             else:
                 _refuse_around_the_slot(state_dict, prefix, name, self._adapter_name)
             state_dict[hidden] = state_dict.get(original, tensor.detach())  # the copy is to equal the original
+
+
+class ShownTokens:
+    """Hooks of PEFT's wrapper of an embedding: on saving and loading it has the rows of the live adapter's tokens.
+
+    If that has none there, and no other adapter has, the state_dict is that of the model without the wrapper.
+    """
+
+    def __init__(self, adapter_name: str, param: torch.nn.Parameter) -> None:
+        """Speak for `param`: another one under the adapter's name, loaded later, is PEFT's."""
+        self._adapter_name = adapter_name
+        self._param = param
+
+    def __call__(self, wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+        """Called by `state_dict()`."""
+        key, base = self._key(prefix), f"{prefix}token_adapter.base_layer."
+        if not self._speaks(wrapper) or key not in state_dict:
+            return
+        count = self._count(wrapper)
+        if count:
+            state_dict[key] = state_dict[key][:count]
+            return
+        del state_dict[key]
+        if self._is_alone(wrapper):
+            for name in [name for name in state_dict if name.startswith(base)]:
+                state_dict[prefix + name.removeprefix(base)] = state_dict.pop(name)
+
+    def on_load(
+        self,
+        wrapper: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        errors: list[str],
+    ) -> None:
+        """Called by `load_state_dict()`: what fits is what `state_dict` shows."""
+        if not self._speaks(wrapper):
+            return
+        key, param, count = self._key(prefix), self._param.detach(), self._count(wrapper)
+        given = state_dict.get(key)
+        if count and given is not None:
+            if given.shape != param[:count].shape:
+                errors.append(
+                    f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
+                    f"the shape in current model is {param[:count].shape}."
+                )
+            padded = param.clone()
+            if given.shape == param[:count].shape:
+                padded[:count] = given
+            state_dict[key] = padded
+        elif not count:
+            _refuse_around_the_slot(state_dict, prefix, TOKENS, self._adapter_name)
+            if given is not None and strict:
+                unexpected_keys.append(key)
+            state_dict[key] = param
+            if self._is_alone(wrapper):
+                for name in wrapper.original_module.state_dict():
+                    if prefix + name in state_dict:
+                        state_dict[f"{prefix}token_adapter.base_layer.{name}"] = state_dict.pop(prefix + name)
+
+    def _key(self, prefix: str) -> str:
+        return f"{prefix}{TOKENS}.{self._adapter_name}"
+
+    def _speaks(self, wrapper: Any) -> bool:
+        deltas = wrapper.token_adapter.trainable_tokens_delta
+        return self._adapter_name in deltas and deltas[self._adapter_name] is self._param
+
+    def _count(self, wrapper: Any) -> int:
+        return len(wrapper.token_adapter.token_indices[self._adapter_name])
+
+    def _is_alone(self, wrapper: Any) -> bool:
+        return set(wrapper.token_adapter.trainable_tokens_delta) == {self._adapter_name}

@@ -22,14 +22,17 @@ from .lora import (
 )
 from .opaque import opaque
 from .patterns import Rules, refuse_endless
+from .tokens import TOKENS, Tokens
 
 __all__ = [
     "MAGNITUDE",
     "PARTS",
+    "TOKENS",
     "Adapter",
     "Part",
     "Rules",
     "Target",
+    "Tokens",
     "interpret",
     "is_of_training",
     "neutral_config",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..checkpoint import Checkpoint, TensorSpec
+from .tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Target:
 # All of an Adapter but its checkpoint, in the order of the fields.
 Meaning: TypeAlias = (
     "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Mapping[str, TensorSpec]],"
-    " Mapping[str, Mapping[str, TensorSpec]], tuple[str, ...], bool, bool, float]"
+    " Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Tokens], tuple[str, ...], bool, bool, float]"
 )
 
 
@@ -85,10 +86,11 @@ class Adapter:
     Attributes:
         base_copies: base module's path → parameter name → where the checkpoint has a copy of it. PEFT saves the weight
             of an embedding or output layer along with a LoRA on it; such a copy says nothing if it equals the
-            model's own, and otherwise cannot be swapped in as an adapter.
+            model's own, and otherwise takes its place.
         saved: base module's path → name within it → where the checkpoint has values of its own for it: the modules of
             `modules_to_save`.
         biases: base module's path → "bias" → where the checkpoint has one for it: `bias="all"` and `"lora_only"`.
+        tokens: base module's path → the tokens that the adapter has rows of its own for: `trainable_token_indices`.
         target_parameters: bare parameters that are adapted (mixture-of-experts layers), in PEFT's order of nesting.
     """
 
@@ -97,6 +99,7 @@ class Adapter:
     base_copies: Mapping[str, Mapping[str, TensorSpec]]
     saved: Mapping[str, Mapping[str, TensorSpec]]
     biases: Mapping[str, Mapping[str, TensorSpec]]
+    tokens: Mapping[str, Tokens]
     target_parameters: tuple[str, ...]
     use_rslora: bool
     lora_bias: bool
@@ -105,5 +108,5 @@ class Adapter:
     @property
     def meaning(self) -> Meaning:
         """What holds for every checkpoint of the same schema."""
-        parts = self.targets, self.base_copies, self.saved, self.biases, self.target_parameters
-        return *parts, self.use_rslora, self.lora_bias, self.dropout
+        parts = self.targets, self.base_copies, self.saved, self.biases, self.tokens
+        return *parts, self.target_parameters, self.use_rslora, self.lora_bias, self.dropout

@@ -13,14 +13,15 @@ from ..checkpoint import Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
 from .base import MAGNITUDE, PARTS, Adapter, Target
 from .patterns import Rules, refuse_endless
+from .tokens import TOKENS, read_tokens
 
 logger = logging.getLogger(__name__)
 
 # Options that say what the tensors mean or whom they belong to.
 _READ = frozenset(
     {
-        "alpha_pattern", "bias", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
-        "target_parameters", "use_dora", "use_rslora",
+        "alpha_pattern", "bias", "ensure_weight_tying", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save",
+        "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
     }
 )  # fmt: skip
 
@@ -43,14 +44,12 @@ _OF_TRAINING = re.compile(r".+\.(?:lora_monteclora_sampler|lora_velora_embed)(?:
 
 # Option → why an adapter that uses it is refused.
 _REFUSED = {
-    "trainable_token_indices": "it carries rows of the embedding",
     "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
     "layer_replication": "it changes how many layers the base model has",
     "use_bdlora": "block-diagonal LoRA has another forward pass",
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA removes part of the base weights",
     "megatron_config": "Megatron layers hold a shard of each tensor",
-    "ensure_weight_tying": "it ties tensors of several modules",
 }
 
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them when
@@ -63,10 +62,14 @@ _SAVE_AGAIN = "the config was edited or belongs to another adapter: save the ada
 _PREFIX = "base_model.model."
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
-_BASE_COPY = re.compile(rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:base_layer\.)?(?P<suffix>weight|bias)")
+_BASE_COPY = re.compile(
+    rf"(?P<fqn>(?:.+\.)?(?:{_EMBEDDINGS}))\.(?:(?:token_adapter\.)?base_layer\.|original_module\.|)(?P<suffix>weight|bias)"
+)
 _BIAS = re.compile(r"(?P<fqn>.+)\.bias")
 # What bias="all" saves of a module that is saved whole, beside that: the original's biases, and once more the copy's.
 _BIAS_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)(?P<path>(?:\..+)?)\.bias")
+# What save_embedding_layers=True saves of one: the original's tensors, and once more the copy's.
+_COPY_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)\.(?P<suffix>weight|bias)")
 _Parts: TypeAlias = "dict[str, dict[str, TensorSpec]]"
 
 
@@ -80,7 +83,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     parameters = _strings(config, "target_parameters", origin)
     _refuse_on_parameters(config, parameters, origin)
     tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin), config.get("bias", "none"))
-    modules = tensors.targets
+    modules, tokens = tensors.targets, read_tokens(config, tensors.tokens, origin)
     _refuse_transposed_attention(config, modules, origin)
     _refuse_variants(config, modules, origin)
     keys = _pattern_keys(modules, parameters, origin)
@@ -105,8 +108,9 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     if variant := trained_otherwise(config):
         logger.warning("%s is taken as plain LoRA: %s is for training only", origin, ", ".join(variant))
     return Adapter(
-        checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, parameters, use_rslora, lora_bias, dropout
-    )
+        checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, tokens, parameters, use_rslora, lora_bias,
+        dropout,
+    )  # fmt: skip
 
 
 def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -341,14 +345,17 @@ class _Tensors(NamedTuple):
     copies: _Parts
     saved: _Parts
     biases: _Parts
+    tokens: _Parts
 
 
 def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> _Tensors:
-    tensors = _Tensors({}, {}, {}, {})
+    tensors = _Tensors({}, {}, {}, {}, {})
     for name, spec in checkpoint.tensors.items():
         if is_of_training(name, checkpoint.config):
             continue
         found, key = tensors.targets, split_key(name)
+        if key is None and name.endswith(f".{TOKENS}"):
+            found, key = tensors.tokens, (name.removeprefix(_PREFIX).removesuffix(f".{TOKENS}"), TOKENS)
         if key is None and (key := _within_saved(name, saved_names)):
             found = tensors.saved
             inner = _BIAS_IN_WRAPPER.fullmatch(key[1]) if bias == "all" else None
@@ -356,6 +363,10 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
                 continue  # the copy's, which is there by its own name too, and that is what PEFT takes
             if inner:
                 found, key = tensors.biases, (f"{key[0]}{inner['path']}", "bias")
+            elif copy := _COPY_IN_WRAPPER.fullmatch(key[1]):
+                if copy["which"] == "modules_to_save":
+                    continue
+                found, key = tensors.copies, (key[0], copy["suffix"])
         elif key is None and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             match = _BIAS.fullmatch(name)
             if match:

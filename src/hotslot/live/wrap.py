@@ -1,0 +1,224 @@
+"""PEFT's wrappers put on a model and taken off: around modules that adapters save whole, and embeddings with tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError, UnsupportedError
+from .discover import base_prefix, canonical_name, lora_layers, unwrap
+from .saved import saved_modules
+from .tokens import token_rooms
+
+
+@dataclass(frozen=True, eq=False)
+class Wrapping:
+    """What `wrap` has done, for `unwrap_saved`.
+
+    Attributes:
+        adapter_name: PEFT's name of the slot.
+        fqns: the modules that have a wrapper's place now, which holds nothing yet.
+        made: (siblings, name there, module, wrapper) of the new wrappers.
+        joined: (wrapper, which adapter was active) of those that other adapters had.
+    """
+
+    adapter_name: str
+    fqns: tuple[str, ...]
+    made: list[tuple[dict[str, Any], str, Any, Any]] = field(default_factory=list)
+    joined: list[tuple[Any, Any]] = field(default_factory=list)
+
+
+def wrap(
+    model: nn.Module,
+    adapter_name: str,
+    saved: Collection[str] = (),
+    tokens: Mapping[str, int] = MappingProxyType({}),
+    tied: Mapping[str, str] = MappingProxyType({}),
+) -> Wrapping:
+    """Give these modules PEFT's wrappers, where `adapter_name` has no place in one yet.
+
+    The base model's own tensors and flags stay as they are. If it raises, the model is as it was.
+
+    Args:
+        model: the model.
+        adapter_name: PEFT's name of the slot.
+        saved: paths of modules that get a copy for this adapter.
+        tokens: path of an embedding → for how many tokens it gets places.
+        tied: path of a module → path of the one in `tokens` whose tokens it shows.
+    """
+    model = unwrap(model)
+    with_tokens = tokens.keys() - token_rooms(model, adapter_name).keys()
+    missing = sorted({*saved} - saved_modules(model, adapter_name) | with_tokens)
+    missing += [fqn for fqn, source in tied.items() if source in missing]  # after what they are tied to
+    wrapping, active = Wrapping(adapter_name, tuple(missing)), _is_active(model, adapter_name)
+    places = _places(model) if missing else {}
+    try:
+        for fqn in missing:
+            siblings, child = places[fqn]
+            module = siblings[child]
+            _refuse_compiled(fqn, module)
+            _refuse_other_use(fqn, module, saves=fqn in saved)
+            original: Any = getattr(module, "original_module", module)
+            _refuse_meta(fqn, original)
+            flags = [param.requires_grad for param in original.parameters()]
+            if fqn in saved:
+                wrapper = _wrapper_of_copies(wrapping, module)
+                copies = [original, wrapper.modules_to_save[adapter_name]]
+            else:
+                source_siblings, source_child = places[tied.get(fqn, fqn)]
+                source = source_siblings[source_child].token_adapter if fqn in tied else None
+                wrapper = _wrapper_of_tokens(wrapping, fqn, module, tokens.get(fqn, 0), source)
+                copies = [original]
+            if wrapper is not module:
+                wrapping.made.append((siblings, child, module, wrapper))
+                siblings[child] = wrapper
+            # The copy as trainable as the original: torch's linear takes a kernel with another rounding for a frozen
+            # weight, and the copy is to compute what the original does where no adapter has values for it.
+            for copied in copies:
+                for param, flag in zip(copied.parameters(), flags, strict=True):
+                    param.requires_grad_(flag)
+            if wrapper is not module or active:
+                _set_active(wrapper, adapter_name if active else [])
+        return wrapping
+    except BaseException:
+        unwrap_saved(wrapping)
+        raise
+
+
+def unwrap_saved(wrapping: Wrapping) -> None:
+    """Undo `wrap`: the modules back in their places. May be repeated."""
+    name = wrapping.adapter_name
+    for wrapper, active in wrapping.joined:
+        _forget(wrapper, name)
+        there = wrapper._get_available_adapters()
+        _set_active(wrapper, active if {active} <= there or isinstance(active, list) else [])  # others may have gone
+    for siblings, child, module, wrapper in wrapping.made:
+        found: Any = siblings.get(child)
+        if found is not None and id(unwrap(found)) == id(wrapper):
+            if wrapper._get_available_adapters() - {name}:  # an adapter that came later
+                wrapper.delete_adapter(name, None)
+            else:
+                siblings[child] = module
+
+
+def _wrapper_of_copies(wrapping: Wrapping, module: Any) -> Any:
+    """A ModulesToSaveWrapper around the module, or the one that it is, with a copy for the adapter."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        wrapping.joined.append((module, module._active_adapter))
+        module.update(wrapping.adapter_name)
+        return module
+    made = ModulesToSaveWrapper(module, wrapping.adapter_name)
+    made.training = module.training
+    return made
+
+
+def _wrapper_of_tokens(wrapping: Wrapping, fqn: str, module: Any, room: int, source: Any) -> Any:
+    """A TrainableTokensWrapper, likewise: with `room` tokens, whose rows are the module's own; or tied to `source`."""
+    from peft.utils.other import TrainableTokensWrapper
+
+    name, tokens = wrapping.adapter_name, list(range(room))
+    if isinstance(module, TrainableTokensWrapper):
+        if module.token_adapter.tied_adapter is not source:
+            raise UnsupportedError(
+                "An adapter has tokens of a module that another adapter on the model ties to the embedding, or not.",
+                where=fqn,
+                found=f"tied: {module.token_adapter.tied_adapter is not None}",
+                expected=f"tied: {source is not None}",
+                hint="use a model of its own for this adapter",
+            )
+        wrapping.joined.append((module, module._active_adapter))
+        module.update(name, token_indices=tokens, tied_adapter=source)
+        wrapper: Any = module
+    else:
+        wrapper = TrainableTokensWrapper(module, name, tokens, tied_adapter=source)
+        for part in (wrapper, wrapper.token_adapter):
+            part.training = module.training
+    if source is None:
+        wrapper.token_adapter.trainable_tokens_delta[name].requires_grad_(False)
+    return wrapper
+
+
+def _forget(wrapper: Any, adapter_name: str) -> None:
+    from .token_layer import leave_slot_tokens
+
+    layer = getattr(wrapper, "token_adapter", None)
+    containers = [wrapper.modules_to_save] if layer is None else [
+        layer.trainable_tokens_delta, layer.trainable_tokens_original, layer.token_indices,
+    ]  # fmt: skip
+    for container in containers:
+        if adapter_name in container:
+            del container[adapter_name]
+    wrapper._adapters.discard(adapter_name)
+    if layer is not None:
+        leave_slot_tokens(wrapper, adapter_name)
+
+
+def _set_active(wrapper: Any, active: Any) -> None:
+    wrapper._active_adapter = active
+    if hasattr(wrapper, "token_adapter"):
+        wrapper.token_adapter._active_adapter = active
+
+
+def _is_active(model: nn.Module, adapter_name: str) -> bool:
+    return any(adapter_name in layer.active_adapters for _, layer in lora_layers(model))
+
+
+def _refuse_other_use(fqn: str, module: Any, *, saves: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    other = isinstance(module, AuxiliaryTrainingWrapper) and isinstance(module, ModulesToSaveWrapper) != saves
+    if other or isinstance(module, BaseTunerLayer):
+        raise UnsupportedError(
+            "An adapter saves a module whole, or has tokens of it, of which another one on the model makes other use.",
+            where=fqn,
+            found=type(module).__name__,
+            expected="one or the other: PEFT wraps a module once",
+            hint="use a model of its own for this adapter",
+        )
+
+
+def _refuse_compiled(fqn: str, module: Any) -> None:
+    if module is not unwrap(module):
+        raise ModelError(
+            "A module that an adapter saves whole, or has tokens of, was compiled by itself.",  # it would be passed by
+            where=fqn,
+            expected="a module that is not wrapped by torch.compile",
+            hint="attach before torch.compile",
+        )
+
+
+def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Canonical path → (the parent's modules, name there), for all modules under each of their names."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    prefix = base_prefix(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hidden: tuple[str, ...] = ()
+    places: dict[str, tuple[dict[str, Any], str]] = {}
+    for name, module in modules.items():
+        if name and not name.startswith(hidden):
+            parent, _, child = name.rpartition(".")
+            # Outermost first: a module within torch.compile's wrapper has the wrapper's path.
+            places.setdefault(canonical_name(name, prefix), (modules[parent]._modules, child))
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hidden += (f"{name}.",)
+    return places
+
+
+def _refuse_meta(fqn: str, module: nn.Module) -> None:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise ModelError(
+                "A module that an adapter saves whole, or has tokens of, has parameters without memory.",
+                where=f"{fqn}.{name}",
+                found="device meta",
+                expected="weights that are loaded",
+                hint="load the model's weights first, or bring back what is offloaded",
+            )
