@@ -14,8 +14,9 @@ from torch import nn
 import hotslot
 from adapters import make_adapter
 from compiling import Backend
-from hotslot.errors import HotslotError, NonFiniteError, UnsupportedError
+from hotslot.errors import HotslotError, ModelError, NonFiniteError, UnsupportedError
 from hotslot.live.merging import LowRank
+from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of
 from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
@@ -406,3 +407,81 @@ def test_what_does_not_add_up_is_not_blended(tmp_path: Path) -> None:
     swapper = hotslot.attach(entry.build(), {"lora": lora}, route="merged")
     with pytest.raises(NonFiniteError):
         swapper.activate({"lora": 1e300})
+
+
+# --- where the base's own values wait, and how they are summed up ---------------------------------------------------
+
+
+def _kept(model: nn.Module, pristine: str) -> Any:
+    return hotslot.plan(model, pristine=pristine) if pristine != "device" else None
+
+
+@pytest.mark.parametrize("pristine", ["device", "host", "file"])
+def test_pristine_values_come_back_from_everywhere(pristine: str, tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    entry.build().save_pretrained(tmp_path / "base")
+    model = type(entry.build()).from_pretrained(tmp_path / "base").eval()
+    folders = {
+        name: make_method_adapter(tmp_path / name, name, entry, seed=1) for name in ("LORA", "LOHA", "LN_TUNING")
+    }
+    before = tensors_of(model)
+    swapper = hotslot.attach(model, folders, route="merged", plan=_kept(model, pristine))
+    for _ in range(2):
+        for name, folder in folders.items():
+            swapper.activate(name)
+            assert_same_tensors(model, fresh_merge(entry, folder))
+        swapper.deactivate()
+        assert_same_tensors(model, before)
+    in_file = [site.store for site in swapper.engine.binding.absolutes.sites.values() if isinstance(site.store, InFile)]
+    assert len(in_file) == (12 if pristine == "file" else 0)
+
+
+def test_a_file_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    entry.build(seed=3).save_pretrained(tmp_path / "other")
+    folder = make_method_adapter(tmp_path / "a", "LOHA", entry, seed=1)
+    plain = entry.build()
+    with pytest.raises(ModelError, match="no checkpoint of safetensors"):
+        hotslot.attach(plain, {"a": folder}, plan=hotslot.plan(plain, pristine="file"))
+    model = type(plain).from_pretrained(tmp_path / "other").eval()
+    model.load_state_dict(plain.state_dict())
+    before = snapshot(model)
+    with pytest.raises(ModelError, match="does not have what the model holds"):
+        hotslot.attach(model, {"a": folder}, plan=hotslot.plan(model, pristine="file"))
+    assert_unchanged(before, snapshot(model))
+    with pytest.raises(ValueError, match="pristine must be"):
+        hotslot.plan(model, pristine="elsewhere")
+    with pytest.raises(ValueError, match="merge must be"):
+        hotslot.plan(model, merge="twice")
+
+
+def merged_in_float64(entry: Any, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    model: Any = PeftModel.from_pretrained(entry.build(dtype=dtype), str(folder)).eval().double()
+    return tensors_of(model.merge_and_unload())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("entry", ["llama", "gpt2"])
+def test_a_fused_merge_is_no_less_exact_than_pefts(entry: str, dora: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    zoo, targets = ZOO[entry], {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[entry]
+    for seed, alpha in enumerate((3, 4, 5, 7, 11)):
+        config: dict[str, Any] = {"r": 8, "lora_alpha": alpha, "target_modules": targets, "use_dora": dora}
+        folder = make_adapter(tmp_path / str(seed), zoo, seed=seed, **config)
+        model = zoo.build(dtype=dtype)
+        base = tensors_of(model)
+        swapper = hotslot.attach(model, {"a": folder}, route="merged", plan=hotslot.plan(model, merge="fused"))
+        swapper.activate("a")
+        got, exact, peft = (
+            tensors_of(model),
+            merged_in_float64(zoo, folder, dtype),
+            fresh_merge(zoo, folder, dtype=dtype),
+        )
+        ours, theirs = (
+            sum(float((one[name].double() - exact[name]).norm() ** 2) for name in base) ** 0.5 for one in (got, peft)
+        )
+        assert 0 < ours <= theirs * (1 + 1e-6)
+        swapper.deactivate()
+        assert_same_tensors(model, base)
+        swapper.activate("a")
+        assert_same_tensors(model, got)

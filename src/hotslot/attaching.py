@@ -37,7 +37,9 @@ def attach(
             already no parameter moves and none can be padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
-        route: "auto" or "side".
+        route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
+            merged into the base's weights, in place, and a forward pass costs what the base's does; "auto": in slots
+            what they can hold, the rest merged.
         plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
 
     Raises:
@@ -97,6 +99,8 @@ def attach(
             empty=empty,
             wrapped=wrapping.fqns,
             tokens=plan.tokens,
+            pristine=plan.pristine,
+            fused=None if plan.merge is None else plan.merge == "fused",
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:

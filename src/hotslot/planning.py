@@ -45,6 +45,8 @@ class Plan:
         saved: paths of the modules that get a copy, because one of the adapters saves them whole.
         tokens: path of an embedding or output layer → for how many tokens that adapters train it has places.
         tied: path of a module → path of the input embedding, whose tokens it shows.
+        pristine: where the base's own values are kept of what adapters are merged into.
+        merge: how LoRA is merged: "peft", "fused", or None for the faster one.
     """
 
     slots: Mapping[str, SlotShape]
@@ -55,6 +57,8 @@ class Plan:
     saved: frozenset[str] = frozenset()
     tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     tied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    pristine: str = "device"
+    merge: str | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -92,7 +96,16 @@ class Plan:
         live.refuse_adapted_and_saved(slots, saved, {*tokens, *tied})
         live.refuse_untied(tokens, tied)
         max_rank = max(capped, default=None)
-        return Plan(MappingProxyType(slots), max_blend, max_rank, self.dtype, largest, saved, tokens, tied)
+        return replace(
+            self,
+            slots=MappingProxyType(slots),
+            max_blend=max_blend,
+            max_rank=max_rank,
+            _largest=largest,
+            saved=saved,
+            tokens=tokens,
+            tied=tied,
+        )
 
     def with_room(self, ranks: Mapping[str, int], *, biased: bool) -> Plan:
         """The same slots, each with room for at least its rank in `ranks`, and with `biased` for a bias."""
@@ -176,6 +189,8 @@ def plan(
     max_blend: int = 2,
     dtype: torch.dtype | str | None = None,
     adapter_name: str = "default",
+    pristine: str = "device",
+    merge: str | None = None,
 ) -> Plan:
     """Plan slots for adapters, known or to come. Nothing is changed; `attach(model, …, plan=…)` carries it out.
 
@@ -194,15 +209,27 @@ def plan(
         max_blend: how many of the sources may be blended.
         dtype: of the slots: None for what a fresh PEFT load gives, "base" for that of the base layer, or a torch.dtype.
         adapter_name: PEFT's name of the slots that the model may have already.
+        pristine: for what no slot holds, and `route="merged"`: where the base's own values are kept of the weights that
+            a loaded adapter is merged into. "device", beside them; "host", in page-locked memory; "file", in the
+            model's own safetensors files, which are mapped and compared with what the model holds.
+        merge: of LoRA and DoRA on linear layers: "peft" for the bits of PEFT's `merge_and_unload`; "fused" for one pass
+            that rounds to the weight's dtype once; None for "fused" on a GPU and "peft" elsewhere. Blends are fused,
+            other methods PEFT's.
 
     Raises:
+        ValueError: an option that is none of these.
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
-    adapters = [Entry("", checkpoints.read(source)).adapter for source in listed]
+    entries = [Entry("", checkpoints.read(source), route="auto") for source in listed]
+    adapters = [entry.adapter for entry in entries if entry.adapter.targets]
+    _refuse_bad_choices(pristine, merge)
+    merging = bool(entries) or (pristine, merge) != ("device", None)
+    if not adapters and target_modules is None and merging:
+        return replace(NO_SLOTS, pristine=pristine, merge=merge)
     made = plan_adapters(
         model,
         adapters,
@@ -214,7 +241,7 @@ def plan(
     )
     for adapter in adapters:
         refuse_unfit(model, adapter, made, adapter_name)
-    return made
+    return replace(made, pristine=pristine, merge=merge)
 
 
 def plan_adapters(
@@ -310,6 +337,13 @@ def _most(counts: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
     for counted in counts:
         most.update((fqn, max(count, most.get(fqn, 0))) for fqn, count in counted.items())
     return MappingProxyType(most)
+
+
+def _refuse_bad_choices(pristine: Any, merge: Any) -> None:
+    if pristine not in live.PRISTINE:
+        raise ValueError(f"pristine must be one of {', '.join(map(repr, live.PRISTINE))}, got {pristine!r}")
+    if merge not in (None, "peft", "fused"):
+        raise ValueError(f"merge must be None, 'peft' or 'fused', got {merge!r}")
 
 
 def _refuse_bad_options(max_rank: Any, max_blend: Any, dtype: Any) -> None:

@@ -11,6 +11,7 @@ from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .merging import NO_MERGES, Merges, blended
+from .pristine import PRISTINE
 from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
@@ -22,6 +23,7 @@ from .wrap import Wrapping, unwrap_saved, wrap
 __all__ = [
     "NO_MERGES",
     "OUT_PROJ",
+    "PRISTINE",
     "Binding",
     "Image",
     "Injection",

@@ -20,6 +20,7 @@ from ..methods import TOKENS, Adapter
 from .base import all_base_modules
 from .copies import Copy, base_copies
 from .discover import adapter_names, lora_layers, unwrap
+from .pristine import InMemory, Store, stores
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
 from .state_dict import SavedModule, ShownTokens
@@ -50,7 +51,7 @@ class Site:
         original: gives the model's own values where an original stands beside the copy that is written; None where
             the base model's own tensor is written.
         kept: the values that this had before anything was written; empty as long as it has them.
-        spare: memory for those, between one time and the next.
+        store: where those are kept.
         lost: whether the model's own values are gone: PEFT has written those of the adapter that came with the model
             over them. Then whatever is made live has values for it.
     """
@@ -60,26 +61,25 @@ class Site:
     param: nn.Parameter | None
     original: Callable[[], torch.Tensor] | None
     kept: list[torch.Tensor]
-    spare: list[torch.Tensor] = field(default_factory=list)
+    store: Store = field(default_factory=InMemory)
     lost: bool = False
 
     def own(self) -> torch.Tensor:
         """The model's own values."""
         if self.original is not None:
             return self.original()
-        return self.kept[0] if self.kept else self.tensor
+        return self.kept[0].to(self.tensor) if self.kept else self.tensor
 
     def keep(self) -> None:
         """Keep the own values, before others are written."""
         if self.original is None and not self.kept and not self.lost:
-            memory = self.spare.pop() if self.spare else torch.empty_like(self.tensor.detach())
-            self.kept.append(memory.copy_(self.tensor))
+            self.kept.append(self.store.keep(self.tensor))
 
     def put_back(self) -> None:
         """Write the own values."""
         if self.original is not None or self.kept:
-            self.tensor.copy_(self.own())
-            self.spare[:], self.kept[:] = self.kept, []
+            self.tensor.copy_(self.kept[0] if self.kept else self.own(), non_blocking=True)
+            self.kept.clear()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -119,9 +119,10 @@ class Absolutes:
     Args:
         model: the model.
         adapter_name: PEFT's name of the slot.
+        pristine: "device", "host" or "file": where the base's own values are kept of what adapters are merged into.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str, pristine: str = "device") -> None:
         self._model = weakref.ref(unwrap(model))
         self._adapter_name = adapter_name
         self.sites: dict[Key, Site] = {}
@@ -130,6 +131,7 @@ class Absolutes:
         self._wrappers: dict[str, Any] = {}
         self._tokens: dict[str, TokenRows] = {}
         self._uninstall: list[Callable[[], None]] = []
+        self._stores = stores(pristine, model)
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[tuple[int, int]] = []
         self._take_in_lost_biases(model)
@@ -474,7 +476,7 @@ class Absolutes:
         for key in missing:
             holder, name = places[key]
             param = holder[name] if isinstance(holder[name], nn.Parameter) else None
-            self.sites[key] = Site(holder, name, param, None, [])
+            self.sites[key] = Site(holder, name, param, None, [], self._stores(key[1], holder[name]))
         if missing:
             self._versions = [] if dirty else self._current_versions()
 

@@ -56,6 +56,8 @@ class Binding:
         extra: Iterable[tuple[str, str]] = (),
         empty: Container[str] = (),
         wrapped: Collection[str] = (),
+        pristine: str = "device",
+        fused: bool | None = None,
         tokens: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._model = weakref.ref(unwrap(model))
@@ -77,8 +79,8 @@ class Binding:
             refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
         _refuse_shared(slots, arena=arena)
         self._adapter_name = adapter_name
-        self.absolutes = Absolutes(model, adapter_name)
-        self.merger = Merger(model, self.absolutes)
+        self.absolutes = Absolutes(model, adapter_name, pristine)
+        self.merger = Merger(model, self.absolutes, fused=fused)
         homes = Homes(slots)
         try:
             self.absolutes.find(model, wrapped, tokens)

@@ -106,25 +106,44 @@ class LowRank:
     """W + scaling B A, a block of rows at a time, so that the product never leaves the cache.
 
     PEFT rounds the product, then scaling times it, then the sum (LoRA, https://arxiv.org/abs/2106.09685). Where the
-    scaling is a power of two the second changes no digit, and one matrix multiplication does all of it.
+    scaling is a power of two the second changes no digit, and one matrix multiplication does all of it. `fused` does so
+    with any scaling, in 32 bits at least, and rounds to the weight's dtype once.
 
     Args:
         key: the weight, [out, in]; [in, out] of transformers' Conv1D, which is `transposed`.
         down, up: A, [rank, in], and B, [out, rank].
         whole: the product in one piece, for libraries that round blocks otherwise.
+        fused: with fewer roundings than PEFT.
+        magnitude: of DoRA (https://arxiv.org/abs/2402.09353), [out]: each row of the sum gets this norm.
     """
 
     def __init__(
-        self, key: Key, down: torch.Tensor, up: torch.Tensor, scaling: float, *, transposed: bool, whole: bool = False
+        self,
+        key: Key,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        scaling: float,
+        *,
+        transposed: bool,
+        whole: bool = False,
+        fused: bool = False,
+        magnitude: torch.Tensor | None = None,
     ) -> None:
         self.keys: tuple[Key, ...] = (key,)
         self.down, self.up, self.scaling, self.transposed = down.detach(), up.detach(), scaling, transposed
         left, right = (down.T, up.T) if transposed else (up, down)
-        self._folded = math.frexp(scaling)[0] == 0.5
-        self._left = (left.detach() * scaling if self._folded else left.detach()).contiguous()
+        self._magnitude = magnitude.detach() if magnitude is not None else None
+        self._fused = fused
+        self._folded = not fused and math.frexp(scaling)[0] == 0.5
+        self._left = left.detach().contiguous()
         self._right = right.detach().contiguous()
         row_bytes = self._right.shape[1] * self._right.element_size()
         self._rows = len(left) if whole else max(1, min(len(left), _BLOCK_BYTES // max(1, row_bytes)))
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether it is the base's own weight and something."""
+        return self._magnitude is None
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
@@ -137,9 +156,16 @@ class LowRank:
             exact = old if own.dtype == right.dtype else block[: len(left)].copy_(old)
             total = new if exact is old else exact
             if self._folded:
-                torch.addmm(exact, left, right, out=total)
+                torch.addmm(exact, left, right, alpha=self.scaling, out=total)
             else:
-                torch.add(exact, torch.mm(left, right, out=product[: len(left)]).mul_(self.scaling), out=total)
+                delta = torch.mm(left, right, out=product[: len(left)])
+                if self._fused:  # a matrix multiplication into the weight would round with each rank
+                    torch.add(exact, delta, alpha=self.scaling, out=total)
+                else:
+                    torch.add(exact, delta.mul_(self.scaling), out=total)
+            if self._magnitude is not None:
+                norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+                total.mul_(self._magnitude[rows, None] / norm)
             if total is not new:
                 new.copy_(total)
 
@@ -150,11 +176,13 @@ class Merger:
     Args:
         model: the live model; only read.
         absolutes: knows the model's own values where an adapter's are live.
+        fused: whether LoRA and DoRA of linear layers are merged with fewer roundings than PEFT's; None: on a GPU.
     """
 
-    def __init__(self, model: nn.Module, absolutes: Absolutes) -> None:
+    def __init__(self, model: nn.Module, absolutes: Absolutes, *, fused: bool | None = None) -> None:
         self._model = weakref.ref(unwrap(model))
         self._absolutes = absolutes
+        self._fused = fused
 
     def prepare(self, checkpoint: Checkpoint, besides: Collection[str]) -> Merges:
         """How to merge the adapter, but for the modules `besides`, which slots hold.
@@ -177,7 +205,9 @@ class Merger:
             warnings.simplefilter("ignore")  # PEFT's and torch's advice to whoever trains
             skeleton = load(model, checkpoint, own)
             found = list(units(skeleton))
-            prepared = [_prepare(unit, checkpoint, own, places) for unit in found if unit.fqn not in besides]
+            prepared = [
+                _prepare(unit, checkpoint, own, places, self._fused) for unit in found if unit.fqn not in besides
+            ]
             prepared += _stated(checkpoint, [unit.fqn for unit in found], places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
             self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
@@ -209,7 +239,7 @@ def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]
     found: dict[tuple[Key, ...], list[tuple[LowRank, float]]] = {}
     for merges, weight in parts:
         for merge in merges:
-            if not isinstance(merge, LowRank):
+            if not isinstance(merge, LowRank) or not merge.adds_up:
                 raise UnsupportedError(
                     "An adapter that is merged has other things than LoRA of linear layers, which do not add up.",
                     where=merge.keys[0][1],
@@ -259,9 +289,13 @@ def _forget(layer: Any) -> None:
 
 
 def _prepare(
-    unit: Unit, checkpoint: Checkpoint, own: Callable[[str], torch.Tensor], places: Mapping[str, Any]
+    unit: Unit,
+    checkpoint: Checkpoint,
+    own: Callable[[str], torch.Tensor],
+    places: Mapping[str, Any],
+    fused: bool | None,
 ) -> Merge | None:
-    """The fastest way to PEFT's own bits; None if the merged module is as it was."""
+    """The fastest way to PEFT's own bits, or a fused one to fewer roundings; None if the merged module is as it was."""
     try:
         merged = merge_once(unit.layer)
     except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -288,6 +322,10 @@ def _prepare(
     keys = tuple(("", f"{unit.fqn}.{name}") for name in names)
     wanted = [values[name].clone() for name in names]
     pristine = [own(key[1]) for key in keys]
+    if fused or (fused is None and pristine[0].is_cuda):
+        once = _fused(keys, unit, names)
+        if once is not None:
+            return once
     for merge in _candidates(keys, unit, names, values, own):
         if _gives(merge, wanted, pristine):
             return merge
@@ -312,6 +350,28 @@ def _stated(checkpoint: Checkpoint, fqns: Collection[str], places: Mapping[str, 
                 hint="this adapter belongs to another base model, or to one with another vocabulary",
             )
         yield Constant((("", path),), [values.to(holder[key])])
+
+
+def _fused(keys: tuple[Key, ...], unit: Unit, names: list[str]) -> Merge | None:
+    """Of a LoRA or DoRA of a linear layer; None of anything else."""
+    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    layer: Any = unit.layer
+    if type(layer) is not Linear or names != ["weight"]:
+        return None
+    variant = layer.lora_variant.get(SKELETON)
+    magnitude: torch.Tensor | None = None
+    if isinstance(variant, DoraLinearVariant) and not layer.fan_in_fan_out:
+        learnt: Any = layer.lora_magnitude_vector[SKELETON].weight
+        magnitude = learnt.float()
+    elif variant is not None:
+        return None
+    down: Any = layer.lora_A[SKELETON].weight
+    up: Any = layer.lora_B[SKELETON].weight
+    transposed = bool(layer.fan_in_fan_out)
+    scaling: float = layer.scaling[SKELETON]
+    return LowRank(keys[0], down.float(), up.float(), scaling, transposed=transposed, fused=True, magnitude=magnitude)
 
 
 def _candidates(
