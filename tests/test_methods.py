@@ -485,3 +485,30 @@ def test_a_fused_merge_is_no_less_exact_than_pefts(entry: str, dora: bool, dtype
         assert_same_tensors(model, base)
         swapper.activate("a")
         assert_same_tensors(model, got)
+
+
+def test_pristine_memory_is_that_of_the_weights_that_loaded_adapters_touch(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folders = {
+        name: make_method_adapter(tmp_path / name, "LOHA", entry, seed=1, target_modules=[name])
+        for name in ("q_proj", "down_proj")
+    }
+    model = entry.build()
+    before = tensors_of(model)
+    swapper = hotslot.attach(model, folders, route="merged")
+    assert swapper.pristine_bytes == 0
+    sizes = {name: swapper.fits(folder).pristine_bytes for name, folder in folders.items()}
+    swapper.activate("q_proj")
+    assert swapper.pristine_bytes == sizes["q_proj"]
+    swapper.activate("down_proj")
+    assert swapper.pristine_bytes == sum(sizes.values())
+    swapper.unload("q_proj")  # it was live before: rollback may need it
+    assert swapper.pristine_bytes == sum(sizes.values())
+    swapper.deactivate()
+    swapper.load("other", folders["down_proj"])
+    swapper.unload("other")
+    assert swapper.pristine_bytes == sizes["down_proj"]
+    swapper.activate("down_proj")
+    assert_same_tensors(model, fresh_merge(entry, folders["down_proj"]))
+    swapper.detach()
+    assert_same_tensors(model, before)

@@ -352,6 +352,13 @@ class Engine:
             undo()
             raise
 
+    def let_go(self, loaded: Iterable[Entry]) -> None:
+        """Forget the base's own values where neither these are merged, nor what is or was live."""
+        states = (self.live, self.previous, self.original)
+        entries = [*loaded, *(state.entry for state in states if state is not None and state.entry is not None)]
+        needed = {key for entry in entries for merge in entry.compile(self.binding).merges.all for key in merge.keys}
+        self.binding.absolutes.let_go(needed)
+
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""
         self.binding.put_right()

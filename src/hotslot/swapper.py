@@ -145,6 +145,14 @@ class Swapper:
         """Bytes of host memory that the loaded adapters hold, and the last few blends of them."""
         return self._tier.nbytes + self._blender.nbytes
 
+    @property
+    def pristine_bytes(self) -> int:
+        """Bytes of the base's own values that are kept beside the weights that adapters are merged into.
+
+        None before the first such swap, nor with `pristine="file"`; let go when no loaded adapter needs them.
+        """
+        return self._bound().binding.absolutes.pristine_bytes
+
     # -- loading: off the hot path ----------------------------------------------------------------------------------
 
     def load(self, name: str, source: Source, *, config: Any = None, **hub: Any) -> None:
@@ -207,7 +215,7 @@ class Swapper:
         return report
 
     def unload(self, name: str) -> None:
-        """Let go of a loaded adapter's host memory.
+        """Let go of a loaded adapter's memory, and of the base's own values that were kept for it alone.
 
         Raises:
             UnknownAdapterError: no such adapter.
@@ -222,6 +230,7 @@ class Swapper:
                 )
             self._blender.forget(name)
             self._tier.remove(name)
+            self._bound().let_go(self._tier.values())
 
     def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""

@@ -132,6 +132,7 @@ class Absolutes:
         self._tokens: dict[str, TokenRows] = {}
         self._uninstall: list[Callable[[], None]] = []
         self._stores = stores(pristine, model)
+        self._merged: set[Key] = set()  # the sites of `take_in`
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[tuple[int, int]] = []
         self._take_in_lost_biases(model)
@@ -477,8 +478,22 @@ class Absolutes:
             holder, name = places[key]
             param = holder[name] if isinstance(holder[name], nn.Parameter) else None
             self.sites[key] = Site(holder, name, param, None, [], self._stores(key[1], holder[name]))
+        self._merged.update(missing)
         if missing:
             self._versions = [] if dirty else self._current_versions()
+
+    def let_go(self, needed: Collection[Key]) -> None:
+        """Forget what `take_in` has made, but for these and for what has others' values now."""
+        dirty = self.is_dirty()
+        for key in self._merged - set(needed) - self._foreign:
+            del self.sites[key]
+            self._merged.discard(key)
+        self._versions = [] if dirty else self._current_versions()
+
+    @property
+    def pristine_bytes(self) -> int:
+        """Bytes that are held of the base's own values."""
+        return sum(site.store.nbytes for site in self.sites.values())
 
     def write(self, values: Mapping[Key, torch.Tensor], merges: Sequence[Merge], *, clean: bool) -> None:
         """Give these sites their values, and all others the model's own. Not atomic.

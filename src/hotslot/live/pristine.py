@@ -18,6 +18,10 @@ PRISTINE = ("device", "host", "file")
 class Store(Protocol):
     """Of one tensor."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """What has the values of `tensor` from now on, whatever is written there. Nobody writes into it."""
 
@@ -37,6 +41,11 @@ class InMemory:
         self._host = host
         self._memory: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """See Store."""
+        return self._memory.nbytes if self._memory is not None else 0
+
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """See Store."""
         tensor = tensor.detach()
@@ -49,6 +58,8 @@ class InMemory:
 
 class InFile:
     """The tensor of the model's own checkpoint, mapped and not read."""
+
+    nbytes = 0
 
     def __init__(self, mapped: torch.Tensor) -> None:
         self._mapped = mapped
