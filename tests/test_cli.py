@@ -123,6 +123,7 @@ def test_inspect_shows_an_adapter(tmp_path: Path) -> None:
     layers = {"model.layers": [0, 2]}
     assert found == {
         "supported": True,
+        "route": "side",
         "adapter": str(folder),
         "method": "LORA",
         "base_model": None,
@@ -239,7 +240,7 @@ def test_inspect_gives_every_reason_to_refuse(tmp_path: Path) -> None:
         ("UnsupportedError", "megatron_config"),
     ]
     with pytest.raises(UnsupportedError) as refused:
-        hotslot.attach(LLAMA.build(), {"refused": folder}, route="side")
+        hotslot.attach(LLAMA.build(), {"refused": folder})
     assert found["refusals"][0]["message"] == str(refused.value)
     assert found["settings"]["use_dora"] is True
     assert {"name": "model.layers.*.self_attn.q_proj.lora_magnitude_vector", "tensors": 3, "shapes": [[16]]} in found[
@@ -256,15 +257,15 @@ def test_inspect_reads_what_it_can_of_another_method(tmp_path: Path) -> None:
     with expected_peft_warnings():
         config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
         get_peft_model(base, config).save_pretrained(tmp_path)
-    found = ask("inspect", tmp_path, exit_code=1)
-    assert found["method"] == "IA3"
+    found = ask("inspect", tmp_path)
+    assert (found["method"], found["supported"], found["route"]) == ("IA3", True, "merged")
     assert found["version"] == read(tmp_path).version
     assert found["settings"]["feedforward_modules"] == ["down_proj"]
     assert [one["name"] for one in found["names"]] == [
         "model.layers.*.mlp.down_proj.ia3_l",
         "model.layers.*.self_attn.k_proj.ia3_l",
     ]
-    assert "peft_type 'IA3'" in run("inspect", tmp_path).stdout
+    assert "no slot can hold it (peft_type): it is merged" in run("inspect", tmp_path).stdout
 
 
 def test_inspect_refuses_tensors_that_contradict_the_config(tmp_path: Path) -> None:
@@ -352,8 +353,8 @@ def test_check_tells_fits_from_misfits(model: Path, tmp_path: Path) -> None:
     sources = [fitting, large, narrow, elsewhere, olora, alora, absent]
     found = ask("check", model, *sources, exit_code=1)
     assert found["model_class"] == "LlamaForCausalLM"
-    assert [one["fits"] for one in found["adapters"]] == [True, True] + 5 * [False]
-    assert [one["route"] for one in found["adapters"]] == ["side", "side"] + 5 * [None]
+    assert [one["fits"] for one in found["adapters"]] == [True, True, False, False, True, False, False]
+    assert [one["route"] for one in found["adapters"]] == ["side", "side", None, None, "merged", None, None]
     for source, verdict in zip(sources, found["adapters"], strict=True):
         assert_agrees_with_attach(source, verdict)
     assert [one["ranks"] for one in found["adapters"][:2]] == [[4], [3, 6]]
@@ -383,7 +384,7 @@ def assert_agrees_with_attach(source: Path, verdict: dict[str, Any]) -> None:
         )
     else:
         with pytest.raises(HotslotError) as refused:
-            hotslot.attach(base, {"it": str(source)}, route="side")
+            hotslot.attach(base, {"it": str(source)})
         assert verdict["error"]["message"] == str(refused.value)
         assert verdict["error"]["type"] == type(refused.value).__name__
 

@@ -82,7 +82,7 @@ class Entry:
         self, name: str, checkpoint: Checkpoint, adapter: Adapter | None = None, *, route: str = "side"
     ) -> None:
         self.name = name
-        self._refusal: UnsupportedError | None = None  # why slots cannot hold it, whatever their size
+        self.refusal: UnsupportedError | None = None  # why slots cannot hold it, whatever their size
         self.adapter = adapter or self._meaning(checkpoint, route)
         self.route = route
         live.build_config(checkpoint)  # refused here if PEFT would refuse it
@@ -127,7 +127,7 @@ class Entry:
         if self.route == "side":
             return adapter, pack(adapter, layout), NO_MERGES
         if not adapter.targets:
-            return adapter, None, self._merges(binding, frozenset(), self._refusal)
+            return adapter, None, self._merges(binding, frozenset(), self.refusal)
         sided = within(adapter, layout, binding.absolutes.wrapped)
         if sided is adapter:
             return adapter, pack(adapter, layout), NO_MERGES
@@ -161,8 +161,13 @@ class Entry:
         except UnsupportedError as error:
             if route == "side":
                 raise
-            self._refusal = error if checkpoint.config.get("peft_type") == "LORA" else None
-            return opaque(checkpoint)
+            self.refusal = error if checkpoint.config.get("peft_type") == "LORA" else None
+            try:
+                return opaque(checkpoint)
+            except UnsupportedError:
+                if self.refusal is not None:
+                    raise error from None
+                raise
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:
         """What is to be written where `since` is live, untouched, or anything if None; and its bytes of adapter."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..errors import CheckpointError, DoesNotFitError, HotslotError, ModelError, UnsupportedError
+from ..errors import CheckpointError, DoesNotFitError, HotslotError, ModelError, TensorError, UnsupportedError
 from .terminal import add_row, new_table, printable
 
 if TYPE_CHECKING:
+    from ..engine import Entry
     from ..methods import Adapter
 
 
@@ -22,9 +23,9 @@ class Verdict:
     Attributes:
         adapter: as it was given.
         fits: whether `attach(model, adapters={…: adapter})` would take it.
-        route: "side" where it fits.
+        route: "side" where slots would hold it, "merged" where base weights have to.
         version: its digest; None if it could not be read.
-        nbytes: that a swap brings in; 0 if it could not be read.
+        nbytes: that a swap brings in, of the adapter or of base weights; 0 if it could not be read.
         slots: modules that it adapts.
         ranks: from its smallest rank to its largest; empty if it could not be interpreted.
         notes: what is known only when it is loaded, or may be why it does not fit.
@@ -104,7 +105,11 @@ def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
     try:
         checkpoint = read(source)
         known |= {"version": checkpoint.version, "nbytes": checkpoint.nbytes}
-        adapter = Entry(source, checkpoint).adapter
+        entry = Entry(source, checkpoint, route="auto")
+        adapter = entry.adapter
+        if not adapter.targets:
+            known["nbytes"] = _merged_bytes(skeleton, entry)
+            return Verdict(**known, fits=True, route="merged", notes=notes), None
         ranks = sorted({target.rank for target in adapter.targets.values()})
         known |= {"slots": len(adapter.targets), "ranks": ranks}
         notes += _copies(adapter)
@@ -114,6 +119,15 @@ def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
             notes += _other_class(adapter, skeleton)
         return Verdict(**known, fits=False, notes=notes, error=error), None
     return Verdict(**known, fits=True, route="side", notes=notes), adapter
+
+
+def _merged_bytes(skeleton: Any, entry: Entry) -> int:
+    from ..live import outline_bytes
+
+    try:
+        return outline_bytes(skeleton, entry.adapter.checkpoint)
+    except (DoesNotFitError, TensorError, UnsupportedError) as error:
+        raise entry.refusal or error from None
 
 
 def _copies(adapter: Adapter) -> list[str]:
@@ -193,8 +207,7 @@ def show_check(console: Console, found: Check) -> None:
     console.print(table)
     for note in found.notes:
         console.print(f"note: {printable(note)}")
-    fitting = sum(verdict.fits for verdict in found.adapters)
-    if fitting:
+    if found.slots:
         console.print(f"\nattached together: {found.slots} slots, {found.arena_bytes:,} bytes on the model's device")
     for verdict in found.adapters:
         if verdict.notes or verdict.error:

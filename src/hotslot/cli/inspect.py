@@ -77,6 +77,7 @@ class Inspection:
 
     Attributes:
         supported: whether hotslot swaps it, on a model that it fits.
+        route: "side" if slots can hold it, "merged" if only base weights can stand for it; None if neither.
         adapter: what it was called.
         method: PEFT's name of the method, "LORA".
         base_model: the model that it was trained on.
@@ -93,6 +94,7 @@ class Inspection:
     """
 
     supported: bool
+    route: str | None
     adapter: str
     method: str | None
     base_model: str | None
@@ -123,19 +125,27 @@ def inspect_adapter(
         CheckpointError: its files cannot be read.
     """
     from ..checkpoint import read
-    from ..methods import interpret
+    from ..methods import interpret, opaque
 
     checkpoint = read(source, subfolder=subfolder, revision=revision)
-    adapter, refusals = None, []
+    adapter, route, refusals, unusual = None, None, [], []
     try:
         adapter = interpret(checkpoint)
+        route, unusual = "side", _unusual(adapter)
     except (CheckpointError, UnsupportedError) as error:
         refusals = _all_refusals(checkpoint, error)
+    if adapter is None and isinstance(refusals[0], UnsupportedError):
+        try:
+            opaque(checkpoint)
+            route, refusals, unusual = "merged", [], [f"no slot can hold it ({refusals[0].where}): it is merged"]
+        except UnsupportedError as error:
+            refusals = refusals if checkpoint.config.get("peft_type") == "LORA" else [error]
     config = checkpoint.config
     method, base, peft = (config.get(key) for key in ("peft_type", "base_model_name_or_path", "peft_version"))
     specs = checkpoint.tensors.values()
     return Inspection(
-        supported=adapter is not None,
+        supported=route is not None,
+        route=route,
         adapter=checkpoint.origin,
         method=_text(method),
         base_model=_text(base),
@@ -147,7 +157,7 @@ def inspect_adapter(
         dtypes=dict(Counter(str(spec.dtype).removeprefix("torch.") for spec in specs).most_common()),
         ranks=_ranks(adapter.targets.values()) if adapter else [],
         targets=_targets(adapter.targets.values()) if adapter else [],
-        unusual=_unusual(adapter) if adapter else [],
+        unusual=unusual,
         settings={key: value for key, value in config.items() if value not in _UNSET and key not in _NOT_SETTINGS},
         names=_tensor_groups(checkpoint),
         refusals=refusals,

@@ -10,7 +10,7 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
-from .merging import NO_MERGES, Merges, blended
+from .merging import NO_MERGES, Merges, blended, outline_bytes
 from .pristine import PRISTINE
 from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
@@ -46,6 +46,7 @@ __all__ = [
     "is_compiled",
     "matching_targets",
     "neutral_records",
+    "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",
     "refuse_other_base",

@@ -21,12 +21,13 @@ from ..errors import NonFiniteError, ShapeError, UnexpectedTargetError, Unsuppor
 from .absolutes import Absolutes, Key, Merge
 from .discover import unwrap
 from .saved import named_tensors
-from .skeleton import SKELETON, Unit, base_of, base_tree, load, units
+from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
 
 # A product's rows that are added up at a time: few enough to be in the cache still when they are read.
 _BLOCK_BYTES = 1 << 19
 _PREFIX = "base_model.model."
 _HALVES = (torch.float16, torch.bfloat16)
+_FAILURES = (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError)  # of PEFT's layers
 
 
 class Merges(NamedTuple):
@@ -264,6 +265,27 @@ def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]
     return tuple(sums)
 
 
+def outline_bytes(model: nn.Module, checkpoint: Checkpoint) -> int:
+    """Bytes of the base's weights that the adapter would be merged into, as far as that can be told without values.
+
+    Raises:
+        ConfigError, UnsupportedError, TensorError, ShapeError: as `Merger.prepare`, if it can be told.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        empty = outline(model, checkpoint)
+        nbytes = 0
+        for unit in units(empty) if empty is not None else ():
+            nbytes += sum(param.nbytes for param in base_of(unit.layer).parameters(recurse=False))
+            try:
+                merge_once(unit.layer)
+            except NotImplementedError as error:
+                raise _not_merged(unit, checkpoint, error) from error
+            except _FAILURES:
+                continue  # it has no values to merge
+    return nbytes
+
+
 def merge_once(layer: Any) -> nn.Module:
     """The base module with the layer's adapter merged in, as PEFT's `merge_and_unload` leaves it."""
     _forget(layer)  # of a merge that was broken off
@@ -288,6 +310,16 @@ def _forget(layer: Any) -> None:
             _forget(child)
 
 
+def _not_merged(unit: Unit, checkpoint: Checkpoint, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"PEFT does not merge {checkpoint.origin}.",
+        where=unit.fqn,
+        found=f"{type(error).__name__}: {error!s:.300}",
+        expected="a layer that merges into its base layer",
+        hint="attach the model with a slot for it, or load it with PEFT itself",
+    )
+
+
 def _prepare(
     unit: Unit,
     checkpoint: Checkpoint,
@@ -298,14 +330,8 @@ def _prepare(
     """The fastest way to PEFT's own bits, or a fused one to fewer roundings; None if the merged module is as it was."""
     try:
         merged = merge_once(unit.layer)
-    except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"PEFT does not merge {checkpoint.origin}.",
-            where=unit.fqn,
-            found=f"{type(error).__name__}: {error!s:.300}",
-            expected="a layer that merges into its base layer",
-            hint="attach the model with a slot for it, or load it with PEFT itself",
-        ) from error
+    except _FAILURES as error:
+        raise _not_merged(unit, checkpoint, error) from error
     values = {name: tensor.detach() for name, _, _, tensor in named_tensors(merged)}
     unknown = [name for name in values if f"{unit.fqn}.{name}" not in places]
     if unknown:
@@ -407,7 +433,7 @@ def _gives(merge: Merge, wanted: Sequence[torch.Tensor], pristine: Sequence[torc
     with torch.no_grad():
         try:
             merge.write(targets, pristine)
-        except (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError):
+        except _FAILURES:
             return False
     return all(_same_bits(target, value) for target, value in zip(targets, wanted, strict=True))
 

@@ -127,8 +127,6 @@ def load(model: nn.Module, checkpoint: Checkpoint, own: Callable[[str], torch.Te
         ConfigError: PEFT does not take its config, or it has a pattern that might be matched for ever.
         UnsupportedError, TensorError, ShapeError, UnexpectedTargetError: it does not belong to this model.
     """
-    paths = [path for path, _ in base_tree(model)]
-    _refuse_endless(checkpoint, paths)
     touched = _touched(model, checkpoint)
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -158,18 +156,29 @@ def units(skeleton: PeftModel) -> Iterator[Unit]:
 
 
 def _touched(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the paths begin with of the tensors that PEFT needs; found out without memory, where PEFT can do without."""
+    """What the paths begin with of the tensors that PEFT needs."""
+    empty = outline(model, checkpoint)
+    return tuple(f"{unit.fqn}." for unit in units(empty)) if empty is not None else ("",)
+
+
+def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
+    """`load` without memory or values; None if PEFT looks at values already when it makes its layers.
+
+    Raises:
+        ConfigError, UnsupportedError, TensorError, ShapeError: as `load`.
+    """
+    _refuse_endless(checkpoint, [path for path, _ in base_tree(model)])
     nothing = shadow(model, lambda path, tensor: torch.empty_like(tensor, device="meta"))
     try:
-        empty = _built(nothing, checkpoint, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {}))
+        empty: PeftModel = _built(nothing, checkpoint, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {}))
     except UnsupportedError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
-        return ("",)  # it looks at values already when it makes its layers
+        return None
     _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
     _refuse_growth(empty, checkpoint)
     _refuse_other_tensors(empty, checkpoint)
-    return tuple(f"{unit.fqn}." for unit in units(empty))
+    return empty
 
 
 def _built(base: nn.Module, checkpoint: Checkpoint, **changes: Any) -> Any:
