@@ -152,12 +152,12 @@ class Entry:
         return self._merged[2]
 
     def _meaning(self, checkpoint: Checkpoint, route: str) -> Adapter:
-        if route == "merged":
+        if route == "merged" and checkpoint.config.get("peft_type") != "LORA":
             return opaque(checkpoint)
         try:
             adapter = interpret(checkpoint)
             refuse_biased_embeddings(adapter)  # a blend may have both: biases of one, an embedding of another
-            return adapter
+            return adapter if route != "merged" else opaque(checkpoint)
         except UnsupportedError as error:
             if route == "side":
                 raise

@@ -485,6 +485,8 @@ class Swapper:
         try:
             entry.compile(engine.binding)
         except (RankError, UnexpectedTargetError) as error:
+            if not entry.adapter.targets:
+                raise
             raise self._with_plan(error, entry) from None
 
     def _with_plan(self, error: DoesNotFitError, entry: Entry) -> DoesNotFitError:

@@ -19,6 +19,7 @@ from adapters import make_adapter
 from hostile.defects import CONFIG, DEFECTS, WEIGHTS, Defect, Draft, P, join, sound, split
 from hotslot import checkpoint, errors
 from hotslot.swapper import Swapper
+from methods import fresh_merge, tensors_of
 from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
 from zoo import ZOO
 
@@ -410,3 +411,36 @@ def test_plain_model_has_nothing_to_swap_out(tmp_path: Path) -> None:
         hotslot.hotswap_adapter(subject.model, str(subject.sound), "default")
     assert_helps(caught.value)
     assert_unchanged(before, snapshot(subject.model))
+
+
+@pytest.mark.parametrize("route", ["auto", "merged"])
+@pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
+def test_merging_refuses_it_or_does_what_peft_does(defect: Defect, route: str, tmp_path: Path) -> None:
+    """Some of what slots refuse a merge can stand for. Then the weights are those of PEFT's own."""
+    entry = ZOO[defect.entry]
+    if "load" not in defect.ways:
+        pytest.skip("comes in another way")
+    sound(defect.entry).save(folder := _made(tmp_path / "sound"))
+    spoilt(defect, tmp_path / "bad")
+    model = entry.build()
+    swapper = hotslot.attach(model, {"sound": folder} if route == "auto" else None, route=route)
+    before, base = snapshot(model), tensors_of(model)
+    try:
+        swapper.load("new", tmp_path / "bad")
+    except errors.HotslotError as refused:
+        assert_helps(refused)
+        assert not swapper.fits(tmp_path / "bad")
+        assert_unchanged(before, snapshot(model))
+        return
+    swapper.activate("new")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, tmp_path / "bad"))
+    if route == "merged":
+        want = fresh_merge(entry, tmp_path / "bad")
+        assert all(torch.equal(values, want[name]) for name, values in tensors_of(model).items())
+    swapper.deactivate()
+    assert all(torch.equal(values, base[name]) for name, values in tensors_of(model).items())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

@@ -347,6 +347,15 @@ def _prepare(
         return None
     keys = tuple(("", f"{unit.fqn}.{name}") for name in names)
     wanted = [values[name].clone() for name in names]
+    for name, value in zip(names, wanted, strict=True):
+        if value.is_floating_point() and not value.isfinite().all():
+            raise NonFiniteError(
+                f"{checkpoint.origin} makes values overflow where it is merged.",
+                where=f"{unit.fqn}.{name}",
+                found="infinite values or NaN",
+                expected=f"numbers of {value.dtype}",
+                hint="the adapter is damaged, or its scaling too large",
+            )
     pristine = [own(key[1]) for key in keys]
     if fused or (fused is None and pristine[0].is_cuda):
         once = _fused(keys, unit, names)

@@ -115,7 +115,7 @@ def _build(options: Mapping[str, Any], origin: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's advice to whoever writes a config by hand
             return kind(**known)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"PEFT refuses the config of {origin}.",
             where="adapter_config.json",
