@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 import hotslot
 from adapters import make_adapter
 from compiling import Backend
-from hotslot.errors import HotslotError, ModelError, NonFiniteError, UnsupportedError
+from hotslot.errors import ConfigError, HotslotError, ModelError, NonFiniteError, UnsupportedError
 from hotslot.live.merging import LowRank
 from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
@@ -512,3 +513,16 @@ def test_pristine_memory_is_that_of_the_weights_that_loaded_adapters_touch(tmp_p
     assert_same_tensors(model, fresh_merge(entry, folders["down_proj"]))
     swapper.detach()
     assert_same_tensors(model, before)
+
+
+def test_patterns_are_bounded_over_all_modules_that_peft_asks_for(tmp_path: Path) -> None:
+    """One path alone it would match in good time."""
+    entry = ZOO["llama"]
+    source = hotslot.checkpoint.read(make_method_adapter(tmp_path, "LOHA", entry, seed=0))
+    tensors = {key: source.tensor(key) for key in source.tensors}
+    swapper = hotslot.attach(model := entry.build())
+    started = time.process_time()
+    with pytest.raises(ConfigError, match="steps on all paths"):
+        swapper.load("a", tensors, config={**source.config, "target_modules": ".*.*.*.*(q|v)_proj"})
+    assert time.process_time() - started < 2
+    assert_same_tensors(model, tensors_of(entry.build()))

@@ -55,7 +55,7 @@ class Subject:
             path.mkdir()
             (path / WEIGHTS).write_bytes(weights)
             (path / CONFIG).write_text(config)
-        self.swapper = hotslot.attach(self.model, sound)
+        self.swapper = hotslot.attach(self.model, sound, route="side")
         self.swapper.activate("sound 0")
         self.inputs = self.entry.inputs()
         self.tensors = [*self.model.parameters(), *self.model.buffers()]

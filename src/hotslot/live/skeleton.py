@@ -29,6 +29,7 @@ SKELETON = "skeleton"  # PEFT's adapter name there
 # A config that asks for more is not what anybody trains: VeRA's projections are the size of one layer.
 _LARGEST_GROWTH = 4
 _SMALL = 64 << 20
+_MATCHES = 4  # PEFT makes its layers twice, and asks of some modules more than once
 # Method → options that make PEFT read the base's values, which on meta it has none of.
 _WITHOUT_VALUES = {"LORA": {"init_lora_weights": False}, "ADALORA": {"init_lora_weights": False}}
 _HOOKS = (
@@ -223,7 +224,7 @@ def _fill(skeleton: Any, checkpoint: Checkpoint) -> None:
 
 def _refuse_endless(checkpoint: Checkpoint, paths: list[str]) -> None:
     config, origin = checkpoint.config, checkpoint.origin
-    refuse_endless(config, paths, origin)
+    refuse_endless(config, paths, origin, runs=_MATCHES * len(paths))
     for option, patterns in config.items():
         if option.endswith("_pattern") and isinstance(patterns, Mapping):
             Rules(patterns, paths, option, origin)

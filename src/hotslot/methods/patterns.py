@@ -230,11 +230,17 @@ def compiled(pattern: str, sizes: _Paths, key: str, where: str, origin: str) -> 
         ) from error
 
 
-def refuse_endless(config: Mapping[str, Any], paths: Collection[str], origin: str) -> None:
+def refuse_endless(config: Mapping[str, Any], paths: Collection[str], origin: str, *, runs: int = 1) -> None:
     """Raise if PEFT could not match the config's patterns for modules in bounded time on paths like these.
 
     Nothing here runs them: a trained adapter's tensors say which modules it has. But the config goes into the model,
     and from there into what is saved, for PEFT to run.
+
+    Args:
+        config: of the adapter.
+        paths: the longest counts.
+        origin: the adapter, for messages.
+        runs: how often PEFT is about to match each pattern.
     """
     sizes = _Paths(paths)
     given: list[tuple[str, str, str]] = []
@@ -252,7 +258,10 @@ def refuse_endless(config: Mapping[str, Any], paths: Collection[str], origin: st
         if len(value) > MAX_PATTERN_LENGTH:
             found, expected = f"a pattern of {len(value):,} characters", f"at most {MAX_PATTERN_LENGTH:,}"
             raise _refusal(found, expected, where, origin)
-        compiled(pattern, sizes, value, where, origin)
+        _, cost = compiled(pattern, sizes, value, where, origin)
+        if cost * runs > MAX_STEPS:
+            expected = f"a regular expression that takes at most {MAX_STEPS:,} steps"
+            raise _refusal(f"{value!r:.200}: up to {cost * runs:,} steps on all paths", expected, where, origin)
 
 
 class _Bound:
