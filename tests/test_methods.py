@@ -526,3 +526,37 @@ def test_patterns_are_bounded_over_all_modules_that_peft_asks_for(tmp_path: Path
         swapper.load("a", tensors, config={**source.config, "target_modules": ".*.*.*.*(q|v)_proj"})
     assert time.process_time() - started < 2
     assert_same_tensors(model, tensors_of(entry.build()))
+
+
+@pytest.mark.parametrize(("name", "entry"), [(name, entry) for name, entry in MERGING if name != "LORA"])
+def test_from_lora_to_the_method_and_back(name: str, entry: str, tmp_path: Path) -> None:
+    """A LoRA in its slots, the method in the base weights, on one model, in any order."""
+    needed(name)
+    zoo = ZOO[entry]
+    folders = {
+        "lora": make_adapter(tmp_path / "lora", zoo, seed=0, r=2, target_modules=LORA_TARGETS[entry]),
+        "other": make_method_adapter(tmp_path / "other", name, zoo, seed=1),
+    }
+    model = zoo.build()
+    swapper = hotslot.attach(model, folders)
+    base = zoo.output(zoo.build(), zoo.inputs())
+    want = {"other": merged_output(zoo, folders["other"]), "lora": fresh_output(zoo, folders["lora"]), None: base}
+    for live in ("lora", "other", "lora", None, "other", None):
+        report = swapper.activate(live) if live else swapper.deactivate()
+        assert live is None or report.route == {"lora": "side", "other": "merged"}[live]
+        assert_same_output(zoo.output(model, zoo.inputs()), want[live], exact=entry != "conv2d")
+
+
+LORA_TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "conv2d": ["stem"], "embedding": ["mix"],
+                "bert": ["query"]}  # fmt: skip
+
+
+def merged_output(zoo: Any, folder: Path) -> torch.Tensor:
+    """Of a new base that PEFT has merged the adapter into."""
+    model = zoo.build()
+    with torch.no_grad():
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for path, values in fresh_merge(zoo, folder).items():
+            if path in named:
+                named[path].copy_(values)
+    return zoo.output(model, zoo.inputs())
