@@ -29,12 +29,22 @@ class Method:
         targets: entry of the zoo → the `target_modules` to give there, or None for the method's own choice.
         merges: whether base weights can stand for it.
         needs: a module without which PEFT cannot make or load it.
+        outside: options that change what PEFT keeps beside the file's tensors, and no shape.
+        in_place: whether one adapter of it takes the place of another on a model that carries one.
+        other_rank: whether it does so with another rank.
+        deactivates: whether values are known with which it does nothing, bit for bit.
+        reason: why it does not swap in place.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: Mapping[str, list[str] | None] = field(default_factory=lambda: {"llama": ["q_proj", "v_proj"]})
     merges: bool = True
     needs: str | None = None
+    outside: Mapping[str, Any] = field(default_factory=dict)
+    in_place: bool = True
+    other_rank: bool = False
+    deactivates: bool = True
+    reason: str = ""
 
     @property
     def available(self) -> bool:
@@ -57,55 +67,79 @@ def _on(*entries: str) -> dict[str, list[str] | None]:
 
 # Embeddings and convolutions as far as PEFT has the method for them.
 METHODS: dict[str, Method] = {
-    "ADALORA": Method({"total_step": 1, "init_r": 4, "target_r": 2}, {"llama": _LINEAR}),
+    "ADALORA": Method({"total_step": 1, "init_r": 4, "target_r": 2}, {"llama": _LINEAR}, outside={"lora_alpha": 16}),
     "ADAMSS": Method({"r": 4, "num_subspaces": 2}, needs="sklearn"),
-    "ADAPTION_PROMPT": Method({"adapter_len": 4, "adapter_layers": 1}, {"llama": None}, merges=False),
+    "ADAPTION_PROMPT": Method(
+        {"adapter_len": 4, "adapter_layers": 1}, {"llama": None}, merges=False, deactivates=False
+    ),
     "BEFT": Method({}, {"bert": ["query", "value"]}),
     "BOFT": Method({"boft_block_size": 2}),
-    "C3A": Method({"block_size": 4}),
-    "CARTRIDGE": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False),
+    "C3A": Method({"block_size": 4}, deactivates=False),
+    "CARTRIDGE": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False, deactivates=False),
     "CPT": Method(
         {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
         {"llama": None},
         merges=False,
+        deactivates=False,
     ),
-    "DEFT": Method({}),
+    "DEFT": Method({}, outside={"alpha": 3}, deactivates=False),
     "DELORA": Method({"r": 4}),
-    "FOURIERFT": Method({"n_frequency": 10}),
-    "FROD": Method({"sparse_rate": 0.1}),
+    "FOURIERFT": Method({"n_frequency": 10}, outside={"scaling": 100.0, "random_loc_seed": 5}, deactivates=False),
+    "FROD": Method(
+        {"sparse_rate": 0.1}, outside={"projection_prng_key": 1, "save_projection": False}, deactivates=False
+    ),
     "GLORA": Method({}),
-    "GRALORA": Method({"r": 4, "gralora_k": 2, "hybrid_r": 0}),
+    "GRALORA": Method({"r": 4, "gralora_k": 2, "hybrid_r": 0}, outside={"alpha": 128}),
     "HIRA": Method({"r": 4}),
-    "HRA": Method({"r": 4}),
+    "HRA": Method({"r": 4}, outside={"apply_GS": True}, deactivates=False),
     "IA3": Method({"feedforward_modules": ["down_proj"]}, {"llama": ["q_proj", "down_proj"]}),
-    "LILY": Method({"r": 4}, merges=False),
+    "LILY": Method({"r": 4}, merges=False, outside={"scaling": 2.0}, deactivates=False),
     "LN_TUNING": Method({}, {"llama": ["input_layernorm"], "bert": ["LayerNorm"]}),
-    "LOHA": Method({"r": 4}, _on("llama", "conv2d")),
-    "LOKR": Method({"r": 4}, _on("llama", "conv2d")),
-    "LORA": Method({"r": 4}, _on("llama", "gpt2", "conv2d", "embedding")),
+    "LOHA": Method({"r": 4}, _on("llama", "conv2d"), outside={"alpha": 3}),
+    "LOKR": Method({"r": 4}, _on("llama", "conv2d"), outside={"alpha": 3}),
+    "LORA": Method({"r": 4}, _on("llama", "gpt2", "conv2d", "embedding"), outside={"lora_alpha": 3}, other_rank=True),
     "MISS": Method({"r": 4}),
-    "MULTITASK_PROMPT_TUNING": Method({"num_virtual_tokens": 4, "num_tasks": 2}, {"llama": None}, merges=False),
-    "OFT": Method({"oft_block_size": 2, "r": 0}, _on("llama", "conv2d")),
-    "OSF": Method({}),
-    "PEANUT": Method({}),
-    "POLY": Method({"r": 4, "n_tasks": 2, "n_skills": 2}, merges=False),
-    "PREFIX_TUNING": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False),
-    "PROMPT_TUNING": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False),
-    "PSOFT": Method({"r": 4}),
-    "PVERA": Method({"r": 4}),
-    "P_TUNING": Method({"num_virtual_tokens": 4, "encoder_hidden_size": 8}, {"llama": None}, merges=False),
-    "RANDLORA": Method({"r": 4, "randlora_alpha": 1}),
-    "ROAD": Method({"group_size": 2}),
-    "SHADOW": Method({"r": 2, "shadow_num_hidden_layers": 1}, {"llama": None}, merges=False),
+    "MULTITASK_PROMPT_TUNING": Method(
+        {"num_virtual_tokens": 4, "num_tasks": 2}, {"llama": None}, merges=False, deactivates=False
+    ),
+    "OFT": Method(
+        {"oft_block_size": 2, "r": 0}, _on("llama", "conv2d"), outside={"use_cayley_neumann": False, "coft": True}
+    ),
+    "OSF": Method({}, deactivates=False),
+    "PEANUT": Method({}, outside={"scaling": 2.0}),
+    "POLY": Method({"r": 4, "n_tasks": 2, "n_skills": 2}, merges=False, deactivates=False),
+    "PREFIX_TUNING": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False, deactivates=False),
+    "PROMPT_TUNING": Method({"num_virtual_tokens": 4}, {"llama": None}, merges=False, deactivates=False),
+    "PSOFT": Method({"r": 4}, outside={"psoft_alpha": 64, "ab_svd_init": "pissa_init"}),
+    "PVERA": Method({"r": 4}, outside={"projection_prng_key": 1, "save_projection": False}),
+    "P_TUNING": Method(
+        {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, {"llama": None}, merges=False, deactivates=False
+    ),
+    "RANDLORA": Method({"r": 4, "randlora_alpha": 1}, outside={"randlora_alpha": 2, "projection_prng_key": 1}),
+    "ROAD": Method({"group_size": 2}, outside={"group_size": 4}),
+    "SHADOW": Method(
+        {"r": 2, "shadow_num_hidden_layers": 1},
+        {"llama": None},
+        merges=False,
+        outside={"shadow_alpha": 0.5},
+        deactivates=False,
+    ),
     "SHIRA": Method({"r": 2}),
-    "SUPERTUNING": Method({"sparsity": 0.5}),
-    "TINYLORA": Method({}),
-    "TRAINABLE_TOKENS": Method({"token_indices": [4, 7, 9]}, {"llama": None}),
-    "UNILORA": Method({"theta_d_length": 257}),
-    "VBLORA": Method({"vector_length": 2, "num_vectors": 4, "topk": 2}),
-    "VERA": Method({"r": 4}, _on("llama", "gpt2")),
-    "WAVEFT": Method({"n_frequency": 8}),
-    "XLORA": Method({"adapters": {}}, {"llama": None}, merges=False),
+    "SUPERTUNING": Method({"sparsity": 0.5}, outside={"select_top": False, "save_precomputed_indices": False}),
+    "TINYLORA": Method({}, outside={"projection_seed": 43, "save_projection": False}),
+    "TRAINABLE_TOKENS": Method({"token_indices": [4, 7, 9]}, {"llama": None}, outside={"token_indices": [5, 8, 10]}),
+    "UNILORA": Method({"theta_d_length": 257}, outside={"proj_seed": 43}, deactivates=False),
+    "VBLORA": Method({"vector_length": 2, "num_vectors": 4, "topk": 2}, outside={"topk": 3}, deactivates=False),
+    "VERA": Method({"r": 4}, _on("llama", "gpt2"), outside={"projection_prng_key": 1, "save_projection": False}),
+    "WAVEFT": Method({"n_frequency": 8}, outside={"scaling": 50.0, "random_loc_seed": 5}),
+    "XLORA": Method(
+        {"adapters": {}},
+        {"llama": None},
+        merges=False,
+        in_place=False,
+        reason="its config names other adapters, which PEFT would load",
+        deactivates=False,
+    ),
 }
 
 

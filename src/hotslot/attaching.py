@@ -10,7 +10,7 @@ from . import checkpoint as checkpoints
 from . import live
 from .checkpoint import Source
 from .engine import Engine, Entry
-from .errors import ModelError, RankError, UnexpectedTargetError
+from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
 from .planning import NO_SLOTS, Plan, plan_adapters, refuse_unfit
 from .swapper import Swapper
 
@@ -49,6 +49,8 @@ def attach(
     if route not in ("auto", "side", "merged"):
         raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
     Swapper.make_way(model, adapter_name)
+    if _is_of_another_method(model, adapter_name):
+        return _attach_resident(model, adapters or {}, adapter_name, route, plan)
     entries = [Entry(name, checkpoints.read(source), route=route) for name, source in (adapters or {}).items()]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
@@ -115,6 +117,54 @@ def attach(
             live.unwrap_saved(wrapping)
         if injection is not None:
             live.remove(injection)
+        raise
+
+
+def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter on the model is none of LoRA's.
+
+    Raises:
+        UnsupportedError: another adapter is, which would go on adding to whatever is put into slots or base weights.
+    """
+    methods = live.residents(model)
+    if methods.get(adapter_name, "LORA") != "LORA":
+        return True
+    beside = next((name for name, method in methods.items() if method != "LORA"), None)
+    if beside is not None:
+        raise UnsupportedError(
+            f"The model carries an adapter of {methods[beside]}, which would stay active beside what is swapped in.",
+            where=beside,
+            found=f"adapters on the model: {methods}",
+            expected="LoRA adapters, or no adapter",
+            hint=f"attach(model, adapter_name={beside!r}) swaps adapters of that method; unload() it for any other",
+        )
+    return False
+
+
+def _attach_resident(
+    model: nn.Module, adapters: Mapping[str, Source], adapter_name: str, route: str, plan: Plan | None
+) -> Swapper:
+    """`attach` where the adapter on the model is of a method without slots: others of that method take its place."""
+    method = live.residents(model)[adapter_name]
+    if route == "merged" or (plan is not None and plan.slots):
+        raise UnsupportedError(
+            f"The model carries an adapter of {method}, which would stay active beside what is swapped in.",
+            where=adapter_name,
+            found="route='merged'" if route == "merged" else f"a plan of {len(plan.slots) if plan else 0} slots",
+            expected=f"adapters of {method} alone, which take its place",
+            hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
+        )
+    entries = [Entry(name, checkpoints.read(source), route="resident") for name, source in adapters.items()]
+    arena = not live.is_compiled(model)
+    binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
+    engine = None
+    try:
+        engine = Engine(model, adapter_name, binding, empty=False)
+        for entry in entries:
+            entry.compile(binding)
+        return Swapper(engine, None, entries, NO_SLOTS, None, "resident")
+    except BaseException:
+        (engine or binding).release()
         raise
 
 

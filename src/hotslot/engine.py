@@ -48,6 +48,7 @@ class Compiled:
         records: of PEFT, which describe what the slots hold.
         merges: of what the slots do not hold, into the base's weights.
         nbytes: of the adapter that the slots take.
+        beside: names of other adapters on the model that were looked at.
     """
 
     memory: Memory
@@ -56,6 +57,7 @@ class Compiled:
     records: Records
     merges: Merges = NO_MERGES
     nbytes: int = 0
+    beside: frozenset[str] = frozenset()
 
     @property
     def route(self) -> str:
@@ -72,7 +74,8 @@ class Entry:
         name: that the user has given it.
         checkpoint: what was read.
         adapter: what it means, if that is known.
-        route: "side": slots have to hold all of it; "merged": none of it; "auto": what they can.
+        route: "side": slots have to hold all of it; "merged": none of it; "auto": what they can; "resident": it takes
+            the place of an adapter of its own method.
 
     Raises:
         UnsupportedError, CheckpointError: it cannot take that route on any model.
@@ -107,8 +110,13 @@ class Entry:
         Raises:
             DoesNotFitError: the model has no place for it.
         """
-        memory = binding.memory
-        if self._compiled is None or self._compiled.memory is not memory:
+        memory, beside = binding.memory, binding.beside
+        if self._compiled is None or self._compiled.memory is not memory or self._compiled.beside != beside:
+            if binding.resident is not None:
+                values, records = binding.resident.fit(self.adapter.checkpoint)
+                nothing, nbytes = memory.compile(None, {}), self.adapter.checkpoint.nbytes
+                self._compiled = Compiled(memory, nothing, values, records, nbytes=nbytes, beside=beside)
+                return self._compiled
             sided, block, merges = self._split(binding)
             scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in sided.targets.items())
@@ -152,6 +160,8 @@ class Entry:
         return self._merged[2]
 
     def _meaning(self, checkpoint: Checkpoint, route: str) -> Adapter:
+        if route == "resident":
+            return opaque(checkpoint, merges=False)
         if route == "merged" and checkpoint.config.get("peft_type") != "LORA":
             return opaque(checkpoint)
         try:
@@ -222,14 +232,15 @@ class Engine:
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
         self.gate = Gate.of(live.innermost(model))  # of all slots of the model, for a forward pass reads all of them
-        self.neutral = State(None, records=live.neutral_records(binding.slots))
+        self._neutral = State(None, records=live.neutral_records(binding.slots))
+        self._neutral_beside: frozenset[str] | None = None
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
         self._foreign = None if empty else State(None)
-        self.original: State | None = self.neutral if empty else None
-        self.live: State = self.neutral if empty else self._foreign or self.neutral
+        self.original: State | None = self._neutral if empty else None
+        self.live: State = self._neutral if empty else self._foreign or self._neutral
         self.previous: State | None = None
         if empty:
-            self._write(self.neutral, {}, None)  # the model's records are to describe the empty slots
+            self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
 
         _engines.setdefault(live.unwrap(model), {})[adapter_name] = self
 
@@ -250,6 +261,19 @@ class Engine:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
         _engines.get(self.model, {}).pop(self.adapter_name, None)
+
+    @property
+    def neutral(self) -> State:
+        """What makes the model compute what its base does.
+
+        Raises:
+            UnsupportedError: the adapter that came with the model is of a method that always does something.
+        """
+        binding = self.binding
+        if binding.resident is not None and self._neutral_beside != binding.beside:
+            image, records = binding.neutral_resident(binding.resident)
+            self._neutral, self._neutral_beside = State(None, image, records), binding.beside
+        return self._neutral
 
     @property
     def model(self) -> nn.Module:
@@ -275,7 +299,7 @@ class Engine:
             return self._report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
             target.entry.compile(binding)
-        elif target is self.neutral:
+        elif target is self._neutral:
             binding.absolutes.refuse_without((), "The base model")
         history = self.previous, self.original
         before = self._undo_state(touched)
@@ -298,6 +322,8 @@ class Engine:
 
     def refuse_if_merged(self) -> None:
         """Raise if the slot's adapter is merged into the base weights."""
+        if self.binding.resident is not None:
+            self.binding.resident.refuse_if_merged()
         if any(self.binding.merged):
             for slot in self.binding.slots.values():
                 slot.refuse_if_merged()
@@ -336,22 +362,22 @@ class Engine:
 
         What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
         """
-        binding, kept = self.binding, (self.neutral, self.live, self.previous, self.original)
+        binding, kept = self.binding, (self._neutral, self.live, self.previous, self.original)
         records, shrink, forget = binding.capture(), binding.undo_extend(slots), binding.absolutes.undo_find()
 
         def undo() -> None:
             forget()
             shrink()
-            self.neutral, self.live, self.previous, self.original = kept
+            self._neutral, self.live, self.previous, self.original = kept
             binding.apply(records)
 
         try:
             binding.extend(slots, ranks, extra=extra)
             binding.absolutes.find(self.model, wrapped, tokens)
             neutral = State(None, records=live.neutral_records(binding.slots))
-            states = [neutral if state is self.neutral else state for state in kept]
+            states = [neutral if state is self._neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
-            self.neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
+            self._neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
             return undo
         except BaseException:
             undo()
@@ -391,7 +417,7 @@ class Engine:
 
     def _is_foreign(self, state: State) -> bool:
         """Whether it is what came with the model, which nothing but the model has."""
-        return state.entry is None and state.image is None and state is not self.neutral
+        return state.entry is None and state.image is None and state is not self._neutral
 
     def _undo_state(self, touched: bool) -> State:
         """What is live, such that it can be written again."""

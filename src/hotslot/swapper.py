@@ -266,9 +266,12 @@ class Swapper:
         Raises:
             ModelError: the plan is for another model; a parameter whose shape would change is in training.
             MergedError: the slot's adapter is merged into the base weights.
+            UnsupportedError: the adapter that came with the model is of a method that has no slots.
         """
         with self._bound().gate.swap(None, None), self._lock:
             engine = self._bound()
+            if engine.binding.resident is not None:
+                engine.binding.resident.refuse_to_grow()
             grown = self.plan | plan
             slots, name = engine.binding.slots, engine.adapter_name
             grown.refuse_other_model(engine.model, slots)

@@ -129,6 +129,7 @@ def refuse_unblendable(adapter: Adapter) -> None:
     ]
     odd += [f"{fqn}.{name}" for held in (adapter.saved, adapter.biases) for fqn, own in held.items() for name in own]
     odd += [f"{fqn}.{TOKENS}" for fqn in adapter.tokens]
+    odd += [] if adapter.targets else adapter.checkpoint.tensors  # of another method
     if odd:
         raise UnsupportedError(
             f"{adapter.checkpoint.origin} has tensors that cannot be blended.",

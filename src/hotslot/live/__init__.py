@@ -12,6 +12,7 @@ from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
 from .merging import NO_MERGES, Merges, blended, outline_bytes
 from .pristine import PRISTINE
+from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
@@ -54,6 +55,7 @@ __all__ = [
     "refuse_unsupported_resident",
     "refuse_untied",
     "remove",
+    "residents",
     "saved_modules",
     "slot_shapes",
     "tied_modules",

@@ -472,15 +472,24 @@ class Absolutes:
                 expected="a merge that leaves them alone",
                 hint="attach to the base model, with the adapter that came with this one among adapters=",
             )
+        self._merged.update(self._hold(places, self._stores))
+
+    def hold(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+        """Make sites of tensors of an adapter that came with the model, whose values are the own ones; they stay."""
+        self._hold(places, lambda path, tensor: InMemory())
+
+    def _hold(
+        self, places: Mapping[Key, tuple[dict[str, Any], str]], store: Callable[[str, torch.Tensor], Store]
+    ) -> Collection[Key]:
         missing = places.keys() - self.sites.keys()
         dirty = bool(missing) and self.is_dirty()
         for key in missing:
             holder, name = places[key]
             param = holder[name] if isinstance(holder[name], nn.Parameter) else None
-            self.sites[key] = Site(holder, name, param, None, [], self._stores(key[1], holder[name]))
-        self._merged.update(missing)
+            self.sites[key] = Site(holder, name, param, None, [], store(key[1], holder[name]))
         if missing:
             self._versions = [] if dirty else self._current_versions()
+        return missing
 
     def let_go(self, needed: Collection[Key]) -> None:
         """Forget what `take_in` has made, but for these and for what has others' values now."""

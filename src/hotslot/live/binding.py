@@ -20,6 +20,7 @@ from .dropout import SlotDropout
 from .ledger import Ledger
 from .memory import Homes, Image, Writes, bind, note_sizes
 from .merging import Merger
+from .resident import Resident
 from .scaling import ScalingMap
 from .slots import Slot, compact
 from .state import Records, adapter_records, build_config, neutral_records
@@ -40,9 +41,11 @@ class Binding:
         empty: slots that hold nothing beside an adapter that came with the model.
         wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
         tokens: path of a module → for how many tokens it is to have places.
+        resident: whether the adapter on the model is of a method that has no slots, and others take its place.
 
     Raises:
         ModelError: the slots cannot be resized.
+        UnsupportedError: the resident adapter cannot be replaced.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Binding:
         pristine: str = "device",
         fused: bool | None = None,
         tokens: Mapping[str, int] = MappingProxyType({}),
+        resident: bool = False,
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self.slots = slots
@@ -83,7 +87,9 @@ class Binding:
         self.merger = Merger(model, self.absolutes, fused=fused)
         homes = Homes(slots)
         try:
-            self.absolutes.find(model, wrapped, tokens)
+            self.resident = Resident(model, adapter_name, self.absolutes) if resident else None
+            if self.resident is None:
+                self.absolutes.find(model, wrapped, tokens)
             if arena and not _bound(slots):
                 compact(slots)
             self._install_dora(slots)
@@ -96,6 +102,20 @@ class Binding:
             self._uninstall()
             homes.put_back()
             raise
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Names of adapters that may share something with the resident one: they decide what can take its place."""
+        return self.resident.beside if self.resident is not None else frozenset()
+
+    def neutral_resident(self, resident: Resident) -> tuple[Image, Records]:
+        """What is to be live for the model to compute what its base does, with an adapter that has no slots.
+
+        Raises:
+            UnsupportedError: it always does something.
+        """
+        values, records = resident.fit_neutral()
+        return self.memory.image()._replace(absolutes=self.absolutes.image()._replace(values=values)), records
 
     # -- what PEFT's records say -------------------------------------------------------------------------------------
 
@@ -120,11 +140,14 @@ class Binding:
 
     def capture(self) -> Records:
         """PEFT's records as they are now."""
-        return self._ledger.capture(self._model())
+        records = self._ledger.capture(self._model())
+        return records if self.resident is None else records._replace(plain=self.resident.capture())
 
     def apply(self, records: Records, current: Records | None = None) -> None:
         """Make PEFT's records say `records`; what `current` says is said already."""
         self._ledger.apply(records, self._model(), current)
+        if self.resident is not None:
+            self.resident.apply(records.plain)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

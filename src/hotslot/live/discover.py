@@ -23,11 +23,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def callable_roots(model: nn.Module) -> list[nn.Module]:
     """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within."""
-    from peft import PeftModel
+    from peft import AdaptionPromptModel, PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
     roots = [unwrap(model)]
-    while isinstance(roots[-1], (PeftModel, BaseTuner)):
+    while isinstance(roots[-1], (PeftModel, BaseTuner, AdaptionPromptModel)):
         outer: Any = roots[-1]
         inner = outer.base_model if isinstance(outer, PeftModel) else outer.model
         if not isinstance(inner, nn.Module):

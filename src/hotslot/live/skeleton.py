@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -56,6 +56,7 @@ class Unit(NamedTuple):
 
 def base_of(module: nn.Module) -> nn.Module:
     """The base model's own module within whatever PEFT and torch.compile have put around it."""
+    from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -63,6 +64,8 @@ def base_of(module: nn.Module) -> nn.Module:
         module = unwrap(module)
         if isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
+        elif isinstance(module, _BaseAdaptedAttention):
+            module = module.model
         elif isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
         else:
@@ -114,15 +117,27 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
     return copied("", base_of(innermost(model)))
 
 
-def load(model: nn.Module, checkpoint: Checkpoint, own: Callable[[str], torch.Tensor]) -> PeftModel:
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    own: Callable[[str], torch.Tensor],
+    *,
+    adapter_name: str = SKELETON,
+    on_device: bool = False,
+    trained: bool = True,
+) -> PeftModel:
     """`PeftModel.from_pretrained` of the checkpoint onto a copy of the base model, and without a file.
 
-    Of the base's tensors it has copies where PEFT has put something, and elsewhere none. Tied tensors are apart.
+    Of the base's tensors it has copies where PEFT has put something, and elsewhere none: they are on meta, or with
+    `on_device` one NaN each, where the live ones are. Tied tensors are apart.
 
     Args:
         model: the live model; only read.
         checkpoint: an adapter of any method.
         own: path of a tensor of the base model → its values when no adapter is merged into it.
+        adapter_name: PEFT's name of the adapter there.
+        on_device: for methods that have more than layers: PEFT makes that where it finds the base.
+        trained: whether to give it the checkpoint's tensors, and not leave it as PEFT has made it.
 
     Raises:
         ConfigError: PEFT does not take its config, or it has a pattern that might be matched for ever.
@@ -131,11 +146,14 @@ def load(model: nn.Module, checkpoint: Checkpoint, own: Callable[[str], torch.Te
     touched = _touched(model, checkpoint)
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
-        return own(path).detach().clone() if path.startswith(touched) else torch.empty_like(tensor, device="meta")
+        if path.startswith(touched):
+            return own(path).detach().clone()
+        return _hollow(tensor) if on_device else torch.empty_like(tensor, device="meta")
 
-    skeleton: PeftModel = _built(shadow(model, place), checkpoint)
-    _refuse_other_tensors(skeleton, checkpoint)
-    _fill(skeleton, checkpoint)
+    skeleton: PeftModel = _built(shadow(model, place), checkpoint, adapter_name)
+    expected = _refuse_other_tensors(skeleton, checkpoint)
+    if trained:
+        _fill(skeleton, checkpoint, expected)
     skeleton.eval()
     return skeleton
 
@@ -171,18 +189,27 @@ def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
     _refuse_endless(checkpoint, [path for path, _ in base_tree(model)])
     nothing = shadow(model, lambda path, tensor: torch.empty_like(tensor, device="meta"))
     try:
-        empty: PeftModel = _built(nothing, checkpoint, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {}))
+        empty: PeftModel = _built(
+            nothing, checkpoint, SKELETON, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {})
+        )
     except UnsupportedError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
         return None
     _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
     _refuse_growth(empty, checkpoint)
-    _refuse_other_tensors(empty, checkpoint)
+    if not empty.peft_config[SKELETON].is_prompt_learning:  # whose state_dict has to be computed
+        _refuse_other_tensors(empty, checkpoint)
     return empty
 
 
-def _built(base: nn.Module, checkpoint: Checkpoint, **changes: Any) -> Any:
+def _hollow(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the tensor's shape, dtype and device, one element of memory, and with no values that pass for any."""
+    nothing = float("nan") if tensor.is_floating_point() else 0
+    return torch.full((), nothing, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def _built(base: nn.Module, checkpoint: Checkpoint, adapter_name: str, **changes: Any) -> Any:
     from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -194,32 +221,35 @@ def _built(base: nn.Module, checkpoint: Checkpoint, **changes: Any) -> Any:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # advice to whoever trains
         try:
-            return kind(base, config, SKELETON)
+            return kind(base, config, adapter_name)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as error:
             raise _refusal(checkpoint, error) from error
 
 
-def _fill(skeleton: Any, checkpoint: Checkpoint) -> None:
+def _fill(skeleton: Any, checkpoint: Checkpoint, expected: Container[str]) -> None:
     from peft import set_peft_model_state_dict
 
+    name = skeleton.active_adapter
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter("ignore")
         try:
-            result: Any = set_peft_model_state_dict(skeleton, tensors, adapter_name=SKELETON)
+            result: Any = set_peft_model_state_dict(skeleton, tensors, adapter_name=name)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise _refusal(checkpoint, error) from error
-        if result.unexpected_keys:
+        # PEFT finds no place for a prompt, which it has taken out of the file before it looks.
+        unexpected = [key for key in result.unexpected_keys if key not in expected]
+        if unexpected:
             raise UnexpectedTargetError(
                 f"{checkpoint.origin} has tensors that PEFT finds no place for; unexpected keys found: "
-                f"{', '.join(result.unexpected_keys[:8])}.",
-                where=result.unexpected_keys[0],
-                found=f"{len(result.unexpected_keys)} of {len(tensors)} tensors",
+                f"{', '.join(unexpected[:8])}.",
+                where=unexpected[0],
+                found=f"{len(unexpected)} of {len(tensors)} tensors",
                 expected="tensors of modules that the model has",
                 hint="this adapter belongs to another base model",
             )
         if hasattr(skeleton.base_model, "_cast_adapter_dtype"):
-            skeleton.base_model._cast_adapter_dtype(adapter_name=SKELETON, autocast_adapter_dtype=True)
+            skeleton.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
 
 
 def _refuse_endless(checkpoint: Checkpoint, paths: list[str]) -> None:
@@ -258,13 +288,13 @@ def _refuse_growth(empty: Any, checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_other_tensors(empty: Any, checkpoint: Checkpoint) -> None:
-    """Raise unless the file has what PEFT would save of such an adapter: it leaves at random what is missing."""
+def _refuse_other_tensors(empty: Any, checkpoint: Checkpoint) -> Collection[str]:
+    """Names of what PEFT would save of such an adapter. Raise unless the file has all: the rest is left at random."""
     from peft import get_peft_model_state_dict
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = get_peft_model_state_dict(empty, adapter_name=SKELETON, save_embedding_layers=False)
+        expected = get_peft_model_state_dict(empty, adapter_name=empty.active_adapter, save_embedding_layers=False)
     for name, tensor in expected.items():
         found = checkpoint.tensors.get(name)
         if found is None:
@@ -283,6 +313,7 @@ def _refuse_other_tensors(empty: Any, checkpoint: Checkpoint) -> None:
                 expected=f"{tuple(tensor.shape)}, by the model and the config",
                 hint="this adapter belongs to another base model",
             )
+    return set(expected)
 
 
 def _refusal(checkpoint: Checkpoint, error: Exception) -> UnsupportedError:

@@ -41,11 +41,13 @@ class SlotRecord(NamedTuple):
 class Records(NamedTuple):
     """All records of one adapter, and the attributes of its peft config (None where the model has none).
 
-    `columns` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on.
+    `columns` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on. `plain` is all that PEFT
+    keeps beside tensors of an adapter that no slots hold; see `hotslot.live.resident`.
     """
 
     columns: Columns
     config: dict[str, Any] | None
+    plain: tuple[Any, ...] = ()
 
 
 def _columns(records: list[SlotRecord]) -> Columns:

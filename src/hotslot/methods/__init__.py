@@ -20,12 +20,13 @@ from .lora import (
     split_key,
     trained_otherwise,
 )
-from .opaque import opaque
+from .opaque import NOT_MERGEABLE, opaque
 from .patterns import Rules, refuse_endless
 from .tokens import TOKENS, Tokens
 
 __all__ = [
     "MAGNITUDE",
+    "NOT_MERGEABLE",
     "PARTS",
     "TOKENS",
     "Adapter",

@@ -35,8 +35,12 @@ _REFUSED: Mapping[str, str] = {
 }
 
 
-def opaque(checkpoint: Checkpoint) -> Adapter:
+def opaque(checkpoint: Checkpoint, *, merges: bool = True) -> Adapter:
     """An adapter of any method, of which nothing is for slots.
+
+    Args:
+        checkpoint: what was read.
+        merges: whether it is to be merged into base weights.
 
     Raises:
         UnsupportedError: it does not say its method, or cannot be merged.
@@ -51,7 +55,7 @@ def opaque(checkpoint: Checkpoint) -> Adapter:
             expected="a method of PEFT, such as 'LORA'",
             hint="the config was edited: save the adapter again with save_pretrained",
         )
-    if method in NOT_MERGEABLE:
+    if merges and method in NOT_MERGEABLE:
         raise UnsupportedError(
             f"{origin} cannot be merged into base weights: {NOT_MERGEABLE[method]}.",
             where="peft_type",
@@ -62,7 +66,7 @@ def opaque(checkpoint: Checkpoint) -> Adapter:
     for option, reason in _REFUSED.items():
         if config.get(option):
             raise UnsupportedError(
-                f"{origin} uses {option}, which hotslot does not merge: {reason}.",
+                f"{origin} uses {option}, which hotslot does not swap: {reason}.",
                 where=option,
                 found=f"{config[option]!r:.200}",
                 expected="the option unused",
