@@ -113,7 +113,7 @@ def test_what_slots_cost_is_timed_and_compared() -> None:
 
 
 def test_what_is_not_there() -> None:
-    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, slots, soak, swap"):
+    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, merged, slots, soak, swap"):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):
         swap.run(["7MB"])
