@@ -9,7 +9,6 @@ whole if it is bit for bit that of one of the two adapters, on the same model at
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -32,10 +31,10 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
-from .bench_swap import _torch_threads
 from .contenders import _hotswap_from_state_dict, _state_dicts
 from .llama import ADAPTER_NAME, SIZES, Bench, quiet
 from .report import describe
+from .running import chosen_device, command_line, refuse_plot, refuse_unknown, torch_threads
 
 DEFAULT_SIZES = ("tiny", "9MB")
 DEFAULT_ROUNDS = 20
@@ -95,12 +94,10 @@ def run(
     Raises:
         HotslotError: there is no such size, or a guarded forward pass was torn.
     """
-    unknown = set(sizes) - SIZES.keys()
-    if unknown:
-        raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(SIZES)}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_unknown(sizes, SIZES)
+    chosen = chosen_device(device)
     costs, rows = [], []
-    with tempfile.TemporaryDirectory() as folder, _torch_threads(threads), quiet():
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), quiet():
         for size in sizes:
             bench = Bench(SIZES[size], Path(folder), chosen)
             progress(f"{size}: what a guard costs")
@@ -210,17 +207,6 @@ def _under_load(bench: Bench, way: str, make: Callable[[Bench], Way], rounds: in
     return Row(bench.size.name, way, len(outputs.found), percent, swaps / taken, outputs.rate)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `python -m benchmarks.bench_concurrency`."""
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_concurrency", description="Swaps under load.")
-    parser.add_argument("--size", action="append", choices=SIZES, dest="sizes", help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document")
-    command(**vars(parser.parse_args(arguments)))
-
-
 def command(
     *,
     sizes: Sequence[str] | None = None,
@@ -231,8 +217,7 @@ def command(
     plot: Path | None = None,
 ) -> None:
     """Run, and print the tables or the JSON document on stdout; progress goes to stderr."""
-    if plot is not None:
-        raise HotslotError("This benchmark has no plot.", where="--plot", expected="--json, or the table")
+    refuse_plot(plot)
     console = Console(stderr=True)
     with console.status("") as status:
         conditions: dict[str, Any] = describe(device, threads=threads, rounds=rounds) | {"benchmark": "concurrency"}
@@ -256,4 +241,4 @@ def command(
 
 
 if __name__ == "__main__":
-    main()
+    command_line(command, SIZES)

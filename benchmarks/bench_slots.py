@@ -8,13 +8,12 @@ an order drawn anew for each round; a ratio is of medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,6 +28,7 @@ from hotslot import HotslotError
 
 from .llama import SIZES, Bench, quiet
 from .report import describe
+from .running import chosen_device, command_line, refuse_plot, refuse_unknown, timed, torch_threads
 
 DEFAULT_SIZES = ("small",)
 DEFAULT_ROUNDS = 30
@@ -64,28 +64,18 @@ def run(
     Raises:
         HotslotError: a variant's output is not what a fresh PeftModel, or the base, computes.
     """
-    unknown = set(sizes) - SIZES.keys()
-    if unknown:
-        raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(SIZES)}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with tempfile.TemporaryDirectory() as folder, quiet(), torch.no_grad():
-            benches = [Bench(SIZES[name], Path(folder), chosen) for name in sizes]
-            return [
-                row
-                for bench in benches
-                for mode in modes
-                for count in tokens
-                for row in _rows(bench, mode, count, rounds)
-            ]
-    finally:
-        torch.set_num_threads(threads_before)
+    refuse_unknown(sizes, SIZES)
+    chosen = chosen_device(device)
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), quiet(), torch.no_grad():
+        benches = [Bench(SIZES[name], Path(folder), chosen) for name in sizes]
+        return [
+            row for bench in benches for mode in modes for count in tokens for row in _rows(bench, mode, count, rounds)
+        ]
 
 
 def _rows(bench: Bench, mode: str, tokens: int, rounds: int) -> list[Row]:
     x = bench.inputs.expand(tokens, -1).contiguous()
+    torch._dynamo.reset()  # it compiles one function eight times, and runs what is beyond in eager
     variants = _variants(bench)
     calls = {name: _callable(model, mode) for name, (model, _) in variants.items()}
     for name, call in calls.items():
@@ -97,11 +87,7 @@ def _rows(bench: Bench, mode: str, tokens: int, rounds: int) -> list[Row]:
     for _ in range(rounds):
         order.shuffle(shuffled)
         for name in shuffled:
-            _synchronize(bench.device)
-            started = time.perf_counter()
-            calls[name](x)
-            _synchronize(bench.device)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(timed(partial(calls[name], x), bench.device)[0])
     base = statistics.median(times[BASE])
     return [
         Row(
@@ -136,7 +122,7 @@ def _variants(bench: Bench) -> dict[str, tuple[nn.Module, int]]:
 def _callable(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Any]:
     if mode == "eager":
         return model
-    compiled: Callable[[torch.Tensor], Any] = torch.compile(model, dynamic=False)
+    compiled: Callable[[torch.Tensor], Any] = torch.compile(model, dynamic=False, fullgraph=True)
     return compiled
 
 
@@ -145,22 +131,6 @@ def _check(bench: Bench, name: str, model: nn.Module) -> None:
     error = (bench.output(model).double() - want.double()).abs().max() / want.double().abs().max().clamp(min=1)
     if not error <= (1e-4 if want.dtype == torch.float32 else 0.1):
         raise HotslotError("A variant's output is not what it should be: its times would mean nothing.", where=name)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `python -m benchmarks.bench_slots`."""
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_slots", description="Time forward passes through slots.")
-    parser.add_argument("--size", action="append", choices=SIZES, dest="sizes", help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed passes of each variant")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document")
-    command(**vars(parser.parse_args(arguments)))
 
 
 def command(
@@ -173,8 +143,7 @@ def command(
     plot: Path | None = None,
 ) -> None:
     """Run, and print the table or a JSON document on stdout; progress goes to stderr."""
-    if plot is not None:
-        raise HotslotError("This benchmark has no plot.", where="--plot", hint="leave it out, or take --json")
+    refuse_plot(plot)
     with Console(stderr=True).status("forward passes"):
         conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "slots"}
         rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads)
@@ -189,4 +158,4 @@ def command(
 
 
 if __name__ == "__main__":
-    main()
+    command_line(command, SIZES)

@@ -8,13 +8,9 @@ over the rounds. Before, and once more after, each contender's model is compared
 
 from __future__ import annotations
 
-import argparse
-import gc
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -27,6 +23,7 @@ from hotslot import HotslotError
 from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
 from .llama import SIZES, Bench, Size, quiet
 from .report import Row, describe, document, draw, render
+from .running import chosen_device, command_line, only_own_garbage, refuse_unknown, timed, torch_threads
 
 CASES = (COLD, INSTEAD, WARM, HOT)
 DEFAULT_SIZES = ("9MB", "84MB")
@@ -58,12 +55,10 @@ def run(
     Raises:
         HotslotError: there is no such size, or a contender's outputs are not those of a fresh PeftModel.
     """
-    unknown = set(sizes) - SIZES.keys()
-    if unknown:
-        raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(SIZES)}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    refuse_unknown(sizes, SIZES)
+    chosen = chosen_device(device)
     rows = []
-    with tempfile.TemporaryDirectory() as folder, _torch_threads(threads), quiet():
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), quiet():
         for name in sizes:
             size = SIZES[name]
             progress(f"{name}: model and adapters of {size.tensors} tensors")
@@ -88,7 +83,7 @@ class Times:
 def _time(taking_part: Sequence[Contender], rounds: int, device: torch.device) -> dict[Contender, Times]:
     times = {contender: Times() for contender in taking_part}
     order, shuffled = Random(0), list(taking_part)
-    with _only_own_garbage():
+    with only_own_garbage():
         for contender in taking_part:
             for _ in range(2):  # to each of the adapters
                 _checked_swap(contender, times[contender], device)
@@ -107,11 +102,7 @@ def _swap(contender: Contender, device: torch.device) -> tuple[float, float]:
     """Bring the adapter that is not live; (wall, CPU) seconds."""
     twin = contender.twin
     other = 1 - twin.live
-    _synchronize(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    contender.swap(other)
-    _synchronize(device)
-    taken = time.perf_counter() - wall, time.process_time() - cpu
+    taken = timed(lambda: contender.swap(other), device)
     twin.live = other
     return taken
 
@@ -124,32 +115,6 @@ def _checked_swap(contender: Contender, times: Times, device: torch.device) -> N
             "A contender's outputs after a swap are not those of a fresh PeftModel: its times would mean nothing.",
             where=f"{contender.case}, {contender.name}",
         )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _only_own_garbage() -> Iterator[None]:
-    """Garbage collection as usual, but not over the objects of all models that wait beside the one being swapped."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _rows(size: Size, slot_rank: int, times: dict[Contender, Times]) -> list[Row]:
@@ -180,20 +145,6 @@ def _rows(size: Size, slot_rank: int, times: dict[Contender, Times]) -> list[Row
     return sorted(rows, key=lambda row: (CASES.index(row.case), row.contender.startswith("plain")))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `python -m benchmarks.bench_swap`."""
-    parser = argparse.ArgumentParser(prog="benchmarks.bench_swap", description="Time swaps of LoRA adapters.")
-    parser.add_argument("--size", action="append", choices=SIZES, dest="sizes", help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="timed swaps of each contender")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument(
-        "--json", action="store_true", dest="as_json", help="print one JSON document in place of the table"
-    )
-    parser.add_argument("--plot", type=Path, help="draw the table into this image file")
-    command(**vars(parser.parse_args(arguments)))
-
-
 def command(
     *,
     sizes: Sequence[str] | None = None,
@@ -218,4 +169,4 @@ def command(
 
 
 if __name__ == "__main__":
-    main()
+    command_line(command, SIZES)

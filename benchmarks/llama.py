@@ -104,6 +104,28 @@ class Llama(nn.Module):
         return x
 
 
+def _shapes(hidden: int) -> dict[str, tuple[int, int]]:
+    """Name → (out, in) of a layer's linears."""
+    narrow, wide = hidden // 4, hidden * 7 // 2
+    return {
+        "q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden),
+        "o_proj": (hidden, hidden), "gate_proj": (wide, hidden), "up_proj": (wide, hidden),
+        "down_proj": (hidden, wide),
+    }  # fmt: skip
+
+
+def llama_of_own_weights(hidden: int, layers: int, heads: int) -> Llama:
+    """A model whose layers do not share weights: a merge writes all of them. The values are the same each time."""
+    none = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in _shapes(hidden).items()}
+    model = Llama(none, layers, heads).eval()
+    generator = torch.Generator().manual_seed(0)
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            values = torch.randn(linear.weight.shape, generator=generator) / linear.in_features**0.5
+            linear.weight = nn.Parameter(values, requires_grad=False)
+    return model
+
+
 def _linear(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
@@ -119,20 +141,14 @@ class Bench:
 
     def __init__(self, size: Size, folder: Path, device: torch.device) -> None:
         self.size, self.device = size, device
-        hidden, narrow, wide = size.hidden, size.hidden // 4, size.hidden * 7 // 2
-        shapes = {
-            "q_proj": (hidden, hidden), "k_proj": (narrow, hidden), "v_proj": (narrow, hidden),
-            "o_proj": (hidden, hidden), "gate_proj": (wide, hidden), "up_proj": (wide, hidden),
-            "down_proj": (hidden, wide),
-        }  # fmt: skip
         generator = torch.Generator().manual_seed(0)
         self._weights = {
             name: nn.Parameter(
                 (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(device, size.dtype), requires_grad=False
             )
-            for name, shape in shapes.items()
+            for name, shape in _shapes(size.hidden).items()
         }
-        self.inputs = torch.randn(1, hidden, generator=generator).to(device, size.dtype)
+        self.inputs = torch.randn(1, size.hidden, generator=generator).to(device, size.dtype)
         self.folders = tuple(folder / f"{size.name}-{i}" for i in range(2))
         for i in range(2):
             self._save_adapter(i)

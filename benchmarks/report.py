@@ -10,7 +10,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -220,6 +220,42 @@ def _bars(panel: Any, group: Sequence[Row]) -> None:
     panel.margins(x=0.3)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def bars(panels: Mapping[str, Sequence[tuple[str, float, str]]], caption: str, path: Path) -> None:
+    """Write an image of one panel for each title, one below the other: who, milliseconds, and a note."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    heights = [1 + len(rows) for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(11, 1 + 0.3 * sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        names, ms, notes = zip(*rows, strict=True)
+        drawn = axis.barh(names, ms, color=[_COLOURS[name.split()[0].strip(",")] for name in names])
+        axis.bar_label(drawn, [f" {time:.2f} ms, {note}" for time, note in zip(ms, notes, strict=True)], fontsize=8)
+        axis.set_title(title, loc="left", fontsize=9)
+        axis.margins(x=0.3)
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(caption, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def place(conditions: dict[str, Any]) -> str:
+    """Where and when, in one line."""
+    hardware, versions, settings = (conditions[part] for part in ("hardware", "versions", "settings"))
+    where = hardware["cpu"] if hardware["device"] == "cpu" else hardware["device"]
+    told = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return (
+        f"{where}, {hardware['cores']} cores, load {hardware['load_average']}; {told}; torch {versions['torch']}, "
+        f"peft {versions['peft']}, {conditions['date']}"
+    )
 
 
 def _cpu_name() -> str:

@@ -9,7 +9,6 @@ noise (until then caches and the allocator fill), or if a swap takes longer than
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -31,6 +30,7 @@ from hotslot import HotslotError
 
 from .llama import quiet
 from .report import describe
+from .running import command_line
 
 DEFAULT_ROUNDS = 100_000
 LAYERS, WIDTH, RANK = 4, 16, 4
@@ -146,17 +146,6 @@ def growth(tenths: Sequence[Tenth]) -> list[str]:
     return [text for text, grown in found.items() if grown]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line of `python -m benchmarks.soak`."""
-    parser = argparse.ArgumentParser(prog="benchmarks.soak", description="Does anything grow over many swaps?")
-    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="swaps")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document")
-    try:
-        command(**vars(parser.parse_args(arguments)))
-    except HotslotError as error:
-        sys.exit(str(error))
-
-
 def command(
     *,
     rounds: int = DEFAULT_ROUNDS,
@@ -194,4 +183,7 @@ def command(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        command_line(command)
+    except HotslotError as error:
+        sys.exit(str(error))

@@ -19,7 +19,7 @@ from hotslot.errors import HotslotError
 
 swap = bench.load("swap")
 concurrency, soak = bench.load("concurrency"), bench.load("soak")
-report = import_module("hotslot_benchmarks.report")
+report, running = (import_module(f"hotslot_benchmarks.{name}") for name in ("report", "running"))
 OPTIONS: dict[str, Any] = {"sizes": ["tiny"], "rounds": 1, "device": "cpu"}
 
 
@@ -62,7 +62,7 @@ def test_a_swap_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    with swap._torch_threads(before + 1):
+    with running.torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
@@ -113,7 +113,7 @@ def test_what_slots_cost_is_timed_and_compared() -> None:
 
 
 def test_what_is_not_there() -> None:
-    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, slots, soak, swap"):
+    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, merged, slots, soak, swap"):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):
         swap.run(["7MB"])

@@ -111,13 +111,25 @@ def demo(
     ] = None,
     backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions of each swap that is timed.")] = 9,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="One task's adapters in seven methods, merged; and who answers right.")
+    ] = False,
+    ask_all: Annotated[bool, typer.Option("--all", help="With --methods: ask all questions, not half.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Swap real adapters in a real compiled model, and show answers and times."""
-    from .demo import run_demo
+    from .demo import DemoResult, MethodsResult, run_demo, run_methods
 
+    if methods and (adapters or prompts):
+        raise typer.BadParameter("--methods has adapters and questions of its own: leave out --adapter and --prompt.")
+    if ask_all and not methods:
+        raise typer.BadParameter("--all goes with --methods.")
+    result: DemoResult | MethodsResult
     with errors_reported(as_json=as_json):
-        result = run_demo(model, adapters, prompts=prompts, backend=backend, rounds=rounds, as_json=as_json)
+        if methods:
+            result = run_methods(model, ask_all=ask_all, backend=backend, as_json=as_json)
+        else:
+            result = run_demo(model, adapters, prompts=prompts, backend=backend, rounds=rounds, as_json=as_json)
     if not result.ok:
         raise typer.Exit(REFUSED)
 

@@ -14,7 +14,13 @@ from types import ModuleType
 
 from ..errors import HotslotError
 
-CASES = {"concurrency": "bench_concurrency", "slots": "bench_slots", "soak": "soak", "swap": "bench_swap"}
+CASES = {
+    "concurrency": "bench_concurrency",
+    "merged": "bench_merged",
+    "slots": "bench_slots",
+    "soak": "soak",
+    "swap": "bench_swap",
+}
 _PACKAGE = "hotslot_benchmarks"  # not "benchmarks": other projects' are called so too
 _FOLDER = Path(__file__).parents[3] / "benchmarks"  # beside src/ of a checkout
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import HotslotError
 
+_METHODS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}  # the others are written as in configs
 _PROMPTS = ("Once upon a time",)  # for models and adapters of which the demo knows nothing
 
 
@@ -45,18 +46,23 @@ def choose(model: str | None, adapters: Sequence[str | Path] | None, prompts: Se
     """
     if adapters:
         return Cast(_named(adapters), tuple(prompts or _PROMPTS), {}, {})
-    folder, facts = _own_cast()
-    sources = {name: str(folder / name) for name in facts["showcase"]}
+    index = own_index("demo.json")
+    facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    sources = {name: str(index.parent / name) for name in facts["showcase"]}
     recorded = facts["answers"] if model is None else {}  # of another model we know nothing
     return Cast(sources, tuple(prompts or facts["prompts"]), {} if prompts else facts["showcase"], recorded)
 
 
 def describe(config: Mapping[str, Any]) -> tuple[str, str, str]:
     """Method, rank and targets of an adapter_config.json, in few words."""
-    method = {"LORA": "LoRA"}.get(str(config.get("peft_type")), str(config.get("peft_type")))
+    method = _METHODS.get(str(config.get("peft_type")), str(config.get("peft_type")))
     for option, word in (("use_rslora", "rsLoRA"), ("use_dora", "DoRA")):
         method = word if config.get(option) else method
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
+    # OFT has blocks instead, and says r=0
+    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {
+        None,
+        0,
+    }
     rank = str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}–{max(ranks)}" if ranks else ""
     targets = config.get("target_modules") or ()
     if not isinstance(targets, str):
@@ -68,19 +74,21 @@ def describe(config: Mapping[str, Any]) -> tuple[str, str, str]:
     return method, rank, targets
 
 
-def _own_cast() -> tuple[Path, dict[str, Any]]:
-    """The folder demo/ of the repository, and its index."""
-    folder = Path(__file__).parents[4] / "demo"
-    index = folder / "demo.json"
+def own_index(name: str) -> Path:
+    """An index in the folder demo/ of the repository, beside the adapters that it is about.
+
+    Raises:
+        HotslotError: it is not there.
+    """
+    index = Path(__file__).parents[4] / "demo" / name
     if not index.is_file():
         raise HotslotError(
             "The demo's adapters are not there.",
-            where=folder,
+            where=index.parent,
             expected="the folder demo/ of a clone of hotslot's repository; an installed wheel has no adapters in it",
             hint="run it in a clone (scripts/demo), or name some of your own with --adapter",
         )
-    facts: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-    return folder, facts
+    return index
 
 
 def _named(adapters: Sequence[str | Path]) -> dict[str, str]:

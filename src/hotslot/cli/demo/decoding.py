@@ -11,20 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import HotslotError
+from .conditions import compiled
 
 if TYPE_CHECKING:
     from .smollm2 import Loaded
 
 MAX_NEW_TOKENS = 20  # at which answers are cut; the recorded ones in demo/demo.json are too
 _CACHE_STEP = 64  # cache lengths are rounded up to it, lest a prompt one token longer be another graph on disk
-
-
-def compiled_graphs() -> int:
-    """Graphs that dynamo has compiled in this process, recompilations included, whatever the backend."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
 
 
 class Decoder:
@@ -40,11 +33,8 @@ class Decoder:
     """
 
     def __init__(self, loaded: Loaded, prompts: Sequence[str], *, backend: Any) -> None:
-        import torch
         from transformers import StaticCache
 
-        if backend == "inductor":
-            _refuse_missing_compiler()
         self._loaded = loaded
         self._ids: dict[str, Any] = {
             prompt: loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -52,8 +42,7 @@ class Decoder:
         }
         longest = max(ids.shape[1] for ids in self._ids.values()) + MAX_NEW_TOKENS
         self._cache = StaticCache(config=loaded.model.config, max_cache_len=-(-longest // _CACHE_STEP) * _CACHE_STEP)
-        # fullgraph: a graph break or the recompile limit raises instead of falling back to eager in silence.
-        self._step = torch.compile(loaded.model, backend=backend, fullgraph=True, dynamic=False)
+        self._step = compiled(loaded.model, backend)
 
     def compile(self) -> float:
         """Compile the decode step, by taking one; seconds it took."""
@@ -84,18 +73,3 @@ class Decoder:
                 if len(tokens) == count or tokens[-1] in self._loaded.stop:
                     return tokens
                 logits = self._step(token, past_key_values=self._cache, use_cache=True).logits
-
-
-def _refuse_missing_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise HotslotError(
-            "torch.compile finds no C++ compiler.",
-            found=str(error).splitlines()[0],
-            expected="g++ or clang++, for torch.compile's default backend",
-            hint="install one (apt install g++), or run with --backend eager",
-        ) from error

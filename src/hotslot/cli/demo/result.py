@@ -1,8 +1,9 @@
-"""What the demo found, as data."""
+"""What the demos found, as data."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import fmean, median
 from typing import Any
 
 
@@ -122,4 +123,109 @@ class DemoResult:
             if adapter.swap is not None:
                 entry["swap"]["gigabytes_per_second"] = adapter.swap.gigabytes_per_second
                 entry["swap"]["share_of_copy"] = adapter.swap.share_of_copy
+        return {"ok": self.ok, "recompilations": self.recompilations, **document}
+
+
+# Of 200 questions: an answer that hangs by a near tie may come out otherwise where another machine rounds otherwise.
+_MOST_DIFFERING = 0.02
+
+
+@dataclass
+class MethodResult:
+    """The base, or one task's adapter in one method: how it answered, and how it was swapped in.
+
+    Attributes:
+        recorded: of all questions, whether a model that PEFT alone had loaded answered right.
+        right: the same of the questions that were asked now, which are the first of all.
+        route, nbytes: see SwapReport.
+        swap_seconds: of each swap to it.
+        pass_seconds: of each forward pass through the compiled model while it was live.
+        recompilations: graphs that were compiled meanwhile.
+    """
+
+    name: str
+    method: str
+    rank: str
+    targets: str
+    recorded: list[bool]
+    right: list[bool] = field(default_factory=list)
+    route: str = ""
+    nbytes: int = 0
+    swap_seconds: list[float] = field(default_factory=list)
+    pass_seconds: list[float] = field(default_factory=list)
+    recompilations: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Of what was asked now."""
+        return fmean(self.right)
+
+    @property
+    def recorded_accuracy(self) -> float:
+        """Of all questions."""
+        return fmean(self.recorded)
+
+    @property
+    def differing(self) -> int:
+        """Questions answered right where PEFT's model did not, or the other way round."""
+        return sum(now != then for now, then in zip(self.right, self.recorded, strict=False))
+
+    @property
+    def seconds(self) -> float:
+        """A swap's, the median; 0 if there was none."""
+        return median(self.swap_seconds or [0.0])
+
+
+@dataclass
+class MethodsResult:
+    """All of it; `ok` says whether hotslot kept its promises.
+
+    Attributes:
+        load_seconds: the first time, the conversion included.
+        graphs: that the model compiled to.
+        methods: the base, then the adapters.
+        base_restored: the base's logits were bit for bit the same after all swaps.
+        swaps: done in all.
+    """
+
+    model: str
+    backend: str
+    torch: str = ""
+    threads: int = 0
+    load_seconds: float = 0.0
+    attach_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    graphs: int = 0
+    methods: list[MethodResult] = field(default_factory=list)
+    base_restored: bool = False
+    swaps: int = 0
+    seconds: float = 0.0
+
+    @property
+    def recompilations(self) -> int:
+        """In all, after the one compilation."""
+        return sum(method.recompilations for method in self.methods)
+
+    @property
+    def ok(self) -> bool:
+        """One graph, no recompilation, the base as it was, and the recorded answers met."""
+        as_recorded = all(method.differing <= _MOST_DIFFERING * len(method.right) for method in self.methods)
+        return self.graphs == 1 and self.recompilations == 0 and self.base_restored and as_recorded
+
+    def times_base(self, method: MethodResult) -> float:
+        """The forward pass in times of the base's: the median over the pages, which base and adapter read in turn."""
+        pairs = zip(method.pass_seconds, self.methods[0].pass_seconds, strict=True)
+        return median(one / base for one, base in pairs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every field, and what follows from them."""
+        document = asdict(self)
+        for entry, method in zip(document["methods"], self.methods, strict=True):
+            entry |= {
+                "accuracy": method.accuracy,
+                "recorded_accuracy": method.recorded_accuracy,
+                "differing": method.differing,
+                "seconds": method.seconds,
+                "times_base": self.times_base(method),
+            }
         return {"ok": self.ok, "recompilations": self.recompilations, **document}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..terminal import print_json
 from . import adapters as casting
 from . import show, smollm2
+from .conditions import backend_name, compiled_graphs, few_threads, kept_code, timed
 from .result import AdapterResult, DemoResult, Speaker
 
 if TYPE_CHECKING:
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from ... import Swapper
     from ...checkpoint import Checkpoint
     from .decoding import Decoder
-
-# Half of torch's threads, up to four: more read 540 MB of weights little faster, and where something else runs on all
-# cores, as many threads as cores wait for one another (measured on two busy cores: one thread 27 s, two 569 s).
-_MOST_THREADS = 4
 
 
 def run_demo(
@@ -52,9 +47,9 @@ def run_demo(
     """
     started = time.perf_counter()
     cast = casting.choose(model, adapters, prompts)
-    with show.Stages() as stages, _kept_code():
+    with show.Stages() as stages, kept_code():
         demo = _Demo(cast, model, backend, stages)
-        with _few_threads():
+        with few_threads():
             result = demo.run(rounds)
     result.seconds = time.perf_counter() - started
     if as_json:
@@ -71,9 +66,8 @@ class _Demo:
     """One run; each method is a stage or a few, in the order of `run`."""
 
     def __init__(self, cast: casting.Cast, model: str | None, backend: Any, stages: show.Stages) -> None:
-        name = backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
         self.cast, self.model, self.backend, self.stages = cast, model, backend, stages
-        self.result = DemoResult(model or "SmolLM2-135M-Instruct", name)
+        self.result = DemoResult(model or "SmolLM2-135M-Instruct", backend_name(backend))
         with stages.stage("importing torch and transformers"):
             import torch
             import transformers  # noqa: F401
@@ -96,10 +90,10 @@ class _Demo:
         from hotslot import checkpoint
 
         result = self.result
-        with self.stages.stage("loading the model") as say, _timed() as seconds:
+        with self.stages.stage("loading the model") as say, timed() as seconds:
             self.loaded = smollm2.load(self.model, lambda: say("converting SmolLM2 from GGUF, once"))
         result.load_seconds = seconds()
-        with self.stages.stage(f"attaching {len(self.cast.sources)} adapters"), _timed() as seconds:
+        with self.stages.stage(f"attaching {len(self.cast.sources)} adapters"), timed() as seconds:
             self.swapper: Swapper = hotslot.attach(self.loaded.model, adapters=self.cast.sources)
         result.attach_seconds = seconds()
         self.checkpoints: dict[str, Checkpoint] = {}
@@ -110,7 +104,7 @@ class _Demo:
             result.adapters.append(AdapterResult(name, method=method, rank=rank, targets=targets, showcase=showcase))
 
     def _compile(self) -> None:
-        from .decoding import Decoder, compiled_graphs
+        from .decoding import Decoder
 
         before = compiled_graphs()
         with self.stages.stage("compiling the decode step (a minute the first time, less later)"):
@@ -169,8 +163,6 @@ class _Demo:
         self.result.swaps += 1
 
     def _answer(self, speaker: Speaker, prompt: str) -> str:
-        from .decoding import compiled_graphs
-
         before = compiled_graphs()
         answer = self.decoder.answer(prompt)
         speaker.recompilations += compiled_graphs() - before
@@ -184,38 +176,3 @@ class _Demo:
     def _max_rank(self) -> int:
         configs = [found.config for found in self.checkpoints.values()]
         return max(rank for c in configs for rank in map(int, (c["r"], *(c.get("rank_pattern") or {}).values())))
-
-
-@contextmanager
-def _timed() -> Iterator[Callable[[], float]]:
-    """Yields a function that gives the seconds from here to the end of the block."""
-    started = time.perf_counter()
-    ended: list[float] = []
-    yield lambda: (ended[0] if ended else time.perf_counter()) - started
-    ended.append(time.perf_counter())
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(threads // 2, _MOST_THREADS)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _kept_code() -> Iterator[None]:
-    """Inductor keeps compiled code in a folder of /tmp, which a restart empties; ours stays for the next run."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(smollm2.cache_root() / "inductor")
-    try:
-        yield
-    finally:
-        del os.environ[name]

@@ -1,11 +1,11 @@
-"""The demo on a terminal: stages while it works, the answers as they come, a table at the end."""
+"""The demos on a terminal: stages while they work, the answers as they come, a table at the end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..terminal import printable
-from .result import AdapterResult, DemoResult, SwapTimes
+from .result import AdapterResult, DemoResult, MethodsResult, SwapTimes
 
 _ONE_TABLE_WIDTH = 125  # of a terminal that holds all columns side by side
 _PIPED_WIDTH = 160
@@ -66,7 +66,7 @@ def answers(console: Console, result: DemoResult, prompts: Sequence[str]) -> Non
 
 class _Column(NamedTuple):
     header: str
-    cell: Callable[[AdapterResult], str]
+    cell: Callable[[Any], str]
     right: bool = False
 
 
@@ -79,8 +79,8 @@ _WHAT = (
     _Column("method", lambda a: _safe(a.method)),
     _Column("rank", lambda a: a.rank, right=True),
     _Column("targets", lambda a: _safe(a.targets)),
-    _Column("answer", lambda a: _safe(a.answers[a.showcase].strip())),
 )
+_ANSWER = _Column("answer", lambda a: _safe(a.answers[a.showcase].strip()))
 _HOW = (
     _Column("swap", _swap(lambda s: _ms(s.seconds)), right=True),
     _Column("bytes", _swap(lambda s: f"{s.nbytes:,}"), right=True),
@@ -93,13 +93,35 @@ _HOW = (
 
 def tables(console: Console, result: DemoResult) -> None:
     """Print the table; as two, one below the other, where the terminal is narrow."""
+    _tables(console, (*_WHAT, _ANSWER), _HOW, result.adapters)
+
+
+def methods_tables(console: Console, result: MethodsResult) -> None:
+    """Print the table of methods, likewise."""
+    recorded = len(result.methods[0].recorded)
+    marks = (
+        _Column("right", lambda m: f"{sum(m.right)} of {len(m.right)}", right=True),
+        _Column("PEFT, the same", lambda m: str(sum(m.recorded[: len(m.right)])), right=True),
+        _Column(f"PEFT, all {recorded}", lambda m: f"{m.recorded_accuracy:.1%}", right=True),
+    )
+    how = (
+        _Column("route", lambda m: m.route if m.nbytes else ""),
+        _Column("swap", lambda m: _ms(m.seconds), right=True),
+        _Column("bytes", lambda m: f"{m.nbytes:,}" if m.nbytes else "", right=True),
+        _Column("forward pass", lambda m: f"{result.times_base(m):.2f} × base", right=True),
+        _Column("recompiled", lambda m: _zero(m.recompilations), right=True),
+    )
+    _tables(console, (*_WHAT, *marks), how, result.methods)
+
+
+def _tables(console: Console, what: Sequence[_Column], how: Sequence[_Column], rows: Sequence[Any]) -> None:
     wide = console.width >= _ONE_TABLE_WIDTH
-    for columns in [_WHAT + _HOW] if wide else [_WHAT, (_WHAT[0], *_HOW)]:
+    for columns in [(*what, *how)] if wide else [what, (what[0], *how)]:
         table = Table(show_lines=True)
         for column in columns:
             table.add_column(column.header, justify="right" if column.right else "left")
-        for adapter in result.adapters:
-            table.add_row(*(column.cell(adapter) for column in columns))
+        for row in rows:
+            table.add_row(*(column.cell(row) for column in columns))
         console.print(table)
 
 
@@ -121,6 +143,30 @@ def summary(console: Console, result: DemoResult, cache: str) -> None:
     )
     for name, prompt in result.unexpected:
         console.print(f"[red]not the recorded answer:[/] {_safe(name)} to {_safe(prompt)}")
+    _verdict(console, result, cache)
+
+
+def methods_summary(console: Console, result: MethodsResult, cache: str) -> None:
+    """Print the notes below the table of methods, and whether all is well."""
+    console.print(
+        "right: greedy answers equal to the known one, to questions held out of training. PEFT: what models loaded "
+        "by PEFT alone answered.\nswap: the median, from the row above, from host memory; the base's is deactivate(). "
+        "bytes: of base weights that were written. forward pass: of the compiled model, in times of the base's.",
+        style="dim",
+    )
+    restored = "the same, bit for bit" if result.base_restored else "[red]others[/]"
+    console.print(
+        f"{result.swaps} swaps. The model: {_zero(result.graphs - 1, one=result.graphs)} graph, compiled once in "
+        f"{result.compile_seconds:.1f} s, then {_zero(result.recompilations)} recompilations. "
+        f"The base's logits before and after: {restored}."
+    )
+    for method in result.methods:
+        if method.differing:
+            console.print(f"{_safe(method.name)}: {method.differing} of {len(method.right)} not as recorded")
+    _verdict(console, result, cache)
+
+
+def _verdict(console: Console, result: DemoResult | MethodsResult, cache: str) -> None:
     verdict = "[green]all as it should be[/]" if result.ok else "[red]not all is as it should be[/]"
     console.print(f"{verdict}, {result.seconds:.0f} s in all. Model and compiled code are kept in {_safe(cache)}.")
 
