@@ -235,7 +235,9 @@ def _forwards(subject: Subject, tokens: int, rounds: int) -> list[Row]:
     x = x.to(subject.device, DTYPES[subject.dtype])
     torch._dynamo.reset()  # it compiles one function so many times, and no more
     with torch.no_grad():
-        calls = {name: partial(torch.compile(model, dynamic=False, fullgraph=True), x) for name, model in models.items()}
+        calls = {
+            name: partial(torch.compile(model, dynamic=False, fullgraph=True), x) for name, model in models.items()
+        }
         outputs = {name: call() for name, call in calls.items()}
         for _ in range(3):
             for call in calls.values():

@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
+from hotslot.methods import NOT_MERGEABLE
+from methods import METHODS, Method
+
 PAGE = Path(__file__).parents[1] / "docs" / "supported.md"
 EXACT, PEFT_REFUSES = "exact", "PEFT refuses it"
 _BLOCKS = BdLoraConfig(target_modules_bd_b=["q_proj", "up_proj"], nblocks=2, match_strict=False)
@@ -244,12 +247,37 @@ def _options(kind: str) -> list[tuple[str, ...]]:
     return [("option", "", "proved by"), *((row.title, row.said, _tests(row.proved_by)) for row in rows)]
 
 
+def _methods() -> list[tuple[str, ...]]:
+    titles = (
+        "method",
+        "in place, of its own kind",
+        "of another rank",
+        "merged",
+        "LoRA → it → LoRA",
+        "does nothing when deactivated",
+    )
+    return [titles, *(_method(name, row) for name, row in METHODS.items())]
+
+
+def _method(name: str, row: Method) -> tuple[str, ...]:
+    merged = "yes" if row.merges else f"no: {NOT_MERGEABLE[name]}"
+    slots = name == "LORA"
+    crossing = "in slots, or merged" if slots else "merged" if row.merges else "no"
+    in_place = "in slots" if slots else "yes" if row.in_place else f"no: {row.reason}"
+    return name, in_place, _yes(row.other_rank), merged, crossing, _yes(row.deactivates and row.in_place)
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
 # Name in the page's comments → the table: its titles, and its rows.
 TABLES: dict[str, Callable[[], list[tuple[str, ...]]]] = {
     "layers": _layers,
     "options that are exact": lambda: _options("exact"),
     "options without effect": lambda: _options("without effect"),
     "options that are refused": lambda: _options("refused"),
+    "methods": _methods,
 }
 
 
