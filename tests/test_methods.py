@@ -16,7 +16,7 @@ import hotslot
 from adapters import make_adapter
 from compiling import Backend
 from hotslot.errors import ConfigError, HotslotError, ModelError, NonFiniteError, UnsupportedError
-from hotslot.live.merging import LowRank
+from hotslot.live.merges import LowRank
 from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of

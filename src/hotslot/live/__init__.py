@@ -10,7 +10,8 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
-from .merging import NO_MERGES, Merges, blended, outline_bytes
+from .merges import NO_MERGES, Merges, blended
+from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules

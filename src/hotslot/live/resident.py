@@ -23,7 +23,7 @@ from ..errors import MergedError, ShapeError, UnexpectedTargetError, Unsupported
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, unwrap
-from .merging import merge_once
+from .merges import merge_once
 from .saved import named_tensors
 from .skeleton import Unit, base_of, base_tree, load, units
 from .state import Records, peft_config, unused_columns
