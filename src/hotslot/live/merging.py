@@ -24,7 +24,7 @@ from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
 
 # A product's rows that are added up at a time: few enough to be in the cache still when they are read.
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 21
 _PREFIX = "base_model.model."
 _HALVES = (torch.float16, torch.bfloat16)
 _FAILURES = (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError)  # of PEFT's layers
