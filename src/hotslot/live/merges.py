@@ -14,7 +14,7 @@ from .absolutes import Key, Merge
 from .skeleton import Unit, base_of
 
 # A product's rows that are added up at a time: few enough to be in the cache still when they are read.
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 21
 
 
 class Merges(NamedTuple):
