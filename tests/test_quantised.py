@@ -21,6 +21,7 @@ from adapters import expected_peft_warnings, make_adapter
 from compiling import Backend
 from hotslot import errors
 from hotslot.testing import no_recompile, same_addresses
+from methods import make_method_adapter
 from oracle import assert_same_output, assert_unchanged, error, snapshot
 from zoo import ZOO
 
@@ -336,4 +337,22 @@ def test_layers_of_other_libraries_are_refused_on_a_plain_model(folders: dict[st
     before = snapshot(model)
     with pytest.raises(errors.UnsupportedError, match="load one adapter with PEFT"):
         hotslot.attach(model, {"all": folders["all"]})
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_merged_into_quantised_weights(kind: str, tmp_path: Path) -> None:
+    """What a slot cannot hold is refused there; what is merged into the head, which is not quantised, is taken."""
+    model = quantise(LLAMA.build(), kind)
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", LLAMA, seed=0)
+    head = make_method_adapter(tmp_path / "head", "LOHA", LLAMA, seed=0, target_modules=["lm_head"])
+    lora = make_adapter(tmp_path / "lora", LLAMA, seed=0, r=2, target_modules=["q_proj"])
+    before = snapshot(model)
+    for route, folder in (("auto", loha), ("merged", loha), ("merged", lora)):
+        with pytest.raises(errors.UnsupportedError, match="quantised weight"):
+            hotslot.attach(model, {"a": folder}, route=route)
+        assert_unchanged(before, snapshot(model))
+    swapper = hotslot.attach(model, {"head": head})
+    assert swapper.activate("head").route == "merged"
+    swapper.detach()
     assert_unchanged(before, snapshot(model))

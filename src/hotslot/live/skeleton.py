@@ -148,7 +148,7 @@ def load(
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if path.startswith(touched):
             return own(path).detach().clone()
-        return _hollow(tensor) if on_device else torch.empty_like(tensor, device="meta")
+        return _hollow(tensor) if on_device else _nothing(tensor)
 
     skeleton: PeftModel = _built(shadow(model, place), checkpoint, adapter_name)
     expected = _refuse_other_tensors(skeleton, checkpoint)
@@ -187,20 +187,26 @@ def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
         ConfigError, UnsupportedError, TensorError, ShapeError: as `load`.
     """
     _refuse_endless(checkpoint, [path for path, _ in base_tree(model)])
-    nothing = shadow(model, lambda path, tensor: torch.empty_like(tensor, device="meta"))
+    nothing = shadow(model, lambda path, tensor: _nothing(tensor))
     try:
         empty: PeftModel = _built(
             nothing, checkpoint, SKELETON, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {})
         )
     except UnsupportedError as error:
-        if not isinstance(error.__cause__, NotImplementedError):
-            raise
-        return None
+        if isinstance(error.__cause__, NotImplementedError):
+            return None
+        # PEFT's layers for quantised weights look at more than these have here.
+        _refuse_quantised(model, [path for path, _ in base_tree(model)], checkpoint)
+        raise
     _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
     _refuse_growth(empty, checkpoint)
     if not empty.peft_config[SKELETON].is_prompt_learning:  # whose state_dict has to be computed
         _refuse_other_tensors(empty, checkpoint)
     return empty
+
+
+def _nothing(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # of torchao's, too
 
 
 def _hollow(tensor: torch.Tensor) -> torch.Tensor:
