@@ -86,9 +86,11 @@ def run(
     rounds: int = DEFAULT_ROUNDS,
     device: str | None = None,
     threads: int = 1,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    tokens: Sequence[int] = TOKENS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Time all methods and forward passes.
+    """Time all methods, and forward passes of so many tokens.
 
     Raises:
         HotslotError: there is no such size, or hotslot's weights are not PEFT's.
@@ -97,16 +99,16 @@ def run(
     chosen, rows = chosen_device(device), list[Row]()
     with torch_threads(threads), quiet():
         for size in sizes:
-            for dtype in DTYPES:
+            for dtype in dtypes:
                 for method in METHODS:
                     progress(f"{size}, {dtype}: {method}")
                     with tempfile.TemporaryDirectory() as folder:
                         rows += _swaps(Subject(size, dtype, method, Path(folder), chosen), rounds)
                 with tempfile.TemporaryDirectory() as folder:
                     subject = Subject(size, dtype, LORA, Path(folder), chosen)
-                    for tokens in TOKENS:
-                        progress(f"{size}, {dtype}: forward passes of {tokens} tokens")
-                        rows += _forwards(subject, tokens, rounds)
+                    for count in tokens:
+                        progress(f"{size}, {dtype}: forward passes of {count} tokens")
+                        rows += _forwards(subject, count, rounds)
     return rows
 
 

@@ -18,7 +18,7 @@ from hotslot.cli import bench
 from hotslot.errors import HotslotError
 
 swap = bench.load("swap")
-concurrency, soak = bench.load("concurrency"), bench.load("soak")
+concurrency, merged, soak = bench.load("concurrency"), bench.load("merged"), bench.load("soak")
 report, running = (import_module(f"hotslot_benchmarks.{name}") for name in ("report", "running"))
 OPTIONS: dict[str, Any] = {"sizes": ["tiny"], "rounds": 1, "device": "cpu"}
 
@@ -110,6 +110,54 @@ def test_what_slots_cost_is_timed_and_compared() -> None:
     assert all(0 < row.min_ms <= row.ms for row in rows)
     with pytest.raises(HotslotError, match="No such size"):
         slots.run(["7MB"])
+
+
+@pytest.fixture(scope="module")
+def merged_rows() -> Any:
+    return merged.run(**OPTIONS, tokens=())
+
+
+def test_swaps_by_merging_are_timed_and_compared_bit_for_bit(merged_rows: Any) -> None:
+    jobs = [(dtype, method) for dtype in ("fp32", "bf16") for method in merged.METHODS]
+    contenders = [merged.HOTSLOT, merged.PEFT, merged.COPY]
+    assert [(row.dtype, row.job, row.contender) for row in merged_rows] == [
+        (*job, c) for job in jobs for c in contenders
+    ]
+    for row in merged_rows:
+        assert 0 < row.min_ms <= row.ms
+        assert row.nbytes == 13 * 64 * 64 * 2 * (4 if row.dtype == "fp32" else 2)
+        assert row.error == 0 or row.contender == merged.PEFT
+    assert {row.contender for row in merged_rows if row.times_copy == 1} == {merged.COPY}
+    lora = {(row.dtype, row.contender): row.ms for row in merged_rows if row.job == merged.LORA}
+    goals = merged.goals(merged_rows)
+    assert [goal.most for goal in goals] == [1, 3, 1, 6]
+    assert goals[0].found == lora["fp32", merged.HOTSLOT] / lora["fp32", merged.PEFT]
+    assert goals[3].found == lora["bf16", merged.HOTSLOT] / lora["bf16", merged.COPY]
+
+
+def test_a_merge_that_is_not_pefts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    activate = hotslot.Swapper.activate
+    monkeypatch.setattr(hotslot.Swapper, "activate", lambda self, name: activate(self, "0"))
+    with pytest.raises(HotslotError, match="not those of a fresh merge_and_unload"):
+        merged.run(**OPTIONS, dtypes=["fp32"], tokens=())
+
+
+def test_merging_in_table_and_plot(merged_rows: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conditions = report.describe("cpu", rounds=1)
+    merged.render(merged_rows, conditions, swap.Console(width=200))
+    out = capsys.readouterr().out
+    assert merged.HOTSLOT in out
+    assert "as merged anew" in out
+    assert merged.goals(merged_rows)[0].text in out
+    merged.draw(merged_rows, conditions, tmp_path / "merged.png")
+    assert (tmp_path / "merged.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_forward_pass_of_a_merged_model_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged, "METHODS", {merged.LORA: merged.METHODS[merged.LORA]})
+    rows = merged.run(**OPTIONS, dtypes=["fp32"], tokens=[1])[3:]
+    assert [row.contender for row in rows] == [merged.BASE, merged.MERGED, merged.BRANCH]
+    assert rows[0].times_copy == 1
 
 
 def test_what_is_not_there() -> None:
