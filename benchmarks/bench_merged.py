@@ -9,6 +9,7 @@ the median over the rounds. Before and after, hotslot's weights are compared bit
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import tempfile
@@ -118,7 +119,8 @@ class Subject:
     def __init__(self, size: str, dtype: str, method: str, folder: Path, device: torch.device) -> None:
         hidden, layers = SIZES[size]
         self.size, self.dtype, self.method, self.device = size, dtype, method, device
-        self.hidden, self._layers = hidden, layers
+        self.hidden = hidden
+        self._base = llama_of_own_weights(hidden, layers, heads=8).to(device, DTYPES[dtype])
         self.folders = folder / "0", folder / "1"
         for seed, path in enumerate(self.folders):
             self._save_adapter(seed, path)
@@ -126,8 +128,7 @@ class Subject:
 
     def base(self) -> nn.Module:
         """A new one, with the same values each time."""
-        model = llama_of_own_weights(self.hidden, self._layers, heads=8)
-        return model.to(self.device, DTYPES[self.dtype])
+        return copy.deepcopy(self._base)
 
     def peft_model(self, folder: Path) -> PeftModel:
         """A fresh load, as PEFT does it by default."""
@@ -185,11 +186,11 @@ def _contenders(subject: Subject) -> Iterator[Contender]:
     sources = subject.expected
     targets = [torch.empty_like(weight) for weight in sources[0].values()]
 
-    def copy(adapter: int) -> None:
+    def plain_copy(adapter: int) -> None:
         for target, source in zip(targets, sources[adapter].values(), strict=True):
             target.copy_(source)
 
-    yield Contender(COPY, copy, None)
+    yield Contender(COPY, plain_copy, None)
 
 
 def _swaps(subject: Subject, rounds: int) -> list[Row]:
