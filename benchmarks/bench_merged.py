@@ -36,7 +36,7 @@ from .running import chosen_device, command_line, only_own_garbage, refuse_unkno
 
 HOTSLOT, PEFT, COPY = "hotslot Swapper.activate", "PEFT unmerge_adapter + merge_adapter", "plain copy"
 BASE, MERGED, BRANCH = "plain base model", "hotslot, merged", "PEFT, LoRA branch"
-DEFAULT_SIZES = ("440MB",)
+DEFAULT_SIZES = ("50MB",)  # at 440MB PEFT takes half a minute for each swap of OFT
 DEFAULT_ROUNDS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY_FACTORS = {"fp32": 3.0, "bf16": 6.0}  # times the plain copy's time that LoRA may take
