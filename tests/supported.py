@@ -264,7 +264,8 @@ def _method(name: str, row: Method) -> tuple[str, ...]:
     slots = name == "LORA"
     crossing = "in slots, or merged" if slots else "merged" if row.merges else "no"
     in_place = "in slots" if slots else "yes" if row.in_place else f"no: {row.reason}"
-    return name, in_place, _yes(row.other_rank), merged, crossing, _yes(row.deactivates and row.in_place)
+    title = name if row.needs is None else f"{name} (tested where {row.needs} is installed)"
+    return title, in_place, _yes(row.other_rank), merged, crossing, _yes(row.deactivates and row.in_place)
 
 
 def _yes(fact: bool) -> str:
