@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,9 @@ pytestmark = pytest.mark.timeout(900)
 
 Outcomes = dict[str, dict[str, object]]
 
+# Before any test has run: what inductor leaves in the environment of one process is not for another.
+_ENVIRONMENT = dict(os.environ)
+
 
 @functools.cache
 def run(functions: str, part: str) -> tuple[Outcomes, str]:
@@ -24,7 +28,7 @@ def run(functions: str, part: str) -> tuple[Outcomes, str]:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "peft_suite.run", functions, "--part", part, "--report", str(report)]
         tests = Path(__file__).parents[1]
-        done = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tests, env=_ENVIRONMENT, capture_output=True, text=True, check=False)
         ran = report.exists() and done.returncode in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         outcomes = json.loads(report.read_text()) if ran else {}
         return outcomes, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
