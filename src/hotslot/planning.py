@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint as checkpoints
 from . import live
 from .block import Layout, SlotShape, arrange, pack
 from .checkpoint import Checkpoint, Source
 from .engine import Entry
 from .errors import ModelError, RankError, UnexpectedTargetError
 from .methods import Adapter
+from .pipelines import read, whole
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BIAS = "lora_B.bias"
@@ -181,7 +181,7 @@ NO_SLOTS = Plan(MappingProxyType({}), max_blend=1)
 
 
 def plan(
-    model: nn.Module,
+    model: Any,
     sources: Source | Iterable[Source] | Mapping[str, Source] | None = None,
     *,
     max_rank: int | None = None,
@@ -201,7 +201,7 @@ def plan(
     adapter of the slots' own ranks is one copy and its outputs are the same to the bit.
 
     Args:
-        model: plain, or with PEFT's layers on it.
+        model: plain, or with PEFT's layers on it, or a diffusers pipeline.
         sources: adapters, by name or without; they are read, and not kept.
         max_rank: the rank of every slot, in place of what the sources have; for one adapter, or for a blend in all.
         target_modules: as `peft.LoraConfig` takes it: endings, a regular expression, or "all-linear". Needs `max_rank`
@@ -224,7 +224,8 @@ def plan(
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
-    entries = [Entry("", checkpoints.read(source), route="auto") for source in listed]
+    model = whole(model)
+    entries = [Entry("", read(model, source), route="auto") for source in listed]
     adapters = [entry.adapter for entry in entries if entry.adapter.targets]
     _refuse_bad_choices(pristine, merge)
     merging = bool(entries) or (pristine, merge) != ("device", None)

@@ -22,7 +22,7 @@ from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
 from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
-from .discover import callable_roots, innermost, unwrap
+from .discover import callable_roots, innermost, roots, unwrap
 from .merges import merge_once
 from .saved import named_tensors
 from .skeleton import Unit, base_of, base_tree, load, units
@@ -266,7 +266,7 @@ class Resident:
             if isinstance(leaf, _Tensor)
         }
         plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (_Value, _Rate)))
-        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), plain)
+        return values, Records(unused_columns({}), {"": dict(vars(peft_config(skeleton, self._name)))}, plain)
 
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
         places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
@@ -348,8 +348,13 @@ def method_of(config: PeftConfig) -> str:
 
 def residents(model: nn.Module) -> dict[str, str]:
     """Name → method of all adapters that are on the model."""
-    configs = getattr(unwrap(model), "peft_config", None) or getattr(innermost(model), "peft_config", None)
-    return {name: method_of(config) for name, config in configs.items()} if isinstance(configs, Mapping) else {}
+    found: dict[str, str] = {}
+    for root in roots(model).values():
+        configs = getattr(root, "peft_config", None) or getattr(innermost(root), "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            if found.get(name, "LORA") == "LORA":  # an Assembly's members may have several of one name
+                found[name] = method_of(config)
+    return found
 
 
 def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
