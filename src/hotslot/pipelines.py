@@ -35,6 +35,7 @@ from .methods import Rules, refuse_endless, refuse_unsupported_options
 
 _NAME = "hotslot"  # of the adapter on the copy
 _KEPT = 16  # families
+_TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # options that narrow target_modules
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (.*?) from .*?, the shape in current model is (.*?)\.")
 
 
@@ -277,8 +278,11 @@ class _Conversion:
         for name, copy in copies.items():
             if _NAME not in (getattr(copy, "peft_config", None) or {}):
                 continue
-            configs[name] = config_dict(copy.peft_config[_NAME])
             made = get_peft_model_state_dict(copy, adapter_name=_NAME, save_embedding_layers=False)
+            # The file's tensors say the targets, whatever its config does.
+            adapted = [path for path, module in copy.named_modules() if hasattr(module, "base_layer")]
+            whole_paths = {"target_modules": sorted(adapted), **dict.fromkeys(_TARGETS)}
+            configs[name] = config_dict(copy.peft_config[_NAME]) | whole_paths
             for key, tensor in made.items():
                 places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
         found = {place.source for place in places}

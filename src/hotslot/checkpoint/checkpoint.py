@@ -95,7 +95,7 @@ class Schema:
         for spec in self.tensors.values():
             path = spec.name.removeprefix(PEFT_PREFIX)
             prefix = path[: path.find(".") + 1]
-            specs[prefix].append(spec._replace(name=path.removeprefix(prefix)))
+            specs[prefix].append(spec._replace(name=PEFT_PREFIX + path.removeprefix(prefix)))
         return MappingProxyType({f"{name}.": Schema(config, specs[f"{name}."]) for name, config in configs.items()})
 
     @cached_property
