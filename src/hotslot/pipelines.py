@@ -11,6 +11,7 @@ import re
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,7 @@ class Components(live.Assembly):
         origin = "the dict of tensors" if isinstance(source, Mapping) else os.fspath(source)
         options = {key: value for key, value in options.items() if value is not None}
         _refuse_pickle(source, options)
-        family, tensors = _Conversion(pipe, self, origin, self._families).run(source, options)
-        if len(self._families) > _KEPT:
-            self._families.popitem(last=False)
+        family, tensors = _Conversion(pipe, self, origin).run(source, options, self._families)
         taken = {place.name: place.take(tensors) for place in family.places}
         return checkpoints.from_tensors(taken, family.config, origin=origin, pin_memory=pin_memory)
 
@@ -207,58 +206,75 @@ def _refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
             )
 
 
-class _Known(Exception):
-    """Leaves diffusers' `load_lora_weights` once the file is known to be one of a family."""
+class _Answered(Exception):
+    """Leaves diffusers' `load_lora_weights` once it has asked what is in the file."""
 
 
 class _Conversion:
-    """One run of diffusers' `load_lora_weights`, on a copy of the pipeline without memory.
+    """One reading of a source. Of a family that is not known yet diffusers loads it, onto a copy of the components.
 
     In place of its values each tensor has a number of its own there: where that comes out, the tensor belongs.
     """
 
-    def __init__(self, pipe: Any, components: Components, origin: str, families: OrderedDict[Any, _Family]) -> None:
+    def __init__(self, pipe: Any, components: Components, origin: str) -> None:
         self._pipe = pipe
         self._models = {prefix.removesuffix("."): model for prefix, model in live.roots(components).items()}
         self._origin = origin
-        self._families = families
-        self._key: Any = None
         self._tensors: dict[str, Tensor] = {}
-        self._metadata: Any = None
+        self._more: list[Any] = []  # what the converter says beside them: alphas, metadata
+        self._key: Any = None
 
-    def run(self, source: Any, options: Mapping[str, Any]) -> tuple[_Family, Mapping[str, Tensor]]:
-        """The family of the source, which is put among the families, and what diffusers' converter gives of it."""
-        copies = {name: live.hollow(model) for name, model in self._models.items()}
-        twin = object.__new__(type(self._pipe))
-        for name, value in vars(self._pipe).items():  # not by setattr, which writes into the shared config
-            twin.__dict__[name] = None if isinstance(value, nn.Module) else value
-        twin.__dict__.update(copies, lora_state_dict=self._answer)
+    def run(
+        self, source: Any, options: Mapping[str, Any], families: OrderedDict[Any, _Family]
+    ) -> tuple[_Family, Mapping[str, Tensor]]:
+        """The family of the source, which is one of `families` from now on, and what diffusers' converter gives."""
         given = dict(source) if isinstance(source, Mapping) else source
         try:
-            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-                twin.load_lora_weights(given, adapter_name=_NAME, use_safetensors=True, **options)
-                self._load_left_out(copies)
-        except _Known:
-            self._families.move_to_end(self._key)
-            return self._families[self._key], self._tensors
+            self._ask(given, options)
+            if self._key not in families:
+                families[self._key] = self._load(options)
         except HotslotError:
             raise
         except Exception as error:
             raise _refusal(error, self._origin) from error
-        family = self._families[self._key] = self._family(copies)
-        return family, self._tensors
+        families.move_to_end(self._key)
+        if len(families) > _KEPT:
+            families.popitem(last=False)
+        return families[self._key], self._tensors
 
-    def _answer(self, source: Any, **options: Any) -> Any:
-        """Stands for the pipeline's `lora_state_dict`."""
-        self._tensors, *more = type(self._pipe).lora_state_dict(source, **options)
-        shapes = tuple((name, tensor.dtype, tensor.shape) for name, tensor in self._tensors.items())
-        self._key = shapes, repr(more), repr(sorted(options.items()))
-        if self._key in self._families:
-            raise _Known
-        self._metadata = more[-1]
-        self._refuse_metadata(more[-1] or {})
-        self._refuse_absent_components()
-        return (self._numbered(), *more)
+    def _ask(self, source: Any, options: Mapping[str, Any]) -> None:
+        """Have the pipeline's `load_lora_weights` call its `lora_state_dict`, and no more."""
+
+        def answer(source: Any, **asked: Any) -> Any:
+            self._tensors, *self._more = type(self._pipe).lora_state_dict(source, **asked)
+            shapes = tuple((name, tensor.dtype, tensor.shape) for name, tensor in self._tensors.items())
+            self._key = shapes, repr(self._more), repr(sorted(options.items()))
+            raise _Answered
+
+        # Of the components there is no more yet than what this looks at.
+        stand_ins = {name: SimpleNamespace(config=model.config) for name, model in self._models.items()}
+        try:
+            self._twin(stand_ins, answer).load_lora_weights(source, use_safetensors=True, **options)
+        except _Answered:
+            self._refuse_metadata(self._more[-1] or {})
+            self._refuse_absent_components()
+
+    def _load(self, options: Mapping[str, Any]) -> _Family:
+        """Have it load numbers, and see what becomes of them."""
+        copies = {name: live.hollow(model) for name, model in self._models.items()}
+        twin = self._twin(copies, lambda *_, **__: (self._numbered(), *self._more))
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            twin.load_lora_weights({}, adapter_name=_NAME, **options)
+            self._load_left_out(copies)
+        return self._family(copies)
+
+    def _twin(self, components: Mapping[str, Any], lora_state_dict: Any) -> Any:
+        """A pipeline of the class, with these components and no others."""
+        twin = object.__new__(type(self._pipe))
+        for name, value in vars(self._pipe).items():  # not by setattr, which writes into the shared config
+            twin.__dict__[name] = None if isinstance(value, nn.Module) else value
+        twin.__dict__.update(components, lora_state_dict=lora_state_dict)
+        return twin
 
     def _numbered(self) -> dict[str, Tensor]:
         numbers = enumerate(self._tensors.items(), 1)
@@ -269,7 +285,7 @@ class _Conversion:
         for name, copy in copies.items():
             own = any(key.startswith(f"{name}.") for key in self._tensors)
             if own and not getattr(copy, "peft_config", None) and hasattr(copy, "load_lora_adapter"):
-                copy.load_lora_adapter(self._numbered(), prefix=name, adapter_name=_NAME, metadata=self._metadata)
+                copy.load_lora_adapter(self._numbered(), prefix=name, adapter_name=_NAME, metadata=self._more[-1])
 
     def _family(self, copies: Mapping[str, Any]) -> _Family:
         from peft import get_peft_model_state_dict
@@ -282,6 +298,8 @@ class _Conversion:
             # The file's tensors say the targets, whatever its config does.
             adapted = [path for path, module in copy.named_modules() if hasattr(module, "base_layer")]
             whole_paths = {"target_modules": sorted(adapted), **dict.fromkeys(_TARGETS)}
+            stated = vars(copy.peft_config[_NAME])
+            stated.update({option: _number(value) for option, value in stated.items()})
             configs[name] = config_dict(copy.peft_config[_NAME]) | whole_paths
             for key, tensor in made.items():
                 places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
@@ -320,6 +338,13 @@ class _Conversion:
             refuse_endless(config, paths, self._origin)
             for option in ("rank_pattern", "alpha_pattern"):
                 Rules(config.get(option) or {}, paths, option, self._origin)
+
+
+def _number(value: Any) -> Any:
+    """An alpha or a rank that diffusers has left as a tensor, or a pattern of them, as numbers."""
+    if isinstance(value, dict):
+        return {key: _number(part) for key, part in value.items()}
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _place(name: str, tensor: Tensor, sources: list[str], origin: str) -> _Place:

@@ -207,7 +207,8 @@ def plan(
         target_modules: as `peft.LoraConfig` takes it: endings, a regular expression, or "all-linear". Needs `max_rank`
             where no source says a rank.
         max_blend: how many of the sources may be blended.
-        dtype: of the slots: None for what a fresh PEFT load gives, "base" for that of the base layer, or a torch.dtype.
+        dtype: of the slots: None for what a fresh load gives by PEFT, or of a pipeline by diffusers; "base" for that of
+            the base layer; or a torch.dtype.
         adapter_name: PEFT's name of the slots that the model may have already.
         pristine: for what no slot holds, and `route="merged"`: where the base's own values are kept of the weights that
             a loaded adapter is merged into. "device", beside them; "host", in page-locked memory; "file", in the
@@ -257,6 +258,8 @@ def plan_adapters(
 ) -> Plan:
     """`plan` for adapters that have been read; whether each fits is for `refuse_unfit` to say."""
     _refuse_bad_options(max_rank, max_blend, dtype)
+    if dtype is None and isinstance(model, live.Assembly):
+        dtype = "base"  # which is what a fresh load by diffusers gives
     adapters = [live.as_loaded(model, adapter) for adapter in adapters]
     slots = live.find_slots(model, adapter_name)
     matched = _matched(model, target_modules)
