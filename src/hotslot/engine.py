@@ -242,6 +242,8 @@ class Engine:
         self.previous: State | None = None
         if empty:
             self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
+        else:
+            binding.hide_unused()
 
         if isinstance(model, live.Assembly):
             model.hold()

@@ -6,8 +6,10 @@ components that has no memory of its own, and what has come of the tensors is lo
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -34,10 +36,13 @@ from .errors import (
 )
 from .methods import Rules, refuse_endless, refuse_unsupported_options
 
+logger = logging.getLogger(__name__)
+
 _NAME = "hotslot"  # of the adapter on the copy
 _KEPT = 16  # families
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # options that narrow target_modules
-_MISMATCH = re.compile(r"size mismatch for (\S+): .*?shape (.*?) from .*?, the shape in current model is (.*?)\.")
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)")
 
 
 def whole(model: Any) -> nn.Module:
@@ -188,22 +193,32 @@ class Components(live.Assembly):
             )
         origin = "the dict of tensors" if isinstance(source, Mapping) else os.fspath(source)
         options = {key: value for key, value in options.items() if value is not None}
-        _refuse_pickle(source, options)
+        _refuse_path(source, options)
         family, tensors = _Conversion(pipe, self, origin).run(source, options, self._families)
         taken = {place.name: place.take(tensors) for place in family.places}
         return checkpoints.from_tensors(taken, family.config, origin=origin, pin_memory=pin_memory)
 
 
-def _refuse_pickle(source: Any, options: Mapping[str, Any]) -> None:
-    for name in (source, options.get("weight_name")):
-        if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith((".bin", ".pt", ".pth", ".ckpt")):
+def _refuse_path(source: Any, options: Mapping[str, Any]) -> None:
+    """Raise if it is a pickle, or a path of nothing."""
+    names = [os.fspath(name) for name in (source, options.get("weight_name")) if isinstance(name, (str, os.PathLike))]
+    for name in names:
+        if name.endswith(_PICKLES):
             raise PickleRefusedError(
                 "A pickle is not read, for reading one can run code.",
-                where=os.fspath(name),
+                where=name,
                 found="a pickle",
                 expected="a safetensors file",
                 hint="convert it where that is safe: safetensors.torch.save_file(torch.load(…, weights_only=True), …)",
             )
+    if names and not os.path.exists(names[0]) and (os.path.isabs(names[0]) or names[0].startswith((".", "~"))):
+        raise AdapterNotFoundError(
+            f"No LoRA at {names[0]:.200}.",
+            where=f"{names[0]:.200}",
+            found="nothing",
+            expected="a safetensors file, a folder with one, or a repository of the Hub",
+            hint="check the path; ~ is not expanded",
+        )
 
 
 class _Answered(Exception):
@@ -263,9 +278,16 @@ class _Conversion:
         """Have it load numbers, and see what becomes of them."""
         copies = {name: live.hollow(model) for name, model in self._models.items()}
         twin = self._twin(copies, lambda *_, **__: (self._numbered(), *self._more))
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        with (
+            warnings.catch_warnings(record=True) as said,
+            torch.inference_mode(False),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("always")
             twin.load_lora_weights({}, adapter_name=_NAME, **options)
             self._load_left_out(copies)
+        for message in dict.fromkeys(str(warning.message) for warning in said):  # of alphas that are not used, say
+            logger.warning("%s: %s", self._origin, message)
         return self._family(copies)
 
     def _twin(self, components: Mapping[str, Any], lora_state_dict: Any) -> Any:

@@ -240,7 +240,7 @@ class Swapper:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""
         try:
             entry = self._read("", source, config, hub)
-        except (CheckpointError, UnsupportedError) as error:
+        except (CheckpointError, DoesNotFitError, UnsupportedError) as error:
             return Fit(None, 0, str(error))
         try:
             with self._lock:

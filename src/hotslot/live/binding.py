@@ -144,6 +144,18 @@ class Binding:
         """PEFT's records of slots that add nothing."""
         return neutral_records(self.slots, self._prefixes)
 
+    def hide_unused(self) -> None:
+        """Show no config on members of an Assembly that the adapter which came with it is not for."""
+        records = self.capture()
+        used = [fqn for fqn, rank in self._ranks.items() if rank]
+        configs = {
+            prefix: config
+            for prefix, config in records.configs.items()
+            if not prefix or any(fqn.startswith(prefix) for fqn in used)
+        }
+        if len(configs) < len(records.configs):
+            self.apply(records._replace(configs=configs), records)
+
     def capture(self) -> Records:
         """PEFT's records as they are now."""
         records = self._ledger.capture(self._model())
