@@ -196,11 +196,10 @@ _REPLACED = (
 _patched: list[tuple[Any, str, Any]] = []  # (module, name, PEFT's function)
 
 
-def patch_peft() -> None:
+def patch_functions() -> None:
     """Put hotslot's functions in the place of PEFT's, in `peft.utils.hotswap` and wherever they were imported from it.
 
-    transformers, diffusers and the user's own modules then use hotslot without a changed line. Calling it again
-    reaches modules that were imported meanwhile.
+    Calling it again reaches modules that were imported meanwhile.
     """
     import peft.utils.hotswap as source
 
@@ -216,8 +215,8 @@ def patch_peft() -> None:
                     setattr(module, key, function)
 
 
-def unpatch_peft() -> None:
-    """Give PEFT its own functions back, wherever `patch_peft` has put hotslot's."""
+def unpatch_functions() -> None:
+    """Give PEFT its own functions back, wherever `patch_functions` has put hotslot's."""
     while _patched:
         module, key, original = _patched.pop()
         if getattr(module, key, None) in _REPLACED:
