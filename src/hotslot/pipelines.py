@@ -285,7 +285,8 @@ class _Conversion:
         ):
             warnings.simplefilter("always")
             twin.load_lora_weights({}, adapter_name=_NAME, **options)
-            self._load_left_out(copies)
+            if not options.get("load_into_transformer_2"):  # by which Wan's loads everything into that one
+                self._load_left_out(copies)
         for message in dict.fromkeys(str(warning.message) for warning in said):  # of alphas that are not used, say
             logger.warning("%s: %s", self._origin, message)
         return self._family(copies)

@@ -42,7 +42,7 @@ _rooms: weakref.WeakKeyDictionary[nn.Module, _Room] = weakref.WeakKeyDictionary(
 _apart: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-# -- patching ------------------------------------------------------------------------------------------------------------
+# -- patching ---------------------------------------------------------------------------------------------------------
 
 _patched: list[tuple[type, str, Any, Any]] = []  # (class, name, what was there or None, ours)
 
@@ -73,8 +73,8 @@ def _patch_all(mixin: Any, calls: Mapping[str, Instead | None]) -> None:
     if any(cls is mixin for cls, *_ in _patched):
         return
 
-    def __init_subclass__(cls: type, **options: Any) -> None:
-        super(mixin, cls).__init_subclass__(**options)  # type: ignore[misc]
+    def __init_subclass__(cls: Any, /, **options: Any) -> None:
+        super(mixin, cls).__init_subclass__(**options)
         _patch(cls, calls)
 
     _put(mixin, "__init_subclass__", classmethod(__init_subclass__))
@@ -141,7 +141,7 @@ def _uncompiled(pipe: Any) -> Iterator[Any]:
         vars(pipe).update({name: value for name, value in vars(twin).items() if before.get(name, twin) is not value})
 
 
-# -- calls of pipelines --------------------------------------------------------------------------------------------------
+# -- calls of pipelines -----------------------------------------------------------------------------------------------
 
 
 def _load(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
@@ -223,7 +223,7 @@ _OF_PIPELINES: dict[str, Instead | None] = {
 }
 
 
-# -- calls of models -----------------------------------------------------------------------------------------------------
+# -- calls of models --------------------------------------------------------------------------------------------------
 
 
 def _load_one(model: Any, run: Run, given: dict[str, Any]) -> Any:
@@ -277,11 +277,12 @@ class _Alone:
         **hub: Any,
     ) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any] | None]:
         """As a pipeline's: tensors, alphas and metadata of what stands under `prefix`."""
-        from diffusers.loaders.lora_base import _fetch_state_dict
+        from diffusers.loaders import lora_base
 
-        required = inspect.signature(_fetch_state_dict).parameters
+        fetch: Any = lora_base._fetch_state_dict
+        required = inspect.signature(fetch).parameters
         stated = dict.fromkeys(required) | {"allow_pickle": False, "return_file_metadata": False, "metadata": metadata}
-        tensors, found = _fetch_state_dict(**stated | {"pretrained_model_name_or_path_or_dict": source} | hub)
+        tensors, found = fetch(**stated | {"pretrained_model_name_or_path_or_dict": source} | hub)
         start = "" if prefix is None else f"{prefix}."
 
         def own(values: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -304,7 +305,7 @@ def _swap_one(alone: _Alone, checkpoint: Checkpoint, adapter_name: str) -> None:
     _swap(known.engine.model, read(known.engine.model, tensors, config=configs), adapter_name, kept)
 
 
-# -- inside --------------------------------------------------------------------------------------------------------------
+# -- inside -----------------------------------------------------------------------------------------------------------
 
 
 def _swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection[str]) -> None:
@@ -376,7 +377,7 @@ def _remember(model: nn.Module, given: Mapping[str, Any]) -> None:
 
 
 def _refuse_unknown(adapter_name: str | None, models: Mapping[str, nn.Module]) -> None:
-    """diffusers' own words: its callers match them."""
+    """Raise in diffusers' own words, which its callers match."""
     if adapter_name not in _adapter_names(models):
         raise ValueError(
             f"Trying to hotswap LoRA adapter '{adapter_name}' but there is no existing adapter by that name. "
