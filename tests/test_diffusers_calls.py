@@ -6,11 +6,8 @@ shows that first, on a pipeline of its own.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from hotslot import errors
 from hotslot.integrations import diffusers as patched_calls
 from hotslot.testing import no_recompile, same_addresses
 from oracle import assert_same_output, assert_unchanged, error, snapshot
-from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, lora_tensors, make_lora
+from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, make_lora
 
 diffusers = pytest.importorskip("diffusers")
 
