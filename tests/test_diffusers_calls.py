@@ -27,7 +27,10 @@ diffusers = pytest.importorskip("diffusers")
 
 # PEFT tells diffusers that a second adapter is a second adapter, and one that is deleted was active.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Already found a `peft_config`", "ignore:Already unmerged", "ignore:Adapter .* was active"
+    "ignore:Already found a `peft_config`",
+    "ignore:Already unmerged",
+    "ignore:Adapter .* was active",
+    "ignore:Adapter .* have invalid shape",  # as PEFT sees a bias
 )
 
 FLUX, WAN = PIPELINES["flux"], PIPELINES["wan22"]
@@ -288,7 +291,7 @@ def test_a_fused_lora_is_not_swapped_and_the_base_survives(lora: Callable[..., P
         pipe = loaded(FLUX, first)
         pipe.fuse_lora()
         before = snapshot(pipe.transformer)
-        with pytest.raises(errors.MergedError, match="unfuse"):
+        with pytest.raises(errors.MergedError, match="unfuse_lora"):
             swap(pipe, second)
         assert_unchanged(before, snapshot(pipe.transformer))
         pipe.unfuse_lora()
@@ -395,8 +398,8 @@ def test_a_lora_that_fails_to_swap_leaves_the_running_one_live(lora: Callable[..
     first, second = lora(seed=1), lora(seed=2, components=BOTH)
     spoilt = {key: value for key, value in tensors_of(second).items() if "lora_B" not in key}
     pipe = loaded(FLUX, first)
-    with pytest.raises((RuntimeError, ValueError, KeyError, IndexError)):
-        swap(pipe, dict(spoilt))
+    with pytest.raises(RuntimeError):
+        swap(pipe, lora(seed=6, targets=FEED_FORWARD))
     assert differ(FLUX.outputs(pipe), expected(FLUX, first))  # the control
     with patched():
         pipe = loaded(FLUX, first)
@@ -615,7 +618,7 @@ def test_saving_after_a_swap_reloads_to_the_same_outputs(tmp_path: Path, lora: C
     """By `save_lora_adapter`, and by `save_lora_weights` of what PEFT gives."""
     from peft import get_peft_model_state_dict
 
-    second = lora(seed=2, r=2, lora_alpha=7, rank_pattern={"to_q": 4}, components=BOTH)
+    second = lora(seed=2, r=2, lora_alpha=7, rank_pattern={"(to_q|q_proj)": 4}, components=BOTH)
     with patched():
         pipe = loaded(FLUX, lora(seed=1), rank=8)
         swap(pipe, second)

@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _NAME = "hotslot"  # of the adapter on the copy
 _KEPT = 16  # families
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WIDENED = "x_embedder"  # of Flux: its control variants have more inputs there, and take LoRAs of those that have not
 _TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # options that narrow target_modules
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)")
 
@@ -388,7 +389,16 @@ def _place(name: str, tensor: Tensor, sources: list[str], origin: str) -> _Place
             expected="the file's tensors, one for each place, at most padded with zeros",
             hint="load it with diffusers itself",
         )
-    return _Place(name, sources[high - 1], shape, box)
+    source = sources[high - 1]
+    if f".{_WIDENED}." not in name:  # it would run, and be another model's LoRA
+        raise ShapeError(
+            f"{origin} has other dimensions than this pipeline.",
+            where=name,
+            found=f"{source} of {tuple(part.stop - part.start for part in box)}",
+            expected=f"{shape}, by the pipeline; narrower ones at {_WIDENED} alone, which control LoRAs make wider",
+            hint="this LoRA was made for another base model",
+        )
+    return _Place(name, source, shape, box)
 
 
 def _refusal(error: Exception, origin: str) -> HotslotError:

@@ -153,9 +153,8 @@ def _load(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
         kept = {name for name, model in models.items() if adapter_name in _apart.get(model, ())}
         if to_second:
             kept = models.keys() - {"transformer_2"}
-        given.pop("low_cpu_mem_usage", None)  # of how diffusers makes layers
         with _onloaded(pipe):
-            return _swap(pipe, read(whole(pipe), source, **given), adapter_name, kept)
+            return _swap(pipe, read(whole(pipe), source, **_of_reading(given)), adapter_name, kept)
     room, known = next(filter(None, map(_rooms.get, models.values())), None), _adapter_names(models)
     _complain_if_compiled(pipe, room)
     result = run()
@@ -174,9 +173,8 @@ def _load_second_transformer(pipe: Any, source: Any, adapter_name: str, options:
     model: Any = _models(pipe).get("transformer_2")
     if model is None or adapter_name in _adapter_names({"": model}):
         return
-    hub = {key: value for key, value in options.items() if key != "low_cpu_mem_usage"}
     source = dict(source) if isinstance(source, dict) else source
-    tensors, metadata = pipe.lora_state_dict(source, return_lora_metadata=True, **hub)
+    tensors, metadata = pipe.lora_state_dict(source, return_lora_metadata=True, **_of_reading(options))
     if any(key.startswith("transformer_2.") for key in tensors):
         options = {"adapter_name": adapter_name, "metadata": metadata, "_pipeline": pipe}
         model.load_lora_adapter(tensors, prefix="transformer_2", **options)
@@ -232,8 +230,8 @@ def _load_one(model: Any, run: Run, given: dict[str, Any]) -> Any:
     if given.pop("hotswap", False):
         _refuse_unknown(adapter_name, _models(alone))
         source = given.pop("pretrained_model_name_or_path_or_dict")
-        given.pop("low_cpu_mem_usage", None)
-        return _swap_one(alone, read(whole(alone), source, **{"prefix": "transformer", **given}), adapter_name)
+        options = {"prefix": "transformer"} | _of_reading(given)
+        return _swap_one(alone, read(whole(alone), source, **options), adapter_name)
     room, known = _rooms.get(model) if pipe is None else None, _adapter_names(_models(alone))
     _complain_if_compiled(alone, room)
     result = run()
@@ -260,7 +258,7 @@ class _Alone:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def load_lora_weights(self, source: Any, *, adapter_name: str, **options: Any) -> None:
+    def load_lora_weights(self, source: Any, *, adapter_name: str | None = None, **options: Any) -> None:
         """As a pipeline's."""
         model: Any = self.model
         tensors, alphas, metadata = self.lora_state_dict(source, **options)
@@ -316,6 +314,8 @@ def _swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection
     swapper = Swapper.of(model, adapter_name)
     made = None
     if swapper is None:
+        for slot in live.find_slots(model, adapter_name).values():
+            slot.refuse_if_merged()
         swapper = made = attach(model, adapter_name=adapter_name, route="side")
     try:
         _load_growing(swapper, adapter_name, checkpoint)
@@ -364,16 +364,19 @@ def _make_room(pipe: Any, adapter_name: str, room: _Room | None) -> None:
         attach(model, adapter_name=adapter_name, route="side", plan=planned)
         return
     swapper = attach(model, adapter_name=adapter_name, route="side")
-    try:
-        swapper.grow(planned)
-    except BaseException:
-        swapper.detach()
-        raise
+    engine = swapper.engine
+    with engine.gate.swap(), engine.lock:  # the layers are new to compiled code: they may move
+        engine.resize(planned.ranks, arena=True)
 
 
 def _remember(model: nn.Module, given: Mapping[str, Any]) -> None:
     vars(model).pop("_prepare_lora_hotswap_kwargs", None)  # by which diffusers would have room made for one adapter
     _rooms[model] = _Room(given.get("target_rank", 128), given.get("check_compiled", "error"))
+
+
+def _of_reading(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What says where the file is: not how diffusers makes layers, nor that it might be a pickle."""
+    return {key: value for key, value in given.items() if key not in ("low_cpu_mem_usage", "use_safetensors")}
 
 
 def _refuse_unknown(adapter_name: str | None, models: Mapping[str, nn.Module]) -> None:
