@@ -19,6 +19,7 @@ from torch import Tensor, nn
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 SEED = 0
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # and not what layers are merely stored in
 
 Components = dict[str, Callable[[], nn.Module]]
 
@@ -64,7 +65,7 @@ class Kind:
         outputs = {}
         for name in self.components:
             model = getattr(pipe, name)
-            dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+            dtype = next(p.dtype for p in model.parameters() if p.dtype in _COMPUTED)
             inputs = {key: _as(value, dtype) for key, value in self.inputs[name]().items()}
             if not name.startswith("text_encoder"):
                 inputs.update(options)
