@@ -6,6 +6,8 @@ shows that first, on a pipeline of its own.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -709,3 +711,105 @@ def test_the_first_lora_onto_a_compiled_pipeline(lora: Callable[..., Path]) -> N
         with no_recompile():
             swap(pipe, second)
             assert_outputs(FLUX.outputs(pipe), expected(FLUX, second))
+
+
+# -- offloaded -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after loading", "before loading"])
+def test_group_offloading(before: bool, lora: Callable[..., Path]) -> None:
+    """Hooks are back on after a swap, and after one that fails."""
+    first, second = lora(seed=1, components=BOTH), lora(seed=2, r=2)
+
+    def offload(pipe: Any) -> None:
+        device = torch.device("cpu")
+        options = {"onload_device": device, "offload_device": device, "offload_type": "leaf_level"}
+        pipe.transformer.enable_group_offload(**options)
+
+    def hooked(pipe: Any) -> int:
+        return sum(hasattr(module, "_diffusers_hook") for module in pipe.transformer.modules())
+
+    with patched():
+        pipe = FLUX.build()
+        if before:
+            offload(pipe)
+        pipe.load_lora_weights(first, adapter_name="style")
+        if not before:
+            offload(pipe)
+        count = hooked(pipe)
+        assert count > 10
+        for file in (second, first):
+            swap(pipe, file)
+            assert hooked(pipe) == count
+            assert_outputs(FLUX.outputs(pipe), expected(FLUX, file))
+        with pytest.raises(errors.NonFiniteError):
+            swap(pipe, {key: value / 0 for key, value in tensors_of(second).items()})
+        assert hooked(pipe) == count
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, first))
+
+
+# -- patching --------------------------------------------------------------------------------------------------------
+
+
+def calls() -> dict[str, Any]:
+    from diffusers.loaders import lora_base, peft
+
+    found = {}
+    for mixin in (lora_base.LoraBaseMixin, peft.PeftAdapterMixin):
+        for cls in patched_calls._with_derived(mixin):
+            found |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items() if callable(value)}
+    return found
+
+
+def test_unpatch_gives_diffusers_its_own_calls_back() -> None:
+    """However often either is called."""
+    FLUX.build()
+    before = calls()
+    for _ in range(2):
+        hotslot.patch_peft()
+    ours = {name for name, value in calls().items() if value is not before[name]}
+    assert {"FluxLoraLoaderMixin.load_lora_weights", "PeftAdapterMixin.load_lora_adapter"} <= ours
+    for _ in range(2):
+        hotslot.unpatch_peft()
+    assert calls() == before
+
+
+def test_classes_that_are_made_later_are_patched_too(lora: Callable[..., Path]) -> None:
+    """A pipeline of the user's own, whose call goes on to diffusers'."""
+    seen = []
+    with patched():
+
+        class Mine(diffusers.FluxPipeline):  # type: ignore[misc,name-defined]
+            def load_lora_weights(self, source: Any, adapter_name: str | None = None, **options: Any) -> None:
+                seen.append(adapter_name)
+                super().load_lora_weights(source, adapter_name=adapter_name, **options)
+
+        pipe = FLUX.build()
+        mine = Mine(**pipe.components)
+        mine.load_lora_weights(lora(seed=1), adapter_name="style")
+        mine.load_lora_weights(lora(seed=2, components=BOTH), adapter_name="style", hotswap=True)
+        assert_outputs(FLUX.outputs(mine), expected(FLUX, lora(seed=2, components=BOTH)))
+        assert seen[0] == "style"
+    assert "call" not in Mine.load_lora_weights.__qualname__
+
+
+@pytest.mark.parametrize("first", ["import hotslot; hotslot.patch_peft()", "import diffusers.loaders.lora_pipeline"])
+def test_patching_reaches_diffusers_imported_before_or_later(first: str) -> None:
+    code = f"""
+import sys
+{first}
+early = "diffusers" in sys.modules
+import hotslot
+hotslot.patch_peft()
+assert ("diffusers" in sys.modules) == early  # and imports nothing by the way
+from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+for cls, name in ((FluxLoraLoaderMixin, "load_lora_weights"), (PeftAdapterMixin, "load_lora_adapter")):
+    assert "hotslot" in getattr(cls, name).__code__.co_filename, name
+hotslot.unpatch_peft()
+for cls, name in ((FluxLoraLoaderMixin, "load_lora_weights"), (PeftAdapterMixin, "load_lora_adapter")):
+    assert "hotslot" not in getattr(cls, name).__code__.co_filename, name
+assert not any("hotslot" in type(finder).__module__ for finder in sys.meta_path)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

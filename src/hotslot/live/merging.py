@@ -169,9 +169,7 @@ def _within(prefix: str, own: Callable[[str], torch.Tensor], path: str) -> torch
     return own(prefix + path)
 
 
-def _stated(
-    checkpoint: Checkpoint, prefix: str, fqns: Collection[str], places: Mapping[str, Any]
-) -> Iterator[Merge]:
+def _stated(checkpoint: Checkpoint, prefix: str, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
     """What the file itself has of the base's tensors where PEFT puts nothing: biases, weights of embeddings."""
     inside = tuple(f"{fqn}." for fqn in fqns)
     for name in checkpoint.tensors:
