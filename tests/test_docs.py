@@ -141,6 +141,7 @@ def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     hotslot.unpatch_peft()
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("live", [("neon",), (None,), (None, "ink", "neon", "blend"), (None, "neon")], ids=str)
 def test_diffusers_code_runs(live: tuple[str | None, ...], studio: Path) -> None:
     """One for each block, but that the last line of a blend goes with the block before it; with what is live then."""

@@ -89,7 +89,8 @@ def _with_derived(cls: type) -> set[type]:
 def _patch(cls: type, calls: Mapping[str, Instead | None]) -> None:
     for name, instead in calls.items():
         function = cls.__dict__.get(name)
-        if isinstance(function, FunctionType):
+        # What users have put over it goes on to diffusers' own, if to anything.
+        if isinstance(function, FunctionType) and function.__module__.startswith("diffusers."):
             _put(cls, name, _call(function, instead))
 
 
