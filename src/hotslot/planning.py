@@ -221,6 +221,7 @@ def plan(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
+    model = live.model_of(model)
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources

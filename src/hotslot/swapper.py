@@ -82,7 +82,7 @@ class Swapper:
     @classmethod
     def of(cls, model: nn.Module, adapter_name: str = "default") -> Swapper | None:
         """The swapper that is attached to this slot of the model, or None."""
-        return _attached.get(live.unwrap(model), {}).get(adapter_name)
+        return _attached.get(live.unwrap(live.model_of(model)), {}).get(adapter_name)
 
     @classmethod
     def make_way(cls, model: nn.Module, adapter_name: str) -> None:

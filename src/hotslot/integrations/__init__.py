@@ -1,0 +1,1 @@
+"""What libraries need beyond a plain nn.Module for their own calls to swap adapters; one module each."""
