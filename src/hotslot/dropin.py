@@ -291,6 +291,8 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         with engine.lock:
             engine.swap(State(entry))
         return
+    if engine is not None and engine.live.entry is None:  # a model that was prepared with what came with it
+        live.refuse_unsupported_resident(model, adapter_name)
     slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
     _refuse_unexpected(checkpoint, slots, adapter_name)
     entry = _entry(checkpoint, adapter_name)
@@ -316,6 +318,7 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
 def _grow_and_swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
     adapter = _entry(checkpoint, adapter_name).adapter
     engine, created = _known_engine(model, adapter_name), False
+    live.refuse_unsupported_resident(model, adapter_name)
     # The base layer's dtype is what transformers and diffusers give an adapter, without a PeftModel to cast it.
     plan = plan_adapters(model, [adapter], max_blend=1, dtype="base", adapter_name=adapter_name)
     refuse_unfit(model, adapter, plan, adapter_name)
