@@ -53,7 +53,8 @@ def attach(
     Swapper.make_way(model, adapter_name)
     if _is_of_another_method(model, adapter_name):
         return _attach_resident(model, adapters or {}, adapter_name, route, plan)
-    entries = [Entry(name, checkpoints.read(source), route=route) for name, source in (adapters or {}).items()]
+    read = {name: live.converted(model, checkpoints.read(source)) for name, source in (adapters or {}).items()}
+    entries = [Entry(name, checkpoint, route=route) for name, checkpoint in read.items()]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
     if slots:

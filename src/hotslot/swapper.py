@@ -539,7 +539,8 @@ class Swapper:
             ) from None
 
     def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
-        return Entry(name, checkpoints.read(source, config=config, pin_memory=self._pins, **hub), route=self._route)
+        checkpoint = checkpoints.read(source, config=config, pin_memory=self._pins, **hub)
+        return Entry(name, live.converted(self._bound().model, checkpoint), route=self._route)
 
     @property
     def _pins(self) -> bool:

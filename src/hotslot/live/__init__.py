@@ -6,6 +6,7 @@ touches a live model, and the first of the line that imports peft.
 
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
+from .conversion import converted
 from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
@@ -41,6 +42,7 @@ __all__ = [
     "base_modules",
     "blended",
     "build_config",
+    "converted",
     "count_slots",
     "find_slots",
     "guard",
