@@ -40,10 +40,8 @@ def _by_peft(base: Any, checkpoint: Checkpoint) -> Checkpoint:
     config = build_config(checkpoint, as_trained=True)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
     try:
-        made = convert_peft_adapter_state_dict_for_transformers(base, config, dict(tensors))
-        if made.keys() == tensors.keys() and all(made[name] is tensors[name] for name in made):
-            return checkpoint
         convert_peft_config_for_transformers(config, base, None)
+        made = convert_peft_adapter_state_dict_for_transformers(base, config, dict(tensors))
     except (ValueError, RuntimeError, KeyError) as error:
         raise UnsupportedError(
             f"{checkpoint.origin} was made for an earlier layout of this model's weights, and PEFT cannot convert it.",
@@ -52,4 +50,6 @@ def _by_peft(base: Any, checkpoint: Checkpoint) -> Checkpoint:
             expected="an adapter of modules that transformers 5 still has, or of all that it has made one of",
             hint="train or save the adapter anew with transformers 5",
         ) from error
+    if made.keys() == tensors.keys() and all(made[name] is tensors[name] for name in made):
+        return checkpoint
     return from_tensors(made, config, origin=checkpoint.origin)
