@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -864,18 +866,22 @@ def test_a_folder_of_a_trainer_is_taken(tmp_path: Path, patched: None) -> None:
         assert_same_output(output(bare), wants[folder.name])
 
 
-def sentences(folder: Path) -> Any:
-    """A SentenceTransformer of the tiny BERT, with a tokenizer of its own."""
-    library = pytest.importorskip("sentence_transformers")
+def tokenizer() -> Any:
+    """Of five words: none can be downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "a": 2, "quick": 3, "brown": 4, "fox": 5}
     words = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def sentences(folder: Path) -> Any:
+    """A SentenceTransformer of the tiny BERT, which adds mean pooling."""
+    library = pytest.importorskip("sentence_transformers")
     ZOO["bert"].build().save_pretrained(folder)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    tokenizer.save_pretrained(folder)
-    return library.SentenceTransformer(str(folder), device="cpu").eval()  # which adds mean pooling
+    tokenizer().save_pretrained(folder)
+    return library.SentenceTransformer(str(folder), device="cpu").eval()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -906,3 +912,64 @@ def test_sentence_transformers(adapter: Any, patched: None, tmp_path: Path) -> N
     swapper.deactivate()
     assert_same_output(encoded(model), base)
     assert hotslot.Swapper.of(model) is swapper
+
+
+# --- docs/transformers.md --------------------------------------------------------------------------------------------
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "transformers.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+# What each block of code leaves live: the model's name in it, the zoo's entry, the folder of the adapter.
+LIVE = (
+    ("model", LLAMA, "adapters/chat"),
+    ("model", LLAMA, "adapters/chat"),
+    ("model", LLAMA, "adapters/chat"),
+    ("pipe", CLASSIFIERS["bert_classifier"], "adapters/topic"),
+    ("encoder", ZOO["bert"], "adapters/code"),
+    ("model", LLAMA, "out/checkpoint-1000"),
+)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the document's code asks for."""
+    root = tmp_path_factory.mktemp("document")
+    LLAMA.build().save_pretrained(root / "my-model")
+    for name, entry in (("my-classifier", CLASSIFIERS["bert_classifier"]), ("my-encoder", ZOO["bert"])):
+        entry.build().save_pretrained(root / name)
+        tokenizer().save_pretrained(root / name)
+    head = {"target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+    adapters: dict[str, tuple[Entry, dict[str, Any]]] = {
+        "adapters/sql": (LLAMA, {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"]}),
+        "adapters/chat": (LLAMA, {"r": 8, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"]}),
+        "adapters/mood": (CLASSIFIERS["bert_classifier"], {"r": 2, **head}),
+        "adapters/topic": (CLASSIFIERS["bert_classifier"], {"r": 4, **head}),
+        "adapters/law": (ZOO["bert"], {"r": 2, "target_modules": ["query"]}),
+        "adapters/code": (ZOO["bert"], {"r": 3, "target_modules": ["value"]}),
+        "out/checkpoint-500": (LLAMA, {"r": 4, "target_modules": ["o_proj"]}),
+        "out/checkpoint-1000": (LLAMA, {"r": 4, "target_modules": ["o_proj"]}),
+    }
+    for seed, (name, (entry, config)) in enumerate(adapters.items()):
+        make_adapter(root / name, entry, seed=seed, **config)
+        (root / name / "optimizer.pt").write_bytes(b"not to be read")
+    return root
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("index", range(len(LIVE)))
+def test_the_document_s_code_runs_and_swaps(index: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(BLOCKS) == len(LIVE)
+    name, entry, folder = LIVE[index]
+    if name == "encoder":
+        pytest.importorskip("sentence_transformers")
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names: dict[str, Any] = {}
+    with expected_peft_warnings():
+        exec(compile(BLOCKS[index], str(DOCUMENT), "exec"), names)
+    holder = names[name]
+    model = {"model": lambda: holder, "pipe": lambda: holder.model, "encoder": lambda: holder.transformers_model}[
+        name
+    ]()
+    want = output(fresh(entry, workplace / folder), entry)
+    assert error(want, output(entry.build(), entry)) > 0.01
+    assert_same_output(output(model, entry), want)

@@ -12,7 +12,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -183,17 +182,11 @@ _REPLACED = (
 )
 _patched: list[tuple[Any, str, Any]] = []  # (module, name, PEFT's function)
 
-# Library → what patches its own calls, which need more than PEFT's functions. By name, for it stands above this module
-# and imports the library.
-_INTEGRATIONS = {"transformers": ".integrations.transformers"}
 
-
-def patch_peft() -> None:
+def patch_functions() -> None:
     """Put hotslot's functions in the place of PEFT's, in `peft.utils.hotswap` and wherever they were imported from it.
 
-    transformers, diffusers and the user's own modules then use hotslot without a changed line: also `load_adapter` and
-    `enable_peft_hotswap` of transformers' models, which call none of PEFT's. Calling it again reaches modules that
-    were imported meanwhile.
+    Calling it again reaches modules that were imported meanwhile.
     """
     import peft.utils.hotswap as source
 
@@ -207,23 +200,14 @@ def patch_peft() -> None:
                 if value is original and module is not sys.modules[__name__]:
                     _patched.append((module, key, original))
                     setattr(module, key, function)
-    for integration in _integrations():
-        integration.patch()
 
 
-def unpatch_peft() -> None:
-    """Give PEFT its own functions back, wherever `patch_peft` has put hotslot's."""
+def unpatch_functions() -> None:
+    """Give PEFT its own functions back, wherever `patch_functions` has put hotslot's."""
     while _patched:
         module, key, original = _patched.pop()
         if getattr(module, key, None) in _REPLACED:
             setattr(module, key, original)
-    for integration in _integrations():
-        integration.unpatch()
-
-
-def _integrations() -> list[Any]:
-    """Of the libraries that are there; peft has imported transformers."""
-    return [import_module(home, __package__) for library, home in _INTEGRATIONS.items() if library in sys.modules]
 
 
 # -- for hotslot's integrations --------------------------------------------------------------------------------------

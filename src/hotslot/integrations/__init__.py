@@ -1,1 +1,5 @@
-"""What libraries need beyond a plain nn.Module for their own calls to swap adapters; one module each."""
+"""Other libraries' own calls over hotslot: what `hotslot.patch_peft()` puts in their place, and what takes it back."""
+
+from .patching import patch_peft, unpatch_peft
+
+__all__ = ["patch_peft", "unpatch_peft"]
