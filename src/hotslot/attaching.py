@@ -33,8 +33,9 @@ def attach(
     and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
 
     Args:
-        model: any nn.Module, PeftModel, or transformers model; best before torch.compile. On a model that is compiled
-            already no parameter moves and none can be padded.
+        model: any nn.Module, PeftModel, or transformers model, a pipeline of transformers or a SentenceTransformer
+            with one; best before torch.compile. On a model that is compiled already no parameter moves and none can be
+            padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
@@ -48,10 +49,12 @@ def attach(
     """
     if route not in ("auto", "side", "merged"):
         raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
+    model = live.model_of(model)
     Swapper.make_way(model, adapter_name)
     if _is_of_another_method(model, adapter_name):
         return _attach_resident(model, adapters or {}, adapter_name, route, plan)
-    entries = [Entry(name, checkpoints.read(source), route=route) for name, source in (adapters or {}).items()]
+    read = {name: live.converted(model, checkpoints.read(source)) for name, source in (adapters or {}).items()}
+    entries = [Entry(name, checkpoint, route=route) for name, checkpoint in read.items()]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
     if slots:

@@ -221,10 +221,11 @@ def plan(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
+    model = live.model_of(model)
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
-    entries = [Entry("", checkpoints.read(source), route="auto") for source in listed]
+    entries = [Entry("", live.converted(model, checkpoints.read(source)), route="auto") for source in listed]
     adapters = [entry.adapter for entry in entries if entry.adapter.targets]
     _refuse_bad_choices(pristine, merge)
     merging = bool(entries) or (pristine, merge) != ("device", None)

@@ -6,7 +6,8 @@ touches a live model, and the first of the line that imports peft.
 
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
-from .discover import adapter_names, count_slots, innermost, is_compiled, unwrap
+from .conversion import converted
+from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
@@ -15,6 +16,7 @@ from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
+from .skeleton import hollow
 from .slots import Slot, find_slots
 from .state import Records, build_config, neutral_records, refuse_unsupported_resident
 from .targets import matching_targets
@@ -40,13 +42,16 @@ __all__ = [
     "base_modules",
     "blended",
     "build_config",
+    "converted",
     "count_slots",
     "find_slots",
     "guard",
+    "hollow",
     "inject",
     "innermost",
     "is_compiled",
     "matching_targets",
+    "model_of",
     "neutral_records",
     "outline_bytes",
     "own_tokens",

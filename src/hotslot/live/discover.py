@@ -21,6 +21,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def model_of(holder: Any) -> Any:
+    """The transformers model in a pipeline of transformers or in a SentenceTransformer; anything else itself."""
+    held = getattr(holder, "model" if not isinstance(holder, nn.Module) else "transformers_model", None)
+    return held if isinstance(held, nn.Module) else holder
+
+
 def callable_roots(model: nn.Module) -> list[nn.Module]:
     """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within."""
     from peft import AdaptionPromptModel, PeftModel

@@ -97,8 +97,9 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         # An instance's own forward is that of the original; accelerate's hooks and compiled calls are.
         for name in ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward"):
             attributes.pop(name, None)
-        # PEFT writes into these.
-        attributes.pop("peft_config", None)
+        # PEFT writes into these, and so does transformers.
+        for name in ("peft_config", "_hf_peft_config_loaded"):
+            attributes.pop(name, None)
         if "config" in attributes:
             attributes["config"] = copy.deepcopy(attributes["config"])
         attributes["_parameters"] = {
@@ -115,6 +116,16 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         return twin
 
     return copied("", base_of(innermost(model)))
+
+
+def hollow(model: nn.Module) -> nn.Module:
+    """A copy of the base model's modules, on the CPU, with zeros of float32 that take no memory for its weights."""
+
+    def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.zeros((), dtype=kind).expand(tensor.shape)
+
+    return shadow(model, place)
 
 
 def load(
