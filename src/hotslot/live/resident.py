@@ -7,22 +7,20 @@ load's tensors and numbers in them it is that fresh load.
 
 from __future__ import annotations
 
-import copy
-import enum
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
 from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, unwrap
+from .leaves import Fact, Held, Leaf, Rate, Value, described, leaves_of, same, same_leaf
 from .merges import merge_once
 from .saved import named_tensors
 from .skeleton import Unit, base_of, base_tree, load, units
@@ -30,66 +28,6 @@ from .state import Records, peft_config, unused_columns
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-_PLAIN = (
-    int, float, complex, str, bytes, bool, type(None), enum.Enum, torch.dtype, torch.device, type, set, frozenset,
-)  # fmt: skip
-# Who is active, training or merged, and not what an adapter is; and what others put into a module's attributes.
-_PASSED_BY = {
-    "training", "active_adapter", "_active_adapter", "_adapters_disabled", "_disable_adapters", "_enabled",
-    "merged_adapters", "inference_mode", "_hf_hook", "_old_forward", "forward", "_call_impl",
-    "rankallocator", "trainable_adapter_name",  # of AdaLoRA in training
-    "_seed_shadow_state", "last_shadow_loss",  # of Shadow's last forward
-} | set(vars(nn.Module()))  # fmt: skip
-
-
-class _Value:
-    """A plain value, where PEFT's code looks it up."""
-
-    def __init__(self, holder: Any, key: Any) -> None:
-        self._holder, self._key = holder, key
-
-    def read(self) -> Any:
-        """As it is now."""
-        return self._holder[self._key]
-
-    def write(self, value: Any) -> None:
-        """Who edits the model's copy does not edit the adapter's."""
-        self._holder[self._key] = copy.copy(value)
-
-
-class _Rate:
-    """The rate of a dropout, which PEFT makes an Identity of where it is 0."""
-
-    def __init__(self, siblings: dict[str, Any], key: str) -> None:
-        self._siblings, self._key, self._own = siblings, key, siblings[key]
-
-    def read(self) -> float:
-        """As it is now."""
-        return float(getattr(self._siblings[self._key], "p", 0.0))
-
-    def write(self, value: float) -> None:
-        """Into the Dropout that is there; in the place of an Identity stands one only while it is needed."""
-        if isinstance(self._own, nn.Dropout):
-            self._own.p = value
-        else:
-            training = self._siblings[self._key].training
-            self._siblings[self._key] = (nn.Dropout(value) if value else self._own).train(training)
-
-
-class _Tensor(NamedTuple):
-    holder: Any
-    key: Any
-    tensor: torch.Tensor
-
-
-class _Fact(NamedTuple):
-    """What has to be the same on both sides: a type, or that something is shared."""
-
-    kind: str
-
-
-_Leaf: TypeAlias = "_Value | _Rate | _Tensor | _Fact"
 
 
 class Resident:
@@ -114,17 +52,17 @@ class Resident:
         refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
         self._config = config_dict(peft_config(model, adapter_name))
         self._bare = len(callable_roots(model)) == 1
-        self._state = _state(model, adapter_name, bare=self._bare)
+        self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
             name: module for name, module in innermost(model).named_modules() if hasattr(module, "merged_adapters")
         }
-        self._plain = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, (_Value, _Rate))}
+        self._plain = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, (Value, Rate))}
         self._keys = self._take_in()
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
 
     def _take_in(self) -> dict[str, Key]:
         """Path → key of the site of each tensor."""
-        tensors = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, _Tensor)}
+        tensors = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, Held)}
         keys: dict[str, Key] = {path: ("", path) for path in tensors}
         for path, leaf in tensors.items():
             if not isinstance(leaf.holder, dict):
@@ -157,7 +95,7 @@ class Resident:
     def apply(self, plain: tuple[Any, ...]) -> None:
         """Write plain values, of `capture` or `fit`. Those that are there already stay the same objects."""
         for leaf, value in zip(self._plain.values(), plain, strict=True):
-            if not _same(leaf.read(), value):
+            if not same(leaf.read(), value):
                 leaf.write(value)
 
     def refuse_if_merged(self) -> None:
@@ -203,7 +141,7 @@ class Resident:
             )
         refuse_base_biases(checkpoint.config, origin)
         skeleton = self._load(model, checkpoint)
-        new = _state(skeleton, self._name, bare=self._bare)
+        new = leaves_of(skeleton, self._name, bare=self._bare)
         fitted = self._fitted(skeleton, new, model, origin)
         self._refuse_unsettled(new, model, checkpoint)
         return fitted
@@ -225,7 +163,7 @@ class Resident:
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
         skeleton = self._load(model, from_tensors(tensors, self._config, origin=self._what), trained=False)
-        fitted = self._fitted(skeleton, _state(skeleton, self._name, bare=self._bare), model, self._what)
+        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what)
         own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
@@ -256,16 +194,14 @@ class Resident:
         )
 
     def _fitted(
-        self, skeleton: nn.Module, new: Mapping[str, _Leaf], model: nn.Module, origin: str
+        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str
     ) -> tuple[dict[Key, torch.Tensor], Records]:
         self._refuse_other_structure(new, origin)
         self._refuse_shared(new, model, origin)
         values = {
-            self._keys[path]: leaf.tensor.detach().clone().cpu()
-            for path, leaf in new.items()
-            if isinstance(leaf, _Tensor)
+            self._keys[path]: leaf.tensor.detach().clone().cpu() for path, leaf in new.items() if isinstance(leaf, Held)
         }
-        plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (_Value, _Rate)))
+        plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (Value, Rate)))
         return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), plain)
 
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
@@ -281,7 +217,7 @@ class Resident:
                 )
         return skeleton
 
-    def _refuse_other_structure(self, new: Mapping[str, _Leaf], origin: str) -> None:
+    def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
         lacking = [path for path in new if path not in self._state]
         beyond = [path for path in self._state if path not in new]
         if lacking or beyond:
@@ -294,9 +230,9 @@ class Resident:
             )
         for path, leaf in new.items():
             own = self._state[path]
-            if type(leaf) is not type(own) or (isinstance(leaf, _Fact) and leaf != own):
-                raise _unsupported(origin, path, _described(leaf), f"{_described(own)}, as {self._name!r} on the model")
-            if isinstance(leaf, _Tensor) and isinstance(own, _Tensor):
+            if type(leaf) is not type(own) or (isinstance(leaf, Fact) and leaf != own):
+                raise _unsupported(origin, path, described(leaf), f"{described(own)}, as {self._name!r} on the model")
+            if isinstance(leaf, Held) and isinstance(own, Held):
                 self._refuse_other_tensor(path, leaf.tensor, own.tensor, origin)
 
     def _refuse_other_tensor(self, path: str, new: torch.Tensor, own: torch.Tensor, origin: str) -> None:
@@ -310,30 +246,30 @@ class Resident:
             )
         made_of_nothing = new.is_floating_point() and bool(new.isnan().any())  # of base values that it was not given
         if new.dtype != own.dtype or new.is_meta or own.is_meta or made_of_nothing:
-            raise _unsupported(origin, path, _described(new), f"{_described(own)}, as {self._name!r} on the model")
+            raise _unsupported(origin, path, described(new), f"{described(own)}, as {self._name!r} on the model")
 
-    def _refuse_shared(self, new: Mapping[str, _Leaf], model: nn.Module, origin: str) -> None:
+    def _refuse_shared(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
         """Raise if it would change what other adapters of the model have in common with it."""
         for other in sorted(self.beside):
-            leaves = _state(model, other, bare=self._bare).values()
-            shared = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, _Tensor)}
+            leaves = leaves_of(model, other, bare=self._bare).values()
+            shared = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, Held)}
             for path, leaf in new.items():
                 own = self._state[path]
-                apart = f"[{self._name!r}]" in path and not (isinstance(own, _Tensor) and id(own.tensor) in shared)
-                if not apart and not _same_leaf(leaf, own):
+                apart = f"[{self._name!r}]" in path and not (isinstance(own, Held) and id(own.tensor) in shared)
+                if not apart and not same_leaf(leaf, own):
                     raise _unsupported(
                         origin, path, "another value", f"what the adapter {other!r} on the model shares with it"
                     )
 
-    def _refuse_unsettled(self, new: Mapping[str, _Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
+    def _refuse_unsettled(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
         """Raise if PEFT draws at random what the file does not have: found out once for a family of adapters."""
         if checkpoint.schema in self._settled:
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.default_generator.initial_seed() + 1)
-            again = _state(self._load(model, checkpoint), self._name, bare=self._bare)
+            again = leaves_of(self._load(model, checkpoint), self._name, bare=self._bare)
         for path, leaf in new.items():
-            if not _same_leaf(leaf, again[path]):
+            if not same_leaf(leaf, again[path]):
                 raise _unsupported(
                     checkpoint.origin, path, "random values: its file does not have them", "the same at each load"
                 )
@@ -358,120 +294,12 @@ def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
         raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
-
-
-def _state(model: nn.Module, adapter_name: str, *, bare: bool) -> dict[str, _Leaf]:
-    """Path → leaf of all that PEFT has put on the model, but for what is of other adapters alone.
-
-    `bare`: of its layers alone, where they stand in the base model without PEFT's model around it.
-    """
-    return dict(_Walk(unwrap(model), adapter_name, bare).leaves())
-
-
-class _Walk:
-    """One walk over a model, everything that is shared visited once."""
-
-    def __init__(self, model: Any, adapter_name: str, bare: bool) -> None:
-        self._bare = bare
-        configs = getattr(model, "peft_config", None) or {}
-        self._model = model
-        self._name = adapter_name
-        self._others = configs.keys() - {adapter_name}
-        self._configs = {id(config) for config in configs.values()}  # they are written as records
-        self._base = {id(module): path for path, module in base_tree(model)}
-        self._seen: dict[int, str] = {}
-
-    def leaves(self) -> Iterator[tuple[str, _Leaf]]:
-        """Of what runs: which subclass of PeftModel is around a tuner says nothing of the adapter, but of a prompt."""
-        roots = callable_roots(self._model)
-        prompt = self._model.peft_config[self._name].is_prompt_learning
-        return self._inside("", roots[0 if prompt else -1 if self._bare else -2], {}, "")
-
-    def _visit(self, path: str, holder: Any, key: Any) -> Iterator[tuple[str, _Leaf]]:
-        value = holder[key]
-        if isinstance(value, nn.Module):
-            value = unwrap(value)
-        if self._is_plain(value):
-            yield path, _Fact(repr(value)) if isinstance(holder, tuple) else _Value(holder, key)
-        elif type(value) in (nn.Dropout, nn.Identity) and id(value) not in self._base:
-            yield path, _Rate(holder, key)
-        elif id(value) in self._seen:
-            yield path, _Fact(f"the same as {self._seen[id(value)]}")
-        elif id(value) not in self._configs and not isinstance(value, RemovableHandle):
-            self._seen[id(value)] = path
-            yield from self._inside(path, value, holder, key)
-
-    def _inside(self, path: str, value: Any, holder: Any, key: Any) -> Iterator[tuple[str, _Leaf]]:
-        from peft import PeftConfig
-
-        if isinstance(value, torch.Tensor):
-            yield path, _Tensor(holder, key, value)
-        elif isinstance(value, nn.Module):
-            own = id(value) not in self._base
-            yield path, _Fact(type(value).__qualname__ if own else f"the base model's {self._base[id(value)]!r}")
-            yield from self._parts(path, value._modules)
-            if own:
-                yield from self._parts(path, value._parameters)
-                yield from self._parts(path, value._buffers)
-                yield from self._attributes(path, vars(value))
-        elif isinstance(value, PeftConfig):
-            yield from self._attributes(path, vars(value))
-        elif isinstance(value, dict):
-            for name in value:
-                if name not in self._others:
-                    yield from self._visit(f"{path}[{name!r}]", value, name)
-        elif isinstance(value, (list, tuple)):
-            for index in range(len(value)):
-                yield from self._visit(f"{path}[{index}]", value, index)
-        else:
-            known = getattr(value, "__qualname__", None) if callable(value) else f"{type(value).__qualname__} {value!r}"
-            yield path, _Fact(known or type(value).__qualname__)
-
-    def _parts(self, path: str, parts: dict[str, Any]) -> Iterator[tuple[str, _Leaf]]:
-        for name, part in parts.items():
-            if name not in self._others:
-                where = f"{path}[{name!r}]" if name == self._name else f"{path}.{name}".removeprefix(".")
-                if part is None:
-                    yield where, _Fact("nothing")
-                else:
-                    yield from self._visit(where, parts, name)
-
-    def _attributes(self, path: str, attributes: dict[str, Any]) -> Iterator[tuple[str, _Leaf]]:
-        for name in attributes:
-            if name not in _PASSED_BY:
-                yield from self._visit(f"{path}.{name}".removeprefix("."), attributes, name)
-
-    def _is_plain(self, value: Any) -> bool:
-        """Whether it is a number or the like, or a container of those that is not by adapter name."""
-        if isinstance(value, dict):
-            by_adapter = not value or value.keys() & {*self._others, self._name}
-            return not by_adapter and all(map(self._is_plain, value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(self._is_plain, value))
-        return isinstance(value, _PLAIN)
-
-
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, module in base_tree(model):
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
                     yield path, name, tensor.detach()
-
-
-def _same_leaf(first: _Leaf, second: _Leaf) -> bool:
-    if isinstance(first, _Tensor) and isinstance(second, _Tensor):
-        return torch.equal(first.tensor, second.tensor)
-    if isinstance(first, (_Value, _Rate)) and isinstance(second, (_Value, _Rate)):
-        return _same(first.read(), second.read())
-    return first == second
-
-
-def _same(first: Any, second: Any) -> bool:
-    if first is second or isinstance(first, torch.Tensor):
-        return first is second
-    return type(first) is type(second) and bool(first == second)
 
 
 def _input_of(base: Any) -> torch.Tensor | None:
@@ -488,16 +316,6 @@ def _input_of(base: Any) -> torch.Tensor | None:
     if isinstance(base, nn.Linear) or weight.ndim == 1:  # a norm
         return torch.randn(3, weight.shape[-1], **options)
     return torch.randn(3, base.nx, **options) if hasattr(base, "nx") else None  # transformers' Conv1D
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, _Tensor):
-        value = value.tensor
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of {value.dtype} on {value.device}, shape {tuple(value.shape)}"
-    if isinstance(value, (_Value, _Rate)):
-        return f"{value.read()!r:.100}"
-    return str(value.kind)
 
 
 def _unsupported(what: str, where: str, found: str, expected: str) -> UnsupportedError:
