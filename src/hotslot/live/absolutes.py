@@ -21,6 +21,7 @@ from .base import all_base_modules
 from .copies import Copy, base_copies
 from .discover import adapter_names, lora_layers, unwrap
 from .pristine import InMemory, Store, stores
+from .room import cut_to
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_config
 from .state_dict import SavedModule, ShownTokens
@@ -74,6 +75,13 @@ class Site:
         """Keep the own values, before others are written."""
         if self.original is None and not self.kept and not self.lost:
             self.kept.append(self.store.keep(self.tensor))
+
+    def write(self, values: torch.Tensor) -> None:
+        """Write these values; if they are of a smaller shape, into the corner of zeros."""
+        tensor = self.tensor
+        if values.shape != tensor.shape:
+            tensor = cut_to(tensor.zero_(), values.shape)
+        tensor.copy_(values, non_blocking=True)
 
     def put_back(self) -> None:
         """Write the own values."""
@@ -530,7 +538,7 @@ class Absolutes:
                 if key in values:
                     site.keep()
                     self._foreign.add(key)
-                    site.tensor.copy_(values[key], non_blocking=True)
+                    site.write(values[key])
                 elif not clean or key in self._foreign or id(site.own()) in written:
                     site.put_back()
                     self._foreign.discard(key)
@@ -560,7 +568,7 @@ class Absolutes:
                 if key in values:
                     site.keep()
                     self._foreign.add(key)
-                    site.tensor.copy_(values[key])
+                    site.write(values[key])
                 else:
                     site.put_back()
                     self._foreign.discard(key)

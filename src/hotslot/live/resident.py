@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,10 @@ from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, unwrap
 from .leaves import Fact, Held, Leaf, Rate, Value, described, leaves_of, same, same_leaf
 from .merges import merge_once
+from .padding import at_random, why_inexact
+from .room import Room
 from .saved import named_tensors
-from .skeleton import Unit, base_of, base_tree, load, units
+from .skeleton import Unit, base_of, base_tree, input_of, load, outline, units
 from .state import Records, peft_config, unused_columns
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ class Resident:
         if self.method == "XLORA":
             raise _unsupported(self._what, "peft_type", "XLORA, whose config names other adapters", "another method")
         refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
-        self._config = config_dict(peft_config(model, adapter_name))
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
@@ -58,17 +59,21 @@ class Resident:
         }
         self._plain = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, (Value, Rate))}
         self._keys = self._take_in()
+        self._room = Room(unwrap(model), self._held)
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
 
     def _take_in(self) -> dict[str, Key]:
         """Path → key of the site of each tensor."""
-        tensors = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, Held)}
-        keys: dict[str, Key] = {path: ("", path) for path in tensors}
-        for path, leaf in tensors.items():
+        keys: dict[str, Key] = {path: ("", path) for path in self._held}
+        for path, leaf in self._held.items():
             if not isinstance(leaf.holder, dict):
                 raise _unsupported(self._what, path, "a tensor in a list", "tensors that have a name")
-        self._absolutes.hold({keys[path]: (leaf.holder, leaf.key) for path, leaf in tensors.items()})
+        self._absolutes.hold({keys[path]: (leaf.holder, leaf.key) for path, leaf in self._held.items()})
         return keys
+
+    @property
+    def _held(self) -> dict[str, Held]:
+        return {path: leaf for path, leaf in self._state.items() if isinstance(leaf, Held)}
 
     @property
     def _what(self) -> str:
@@ -89,12 +94,12 @@ class Resident:
     # -- a swap ------------------------------------------------------------------------------------------------------
 
     def capture(self) -> tuple[Any, ...]:
-        """The plain values as they are now, for `apply`."""
-        return tuple(leaf.read() for leaf in self._plain.values())
+        """The plain values as they are now, for `apply`, and how much of its tensors the live adapter fills."""
+        return (*(leaf.read() for leaf in self._plain.values()), self._room.extents.read())
 
     def apply(self, plain: tuple[Any, ...]) -> None:
         """Write plain values, of `capture` or `fit`. Those that are there already stay the same objects."""
-        for leaf, value in zip(self._plain.values(), plain, strict=True):
+        for leaf, value in zip([*self._plain.values(), self._room.extents], plain, strict=True):
             if not same(leaf.read(), value):
                 leaf.write(value)
 
@@ -130,21 +135,54 @@ class Resident:
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
-        origin = checkpoint.origin
-        if checkpoint.config.get("peft_type") != self.method:
-            raise UnsupportedError(
-                f"{origin} is of another method than the adapter on the model.",
-                where="peft_type",
-                found=f"{checkpoint.config.get('peft_type')!r:.80}",
-                expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
-            )
-        refuse_base_biases(checkpoint.config, origin)
+        self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
         new = leaves_of(skeleton, self._name, bare=self._bare)
-        fitted = self._fitted(skeleton, new, model, origin)
-        self._refuse_unsettled(new, model, checkpoint)
+        fitted = self._fitted(skeleton, new, model, checkpoint.origin)
+        if checkpoint.schema not in self._settled:
+            self._refuse_unsettled(new, model, checkpoint)
+            self._refuse_inexact(new, model, checkpoint)
+            self._settled.add(checkpoint.schema)
+        self._refuse_beyond(new, model, checkpoint.origin)
         return fitted
+
+    def make_room(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Let each tensor hold what any of these has there; before anything is fitted, and not on a compiled model.
+
+        If it raises, `release`.
+
+        Raises:
+            ModelError: what would be padded is in training.
+            ShapeError: the method is not the same with zeros, or another adapter shares the tensors.
+            ConfigError, TensorError, DoesNotFitError: PEFT does not load one of them onto this model.
+        """
+        model = self._model()
+        assert model is not None
+        own = self._room.shapes
+        room = dict(own)
+        for checkpoint in {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values():
+            self._refuse_other_method(checkpoint)
+            skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
+            leaves = leaves_of(skeleton, self._name, bare=self._bare)
+            room |= {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
+        if room != own:
+            self._refuse_to_pad_own(room, model)
+            self._room.make(room)
+            self._absolutes.mark_clean()
+
+    def _shared(self, paths: Iterable[str], model: nn.Module) -> str | None:
+        """Which of these tensors another adapter of the model computes with, too."""
+        for other in sorted(self.beside):
+            leaves = leaves_of(model, other, bare=self._bare).values()
+            theirs = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, Held)}
+            shared = next((path for path in paths if id(self._held[path].tensor) in theirs), None)
+            if shared is not None:
+                return f"the adapter {other!r} on the model shares {shared} with it"
+        return None
+
+    def release(self) -> None:
+        """Give the adapter's tensors their own memory and shapes back, holding what they hold now."""
+        self._room.release()
 
     def fit_neutral(self) -> tuple[dict[Key, torch.Tensor], Records]:
         """As `fit`, of the adapter as it was before any training, if the base model computes with it what it does.
@@ -152,17 +190,12 @@ class Resident:
         Raises:
             UnsupportedError: it does something, or whether it does cannot be seen.
         """
-        from peft import get_peft_model_state_dict
-
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tensors = get_peft_model_state_dict(model, adapter_name=self._name, save_embedding_layers=False)
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
-        skeleton = self._load(model, from_tensors(tensors, self._config, origin=self._what), trained=False)
+        skeleton = self._load(model, self._checkpoint(model), trained=False)
         fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what)
         own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
         for unit in units(skeleton):
@@ -172,6 +205,15 @@ class Resident:
                     raise self._does_something(f"untrained, it changes {unit.fqn}.{name}")
         return fitted
 
+    def _checkpoint(self, model: nn.Module) -> Checkpoint:
+        """What is live, as PEFT would save it."""
+        from peft import get_peft_model_state_dict
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tensors = get_peft_model_state_dict(model, adapter_name=self._name, save_embedding_layers=False)
+        return from_tensors(tensors, config_dict(peft_config(model, self._name)), origin=self._what)
+
     def _try_to_do_nothing(self, unit: Unit) -> None:
         """Raise if the layer's forward is not its base's: some compute what they merge in another way."""
         from peft.utils.other import ModulesToSaveWrapper
@@ -180,7 +222,7 @@ class Resident:
             return
         base = base_of(unit.layer)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            values = _input_of(base)
+            values = input_of(base)
             if values is None or not torch.equal(unit.layer(values), base(values)):
                 raise self._does_something(f"untrained, {unit.fqn} rounds otherwise than its base layer, or more")
 
@@ -202,7 +244,13 @@ class Resident:
             self._keys[path]: leaf.tensor.detach().clone().cpu() for path, leaf in new.items() if isinstance(leaf, Held)
         }
         plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (Value, Rate)))
-        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), plain)
+        room = self._room.shapes
+        extents = {
+            path: leaf.tensor.shape
+            for path, leaf in new.items()
+            if isinstance(leaf, Held) and leaf.tensor.shape != room[path]
+        }
+        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), (*plain, extents))
 
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
         places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
@@ -216,6 +264,18 @@ class Resident:
                     checkpoint.origin, full, "other base weights, which PEFT has made on loading it", "the model's own"
                 )
         return skeleton
+
+    def _refuse_other_method(self, checkpoint: Checkpoint) -> None:
+        origin = checkpoint.origin
+        if checkpoint.config.get("peft_type") != self.method:
+            raise UnsupportedError(
+                f"{origin} is of another method than the adapter on the model.",
+                where="peft_type",
+                found=f"{checkpoint.config.get('peft_type')!r:.80}",
+                expected=f"{self.method!r}, as {self._name!r} on the model",
+                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
+            )
+        refuse_base_biases(checkpoint.config, origin)
 
     def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
         lacking = [path for path in new if path not in self._state]
@@ -236,7 +296,7 @@ class Resident:
                 self._refuse_other_tensor(path, leaf.tensor, own.tensor, origin)
 
     def _refuse_other_tensor(self, path: str, new: torch.Tensor, own: torch.Tensor, origin: str) -> None:
-        if new.shape != own.shape:
+        if new.ndim != own.ndim:
             raise ShapeError(
                 f"{origin} has other dimensions than {self._name!r} on the model.",
                 where=path,
@@ -263,8 +323,6 @@ class Resident:
 
     def _refuse_unsettled(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
         """Raise if PEFT draws at random what the file does not have: found out once for a family of adapters."""
-        if checkpoint.schema in self._settled:
-            return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.default_generator.initial_seed() + 1)
             again = leaves_of(self._load(model, checkpoint), self._name, bare=self._bare)
@@ -273,7 +331,60 @@ class Resident:
                 raise _unsupported(
                     checkpoint.origin, path, "random values: its file does not have them", "the same at each load"
                 )
-        self._settled.add(checkpoint.schema)
+
+    def _refuse_inexact(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Raise if it has another rank, and the method is not the same with zeros: tried once for a family."""
+        own = self._room.shapes
+        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+        where = next((path for path, shape in room.items() if shape != _shape(new[path])), None)
+        reason = self._why_inexact(model, checkpoint, room) if where is not None else None
+        if where is not None and reason is not None:
+            raise ShapeError(
+                f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do not "
+                "compute the same with zeros around it.",
+                where=where,
+                found=f"{self.method} of shape {tuple(_shape(new[where]))}; {reason}",
+                expected=f"{tuple(own[where])}, by the adapter on the model",
+                hint=self._elsewhere,
+            )
+
+    def _refuse_beyond(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
+        """Raise if it is larger than the model's own tensors."""
+        own = self._room.shapes
+        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+        where = next((path for path, shape in room.items() if shape != own[path]), None)
+        if where is not None:
+            self._refuse_to_pad_own(room, model)
+            raise ShapeError(
+                f"{origin} is of a larger rank or size than there is room for.",
+                where=where,
+                found=f"shape {tuple(_shape(new[where]))}",
+                expected=f"at most {tuple(own[where])}, by the adapter {self._name!r} on the model",
+                hint="hotslot.attach(model, {…}) with this adapter among them, before torch.compile, makes room for "
+                f"it; or {self._elsewhere}",
+            )
+
+    def _refuse_to_pad_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> None:
+        """Raise if the adapter that is live may not be padded to `room`, part of which is larger than it has."""
+        own = self._room.shapes
+        growing = [path for path in room if room[path] != own[path]]
+        reason = self._why_inexact(model, self._checkpoint(model), room) or self._shared(growing, model)
+        if reason is not None:
+            raise ShapeError(
+                f"{self._what} cannot be padded to the rank or size of a larger one.",
+                where=growing[0],
+                found=f"{self.method} of shape {tuple(own[growing[0]])}; {reason}",
+                expected=f"layers that compute the same with zeros around it, up to {tuple(room[growing[0]])}",
+                hint=self._elsewhere,
+            )
+
+    def _why_inexact(self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]) -> str | None:
+        """Why tensors of the checkpoint's shapes may not be padded to `room`; None if they may."""
+        own = {f"base_model.model.{path}.{name}" for path, name, _ in _base_tensors(model)}  # a file may have copies
+        skeleton = self._load(model, at_random(checkpoint, own))
+        leaves = leaves_of(skeleton, self._name, bare=self._bare)
+        shapes = {path: room[path] for path, leaf in leaves.items() if isinstance(leaf, Held) and path in room}
+        return why_inexact(skeleton, leaves, shapes)
 
 
 def method_of(config: PeftConfig) -> str:
@@ -294,28 +405,23 @@ def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
         raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
 
 
+def _shape(leaf: Leaf) -> torch.Size:
+    assert isinstance(leaf, Held)
+    return leaf.tensor.shape
+
+
+def _larger(shape: torch.Size, leaf: Leaf) -> torch.Size:
+    """The shape that has room for both, where both have as many dimensions."""
+    other = leaf.tensor.shape if isinstance(leaf, Held) else shape
+    return torch.Size(map(max, shape, other)) if len(shape) == len(other) else shape
+
+
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     for path, module in base_tree(model):
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
                     yield path, name, tensor.detach()
-
-
-def _input_of(base: Any) -> torch.Tensor | None:
-    """Something that the base layer takes; None if that is not known."""
-    weight = getattr(base, "weight", None)
-    if weight is None:
-        return None
-    options = {"dtype": weight.dtype, "device": weight.device}
-    if isinstance(base, nn.Embedding):
-        return torch.arange(base.num_embeddings, device=weight.device)
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        sizes = [dilation * size + 3 for dilation, size in zip(base.dilation, base.kernel_size, strict=True)]
-        return torch.randn(1, base.in_channels, *sizes, **options)
-    if isinstance(base, nn.Linear) or weight.ndim == 1:  # a norm
-        return torch.randn(3, weight.shape[-1], **options)
-    return torch.randn(3, base.nx, **options) if hasattr(base, "nx") else None  # transformers' Conv1D
 
 
 def _unsupported(what: str, where: str, found: str, expected: str) -> UnsupportedError:
