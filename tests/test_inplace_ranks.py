@@ -235,7 +235,7 @@ def test_a_swap_that_is_broken_off_has_not_happened(injector: str, tmp_path: Pat
         swapper.activate(str(low))
     swapper.activate(str(high))
     total = len(counting.steps)
-    assert total > 1
+    assert total
     for k in sorted({*range(1, total + 1, max(1, total // 40)), total}):
         with pytest.raises((KeyboardInterrupt, Fault)), fault(k):
             swapper.activate(str(low))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, load_peft_weights
 from torch import nn
 
 import hotslot
@@ -124,6 +124,18 @@ def test_a_plain_lora_is_merged_in_one_pass(tmp_path: Path) -> None:
             assert {type(merge) for merge in merges} == {LowRank}
             swapper.activate("a")
             assert_same_tensors(model, fresh_merge(ZOO[entry], folder))
+
+
+def test_what_merges_are_computed_from_is_counted(tmp_path: Path) -> None:
+    """A norm's merged values are kept themselves, a LoHa's matrices in PEFT's layers, apart from the file's."""
+    entry = ZOO["llama"]
+    for name in ("LN_TUNING", "LOHA"):
+        folder = make_method_adapter(tmp_path / name, name, entry, seed=1)
+        in_file = sum(tensor.nbytes for tensor in load_peft_weights(str(folder)).values())
+        swapper = hotslot.attach(entry.build(), {"a": folder}, route="merged")
+        assert swapper.host_bytes == 2 * in_file
+        swapper.unload("a")
+        assert swapper.host_bytes == 0
 
 
 def merges_of(swapper: hotslot.Swapper, name: str) -> tuple[Any, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import getitem
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,15 +36,15 @@ class Value:
     """A plain value, where PEFT's code looks it up."""
 
     def __init__(self, holder: Any, key: Any) -> None:
-        self._holder, self._key = holder, key
+        self.holder, self.key = holder, key
 
     def read(self) -> Any:
         """As it is now."""
-        return self._holder[self._key]
+        return self.holder[self.key]
 
     def write(self, value: Any) -> None:
         """Who edits the model's copy does not edit the adapter's."""
-        self._holder[self._key] = copy.copy(value)
+        self.holder[self.key] = copy.copy(value)
 
 
 class Rate:
@@ -79,6 +81,38 @@ class Fact(NamedTuple):
 
 
 Leaf: TypeAlias = "Value | Rate | Held | Fact"
+
+
+class Plain:
+    """All plain values of an adapter, read and written at once: a swap does so with thousands of them.
+
+    Args:
+        leaves: all that it has.
+    """
+
+    def __init__(self, leaves: Mapping[str, Leaf]) -> None:
+        self._values = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Value)}
+        self._rates = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Rate)}
+        self._holders = [leaf.holder for leaf in self._values.values()]
+        self._keys = [leaf.key for leaf in self._values.values()]
+
+    def read(self) -> tuple[Any, ...]:
+        """As they are now."""
+        values = map(getitem, self._holders, self._keys)
+        return (*values, *(leaf.read() for leaf in self._rates.values()))
+
+    def read_from(self, leaves: Mapping[str, Leaf]) -> tuple[Any, ...]:
+        """The same of a fresh load; what is equal is the same object as here, so that `write` need not compare."""
+        found = [leaves[path] for path in (*self._values, *self._rates)]
+        theirs = [leaf.read() for leaf in found if isinstance(leaf, (Value, Rate))]
+        return tuple(own if same(own, value) else value for own, value in zip(self.read(), theirs, strict=True))
+
+    def write(self, plain: tuple[Any, ...]) -> None:
+        """Write them. Those that are there already stay the same objects."""
+        leaves: chain[Value | Rate] = chain(self._values.values(), self._rates.values())
+        for leaf, old, new in zip(leaves, self.read(), plain, strict=True):
+            if old is not new and not same(old, new):
+                leaf.write(new)
 
 
 def leaves_of(model: nn.Module, adapter_name: str, *, bare: bool) -> dict[str, Leaf]:

@@ -1,9 +1,9 @@
-"""The ways to compute merged weights from pristine ones: kept values, PEFT's own layer, W + s B A."""
+"""The ways to compute merged weights from pristine ones: kept values, PEFT's own layer, and directly."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,10 @@ class Constant:
         self.keys = keys
         self._values = [value.clone() for value in values]
 
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return self._values
+
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
         for target, value in zip(targets, self._values, strict=True):
@@ -71,6 +75,12 @@ class ByPeft:
         self._layer = unit.layer
         self._names = names
         self._others = others
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge; what layers share, each of them has."""
+        for module in self._layer.modules():
+            for holder in (module._parameters, module._buffers, vars(module)):
+                yield from _tensors_in(holder)
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
@@ -127,6 +137,11 @@ class LowRank:
         self._right = right.detach().contiguous()
         row_bytes = self._right.shape[1] * self._right.element_size()
         self._rows = len(left) if whole else max(1, min(len(left), _BLOCK_BYTES // max(1, row_bytes)))
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        magnitude = [self._magnitude] if self._magnitude is not None else []
+        return [self.down, self.up, self._left, self._right, *magnitude]
 
     @property
     def adds_up(self) -> bool:
@@ -194,6 +209,22 @@ def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]
         up = torch.cat([part.up for part, _ in terms], dim=1)
         sums.append(LowRank(key, down, up, 1.0, transposed=terms[0][0].transposed))
     return tuple(sums)
+
+
+def host_bytes(tensors: Iterable[torch.Tensor], *, besides: torch.Tensor) -> int:
+    """Bytes of host memory behind these tensors, each counted once, and none of what is behind `besides`."""
+    memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.is_cpu}
+    memories.pop(besides.untyped_storage().data_ptr(), None)
+    return sum(memory.nbytes() for memory in memories.values())
+
+
+def _tensors_in(holder: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """In a module's dict, and in dicts by adapter in it."""
+    for value in holder.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) is dict:
+            yield from (tensor for tensor in value.values() if isinstance(tensor, torch.Tensor))
 
 
 def merge_once(layer: Any) -> nn.Module:

@@ -20,7 +20,7 @@ from ..errors import MergedError, ShapeError, UnexpectedTargetError, Unsupported
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, unwrap
-from .leaves import Fact, Held, Leaf, Rate, Value, described, leaves_of, same, same_leaf
+from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
 from .padding import at_random, why_inexact
 from .room import Room
@@ -57,7 +57,7 @@ class Resident:
         self._layers: dict[str, Any] = {
             name: module for name, module in innermost(model).named_modules() if hasattr(module, "merged_adapters")
         }
-        self._plain = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, (Value, Rate))}
+        self._plain = Plain(self._state)
         self._keys = self._take_in()
         self._room = Room(unwrap(model), self._held)
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
@@ -95,13 +95,12 @@ class Resident:
 
     def capture(self) -> tuple[Any, ...]:
         """The plain values as they are now, for `apply`, and how much of its tensors the live adapter fills."""
-        return (*(leaf.read() for leaf in self._plain.values()), self._room.extents.read())
+        return self._plain.read(), self._room.extents.shapes
 
     def apply(self, plain: tuple[Any, ...]) -> None:
-        """Write plain values, of `capture` or `fit`. Those that are there already stay the same objects."""
-        for leaf, value in zip([*self._plain.values(), self._room.extents], plain, strict=True):
-            if not same(leaf.read(), value):
-                leaf.write(value)
+        """Write plain values and shapes, of `capture` or `fit`. Those that are there already stay the same objects."""
+        values, self._room.extents.shapes = plain
+        self._plain.write(values)
 
     def refuse_if_merged(self) -> None:
         """Raise if the adapter is merged into the base weights: a swap would leave it there."""
@@ -138,7 +137,7 @@ class Resident:
         self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
         new = leaves_of(skeleton, self._name, bare=self._bare)
-        fitted = self._fitted(skeleton, new, model, checkpoint.origin)
+        fitted = self._fitted(skeleton, new, model, checkpoint.origin, checkpoint)
         if checkpoint.schema not in self._settled:
             self._refuse_unsettled(new, model, checkpoint)
             self._refuse_inexact(new, model, checkpoint)
@@ -196,7 +195,7 @@ class Resident:
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
         skeleton = self._load(model, self._checkpoint(model), trained=False)
-        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what)
+        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what, None)
         own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
@@ -207,12 +206,8 @@ class Resident:
 
     def _checkpoint(self, model: nn.Module) -> Checkpoint:
         """What is live, as PEFT would save it."""
-        from peft import get_peft_model_state_dict
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tensors = get_peft_model_state_dict(model, adapter_name=self._name, save_embedding_layers=False)
-        return from_tensors(tensors, config_dict(peft_config(model, self._name)), origin=self._what)
+        config = config_dict(peft_config(model, self._name))
+        return from_tensors(_saved(model, self._name), config, origin=self._what)
 
     def _try_to_do_nothing(self, unit: Unit) -> None:
         """Raise if the layer's forward is not its base's: some compute what they merge in another way."""
@@ -236,21 +231,36 @@ class Resident:
         )
 
     def _fitted(
-        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str
+        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str, given: Checkpoint | None
     ) -> tuple[dict[Key, torch.Tensor], Records]:
         self._refuse_other_structure(new, origin)
         self._refuse_shared(new, model, origin)
-        values = {
-            self._keys[path]: leaf.tensor.detach().clone().cpu() for path, leaf in new.items() if isinstance(leaf, Held)
-        }
-        plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (Value, Rate)))
         room = self._room.shapes
         extents = {
             path: leaf.tensor.shape
             for path, leaf in new.items()
             if isinstance(leaf, Held) and leaf.tensor.shape != room[path]
         }
-        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), (*plain, extents))
+        plain = self._plain.read_from(new), extents
+        values = self._values(skeleton, new, given)
+        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), plain)
+
+    def _values(
+        self, skeleton: nn.Module, new: Mapping[str, Leaf], given: Checkpoint | None
+    ) -> dict[Key, torch.Tensor]:
+        """What each tensor is to hold: views of the checkpoint's bytes where PEFT has taken those as they are."""
+        names: dict[int, str] = {}
+        if given is not None:
+            saved = _saved(skeleton, self._name)
+            names = {tensor.data_ptr(): name for name, tensor in saved.items() if name in given.tensors}
+        values = {}
+        for path, leaf in new.items():
+            if isinstance(leaf, Held):
+                tensor, name = leaf.tensor.detach(), names.get(leaf.tensor.data_ptr())
+                in_file = given.tensor(name) if given is not None and name is not None else None
+                taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
+                values[self._keys[path]] = in_file if in_file is not None and taken else tensor.cpu().clone()
+        return values
 
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
         places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
@@ -403,6 +413,18 @@ def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
     """Raise if the adapter carries biases of the base model."""
     if config.get("bias", "none") not in ("none", None, False):
         raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
+
+
+def _saved(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Name → tensor, of what PEFT saves of an adapter; mostly the model's own."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        )
+    return tensors
 
 
 def _shape(leaf: Leaf) -> torch.Size:

@@ -29,7 +29,7 @@ def padded_to(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 class Extents:
-    """How much of its padded tensors the live adapter fills; read and written among the records, as numbers are.
+    """How much of its padded tensors the live adapter fills: a part of the records, shared with the hooks.
 
     Attributes:
         shapes: path → shape of what is live, of the tensors that have room to spare.
@@ -37,14 +37,6 @@ class Extents:
 
     def __init__(self) -> None:
         self.shapes: Mapping[str, torch.Size] = {}
-
-    def read(self) -> Mapping[str, torch.Size]:
-        """As it is now."""
-        return self.shapes
-
-    def write(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Of another adapter."""
-        self.shapes = shapes
 
 
 class Room:
@@ -81,7 +73,7 @@ class Room:
         growing = {path: shape for path, shape in shapes.items() if shape != self._held[path].tensor.shape}
         tensors = [self._held[path].tensor for path in growing]
         refuse_padding_while_training(tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
-        self.extents.write({path: self._held[path].tensor.shape for path in growing})
+        self.extents.shapes = {path: self._held[path].tensor.shape for path in growing}
         with torch.inference_mode(False), torch.no_grad():
             for path, shape in growing.items():
                 tensor = self._held[path].tensor
