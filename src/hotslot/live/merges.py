@@ -100,6 +100,53 @@ class ByPeft:
             param.data = param.data.new_empty(0)
 
 
+class Scaled:
+    """W times a factor, that of rows or of columns (IA³, https://arxiv.org/abs/2205.05638); a bias, too.
+
+    Args:
+        keys: which tensors.
+        factors: one for each, of a shape that broadcasts.
+    """
+
+    def __init__(self, keys: tuple[Key, ...], factors: Sequence[torch.Tensor]) -> None:
+        self.keys = keys
+        self._factors = [factor.detach() for factor in factors]
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return self._factors
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        for target, own, factor in zip(targets, pristine, self._factors, strict=True):
+            torch.mul(own, factor, out=target)
+
+
+class Rotated:
+    """W Rᵀ, where R turns blocks of inputs, each by a matrix of its own (OFT, https://arxiv.org/abs/2306.07280).
+
+    The blocks alone are kept and multiplied. PEFT makes the whole of R at each merge, and multiplies by all its zeros.
+
+    Args:
+        key: the weight, [out, in].
+        blocks: of Rᵀ, [blocks, in / blocks, in / blocks].
+    """
+
+    def __init__(self, key: Key, blocks: torch.Tensor) -> None:
+        self.keys: tuple[Key, ...] = (key,)
+        self._blocks = blocks.detach().contiguous()
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return [self._blocks]
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        (target,), (own,), (count, size, _) = targets, pristine, self._blocks.shape
+        by_block = own.to(self._blocks.dtype).view(-1, count, size).transpose(0, 1)
+        target.view(-1, count, size).copy_(torch.bmm(by_block, self._blocks).transpose(0, 1))
+
+
 class LowRank:
     """W + scaling B A, a block of rows at a time, so that the product never leaves the cache.
 

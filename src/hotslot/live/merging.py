@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint
 from ..errors import NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
 from .discover import unwrap
-from .merges import ByPeft, Constant, LowRank, Merges, merge_once
+from .merges import ByPeft, Constant, LowRank, Merges, Rotated, Scaled, merge_once
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
 
@@ -222,10 +222,28 @@ def _candidates(
             for whole in (False, True):
                 transposed = bool(layer.fan_in_fan_out)
                 yield LowRank(keys[0], down, up, layer.scaling[SKELETON], transposed=transposed, whole=whole)
+    yield from _direct(keys, layer, names)
     base = base_of(layer)
     if hasattr(layer, "merged_adapters") and not dict(base.named_buffers()).keys() & set(names):
         others = {name: _reader(own, f"{unit.fqn}.{name}") for name, _ in base.named_parameters() if name not in names}
         yield ByPeft(keys, unit, names, others)
+
+
+def _direct(keys: tuple[Key, ...], layer: Any, names: list[str]) -> Iterator[Merge]:
+    """Of methods whose merge is one multiplication, that one."""
+    from peft.tuners.ia3.layer import Linear as Ia3Linear
+    from peft.tuners.oft.layer import Linear as OftLinear
+
+    kind = type(layer)
+    if kind is Ia3Linear and set(names) <= {"weight", "bias"}:
+        factor: torch.Tensor = layer.ia3_l[SKELETON]
+        shaped = {"weight": factor.T if layer.fan_in_fan_out else factor, "bias": factor.reshape(-1)}
+        yield Scaled(keys, [shaped[name] for name in names])
+    elif kind is OftLinear and names == ["weight"]:
+        with torch.no_grad():
+            rotation, size = layer.get_delta_weight(SKELETON), layer.oft_R[SKELETON].block_size
+            blocks = rotation.view(-1, size, len(rotation) // size, size).diagonal(dim1=0, dim2=2)
+            yield Rotated(keys[0], blocks.permute(2, 1, 0))
 
 
 def _reader(own: Callable[[str], torch.Tensor], path: str) -> Callable[[], torch.Tensor]:
