@@ -375,8 +375,26 @@ def test_fits_says_what_a_merge_costs(tmp_path: Path) -> None:
     assert fit.route == "merged"
     assert fit.pristine_bytes == fit.nbytes == sum(weight.nbytes for weight in weights)
     assert fit.seconds > 0
+    assert fit.pristine.keys() == {"device", "host"}, "a model that was not loaded has no file"
+    assert all(cost.nbytes == fit.pristine_bytes and cost.seconds > 0 for cost in fit.pristine.values())
     report = swapper.activate("a")
     assert (report.route, report.nbytes, report.error) == ("merged", fit.nbytes, None)
+
+
+def test_fits_prices_every_place_for_pristine_values(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folder = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1)
+    entry.build().save_pretrained(tmp_path / "base")
+    model = type(entry.build()).from_pretrained(tmp_path / "base").eval()
+    swapper = hotslot.attach(model, {"a": folder}, route="merged")
+    for _ in range(2):  # also while it is live
+        costs = swapper.fits(folder).pristine
+        assert costs.keys() == {"device", "host", "file"}
+        assert costs["file"].nbytes == 0
+        assert all(cost.seconds > 0 for cost in costs.values())
+        swapper.activate("a")
+        assert swapper.pristine_bytes == costs["device"].nbytes == costs["host"].nbytes
+        assert_same_tensors(model, fresh_merge(entry, folder))
 
 
 def test_the_rounding_error_of_16_bits_is_told(tmp_path: Path) -> None:

@@ -257,7 +257,8 @@ class Swapper:
         if entry.adapter.targets:
             plan = self._larger(entry)
         nbytes = merges.nbytes + compiled.nbytes
-        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error)
+        pristine = self._bound().binding.merger.keeping(merges.all)
+        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error, pristine)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.

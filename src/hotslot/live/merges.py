@@ -37,6 +37,18 @@ class Merges(NamedTuple):
 NO_MERGES = Merges()
 
 
+class Keeping(NamedTuple):
+    """What it costs to keep the base's own values in one place.
+
+    Attributes:
+        nbytes: of memory for them, of that place.
+        seconds: of a swap, for merging from there.
+    """
+
+    nbytes: int
+    seconds: float
+
+
 class Constant:
     """Values that are kept: of modules saved whole, and where PEFT's layer merges once only."""
 
