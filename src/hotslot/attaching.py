@@ -162,6 +162,8 @@ def _attach_resident(
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None
     try:
+        if arena and binding.resident is not None:
+            binding.resident.make_room(entry.adapter.checkpoint for entry in entries)
         engine = Engine(model, adapter_name, binding, empty=False)
         for entry in entries:
             entry.compile(binding)

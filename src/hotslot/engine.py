@@ -97,8 +97,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return self.adapter.checkpoint.nbytes
+        """Bytes of host memory: of the file's tensors, and of what was made of them."""
+        checkpoint, compiled = self.adapter.checkpoint, self._compiled
+        if compiled is None:
+            return checkpoint.nbytes
+        held = [*compiled.values.values(), *(tensor for merge in compiled.merges.all for tensor in merge.held())]
+        return checkpoint.nbytes + live.host_bytes(held, besides=checkpoint.data)
 
     @property
     def version(self) -> str:

@@ -142,7 +142,10 @@ class Swapper:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that the loaded adapters hold, and the last few blends of them."""
+        """Bytes of host memory that the loaded adapters hold, and the last few blends of them.
+
+        What of an adapter is not in its file counts too: what PEFT makes of it, and what merges are computed from.
+        """
         return self._tier.nbytes + self._blender.nbytes
 
     @property
@@ -250,11 +253,12 @@ class Swapper:
         compiled, plan = entry.compile(self._bound().binding), None
         route, merges = compiled.route, compiled.merges
         if not merges.all:
-            return Fit(route, entry.nbytes, None)
+            return Fit(route, entry.adapter.checkpoint.nbytes, None)
         if entry.adapter.targets:
             plan = self._larger(entry)
         nbytes = merges.nbytes + compiled.nbytes
-        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error)
+        pristine = self._bound().binding.merger.keeping(merges.all)
+        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error, pristine)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.

@@ -11,7 +11,7 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, model_
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
-from .merges import NO_MERGES, Merges, blended
+from .merges import NO_MERGES, Merges, blended, host_bytes
 from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents
@@ -47,6 +47,7 @@ __all__ = [
     "find_slots",
     "guard",
     "hollow",
+    "host_bytes",
     "inject",
     "innermost",
     "is_compiled",
