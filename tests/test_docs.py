@@ -120,6 +120,64 @@ def test_the_error_is_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said in blocks(README, "text")
 
 
+# --- docs/diffusers.md ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def studio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the pipeline and the LoRAs that docs/diffusers.md asks for."""
+    pytest.importorskip("diffusers")
+    from pipelines import PIPELINES, make_lora
+
+    flux = PIPELINES["flux"]
+    flux.build().save_pretrained(tmp_path / "my-pipeline")
+    for i, name in enumerate(("ink", "neon")):
+        saved = make_lora(flux, tmp_path / name, seed=i, components=("transformer", "text_encoder"), r=3 - i)
+        (tmp_path / "loras").mkdir(exist_ok=True)
+        (saved / "pytorch_lora_weights.safetensors").rename(tmp_path / "loras" / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    yield tmp_path
+    hotslot.unpatch_peft()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("live", [("neon",), (None,), (None, "ink", "neon", "blend"), (None, "neon")], ids=str)
+def test_diffusers_code_runs(live: tuple[str | None, ...], studio: Path) -> None:
+    """One for each block, but that the last line of a blend goes with the block before it; with what is live then."""
+    from pipelines import PIPELINES, load_plain
+
+    kind = PIPELINES["flux"]
+    wanted: dict[str | None, Any] = {}
+    for name in (None, "ink", "neon", "blend"):
+        pipe = kind.build()
+        for adapter in ("ink", "neon") if name == "blend" else [name] * (name is not None):
+            load_plain(pipe, studio / "loras" / f"{adapter}.safetensors", adapter)
+        if name == "blend":
+            pipe.set_adapters(["ink", "neon"], [0.7, 0.4])
+        wanted[name] = kind.outputs(pipe)
+    patched, plain, held, blend, merged = blocks((ROOT / "docs" / "diffusers.md").read_text(), "python")
+    code = {("neon",): patched, (None,): plain, (None, "ink", "neon", "blend"): held, (None, "neon"): merged}[live]
+    names: dict[str, Any] = {}
+    exec(compile(code, "diffusers.md", "exec"), names)
+    for name in live[:1]:
+        assert_pipeline(kind, names["pipe"], wanted[name])
+    with no_recompile():
+        for name in live[1:]:
+            if name == "blend":
+                exec(compile(blend, "diffusers.md", "exec"), names)
+            else:
+                names["swapper"].activate(name)
+            assert_pipeline(kind, names["pipe"], wanted[name])
+    assert len({float(output["transformer"].sum()) for output in wanted.values()}) == 4  # the control
+
+
+def assert_pipeline(kind: Any, pipe: Any, wanted: dict[str, torch.Tensor]) -> None:
+    outputs = kind.outputs(pipe)
+    for name, output in wanted.items():
+        assert_same_output(outputs[name], output)
+
+
 # --- what is named exists -------------------------------------------------------------------------------------------
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
-from . import checkpoint as checkpoints
 from . import live
 from .checkpoint import Source
 from .engine import Engine, Entry
 from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
+from .pipelines import read, whole
 from .planning import NO_SLOTS, Plan, plan_adapters, refuse_unfit
 from .swapper import Swapper
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     adapters: Mapping[str, Source] | None = None,
     *,
     adapter_name: str = "default",
@@ -33,9 +34,9 @@ def attach(
     and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
 
     Args:
-        model: any nn.Module, PeftModel, or transformers model, a pipeline of transformers or a SentenceTransformer
-            with one; best before torch.compile. On a model that is compiled already no parameter moves and none can be
-            padded.
+        model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; a pipeline of transformers or a
+            SentenceTransformer with a model of transformers; best before torch.compile. On a model that is compiled
+            already no parameter moves and none can be padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
@@ -49,12 +50,11 @@ def attach(
     """
     if route not in ("auto", "side", "merged"):
         raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
-    model = live.model_of(model)
+    model = whole(model)
     Swapper.make_way(model, adapter_name)
     if _is_of_another_method(model, adapter_name):
         return _attach_resident(model, adapters or {}, adapter_name, route, plan)
-    read = {name: live.converted(model, checkpoints.read(source)) for name, source in (adapters or {}).items()}
-    entries = [Entry(name, checkpoint, route=route) for name, checkpoint in read.items()]
+    entries = [Entry(name, read(model, source), route=route) for name, source in (adapters or {}).items()]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
     if slots:
@@ -157,7 +157,7 @@ def _attach_resident(
             expected=f"adapters of {method} alone, which take its place",
             hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
         )
-    entries = [Entry(name, checkpoints.read(source), route="resident") for name, source in adapters.items()]
+    entries = [Entry(name, read(model, source), route="resident") for name, source in adapters.items()]
     arena = not live.is_compiled(model)
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None

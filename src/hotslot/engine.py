@@ -89,7 +89,8 @@ class Entry:
         self.refusal: UnsupportedError | None = None  # why slots cannot hold it, whatever their size
         self.adapter = adapter or self._meaning(checkpoint, route)
         self.route = route
-        live.build_config(checkpoint)  # refused here if PEFT would refuse it
+        for part in checkpoint.components.values():
+            live.build_config(part)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
         self._merged: tuple[Binding, frozenset[str], Merges] | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
@@ -258,7 +259,7 @@ class Engine:
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
         self.gate = Gate.of(live.innermost(model))  # of all slots of the model, for a forward pass reads all of them
-        self._neutral = State(None, records=live.neutral_records(binding.slots))
+        self._neutral = State(None, records=binding.neutral_records())
         self._neutral_beside: frozenset[str] | None = None
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
         self._foreign = None if empty else State(None)
@@ -267,7 +268,11 @@ class Engine:
         self.previous: State | None = None
         if empty:
             self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
+        else:
+            binding.hide_unused()
 
+        if isinstance(model, live.Assembly):
+            model.hold()
         _engines.setdefault(live.unwrap(model), {})[adapter_name] = self
 
     @staticmethod
@@ -286,7 +291,10 @@ class Engine:
     def release(self) -> None:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
-        _engines.get(self.model, {}).pop(self.adapter_name, None)
+        model, others = self.model, _engines.get(self.model, {})
+        others.pop(self.adapter_name, None)
+        if isinstance(model, live.Assembly) and not others:
+            model.dissolve()
 
     @property
     def neutral(self) -> State:
@@ -421,7 +429,7 @@ class Engine:
             ranks = {fqn: shape.rank for fqn, shape in shapes.items()}
             binding.extend(found, ranks, extra=[(fqn, part) for fqn, shape in shapes.items() for part in shape.parts])
             binding.absolutes.find(self.model, wrapped, tokens)
-            neutral = State(None, records=live.neutral_records(binding.slots))
+            neutral = State(None, records=binding.neutral_records())
             states = [neutral if state is self._neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
             self._neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]

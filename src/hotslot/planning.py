@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint as checkpoints
 from . import live
 from .block import Layout, SlotShape, arrange, pack
 from .checkpoint import Checkpoint, Source
 from .engine import Entry
 from .errors import ModelError, RankError, UnexpectedTargetError
 from .methods import Adapter
+from .pipelines import read, whole
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BIAS = "lora_B.bias"
@@ -181,7 +181,7 @@ NO_SLOTS = Plan(MappingProxyType({}), max_blend=1)
 
 
 def plan(
-    model: nn.Module,
+    model: Any,
     sources: Source | Iterable[Source] | Mapping[str, Source] | None = None,
     *,
     max_rank: int | None = None,
@@ -201,13 +201,14 @@ def plan(
     adapter of the slots' own ranks is one copy and its outputs are the same to the bit.
 
     Args:
-        model: plain, or with PEFT's layers on it.
+        model: plain, or with PEFT's layers on it, or a diffusers pipeline.
         sources: adapters, by name or without; they are read, and not kept.
         max_rank: the rank of every slot, in place of what the sources have; for one adapter, or for a blend in all.
         target_modules: as `peft.LoraConfig` takes it: endings, a regular expression, or "all-linear". Needs `max_rank`
             where no source says a rank.
         max_blend: how many of the sources may be blended.
-        dtype: of the slots: None for what a fresh PEFT load gives, "base" for that of the base layer, or a torch.dtype.
+        dtype: of the slots: None for what a fresh load gives by PEFT, or of a pipeline by diffusers; "base" for that of
+            the base layer; or a torch.dtype.
         adapter_name: PEFT's name of the slots that the model may have already.
         pristine: for what no slot holds, and `route="merged"`: where the base's own values are kept of the weights that
             a loaded adapter is merged into. "device", beside them; "host", in page-locked memory; "file", in the
@@ -221,11 +222,11 @@ def plan(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
-    model = live.model_of(model)
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
-    entries = [Entry("", live.converted(model, checkpoints.read(source)), route="auto") for source in listed]
+    model = whole(model)
+    entries = [Entry("", read(model, source), route="auto") for source in listed]
     adapters = [entry.adapter for entry in entries if entry.adapter.targets]
     _refuse_bad_choices(pristine, merge)
     merging = bool(entries) or (pristine, merge) != ("device", None)
@@ -257,6 +258,8 @@ def plan_adapters(
 ) -> Plan:
     """`plan` for adapters that have been read; whether each fits is for `refuse_unfit` to say."""
     _refuse_bad_options(max_rank, max_blend, dtype)
+    if dtype is None and isinstance(model, live.Assembly):
+        dtype = "base"  # which is what a fresh load by diffusers gives
     adapters = [live.as_loaded(model, adapter) for adapter in adapters]
     slots = live.find_slots(model, adapter_name)
     matched = _matched(model, target_modules)

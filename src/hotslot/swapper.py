@@ -34,6 +34,7 @@ from .errors import (
     UnsupportedError,
 )
 from .leases import InFlight, check_in_flight
+from .pipelines import read, whole
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit, SwapReport
 
@@ -80,9 +81,11 @@ class Swapper:
         _attached.setdefault(engine.model, {})[engine.adapter_name] = self
 
     @classmethod
-    def of(cls, model: nn.Module, adapter_name: str = "default") -> Swapper | None:
-        """The swapper that is attached to this slot of the model, or None."""
-        return _attached.get(live.unwrap(live.model_of(model)), {}).get(adapter_name)
+    def of(cls, model: Any, adapter_name: str = "default") -> Swapper | None:
+        """The swapper that is attached to this slot of the model, or None; of a component that of its pipeline, too."""
+        plain = live.unwrap(whole(model))
+        holders = [holder for holder in (plain, live.Assembly.of(plain)) if holder is not None]
+        return next((by[adapter_name] for by in map(_attached.get, holders) if by and adapter_name in by), None)
 
     @classmethod
     def make_way(cls, model: nn.Module, adapter_name: str) -> None:
@@ -91,7 +94,8 @@ class Swapper:
         Raises:
             ModelError: the slot has a swapper that can write it.
         """
-        known = cls.of(model, adapter_name)
+        parts = live.roots(model).values()
+        known = next((found for part in (model, *parts) if (found := cls.of(part, adapter_name))), None)
         if known is not None and known._engine.is_current():
             raise ModelError(
                 f"A swapper is attached to the slot {adapter_name!r} of this model already.",
@@ -239,7 +243,7 @@ class Swapper:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""
         try:
             entry = self._read("", source, config, hub)
-        except (CheckpointError, UnsupportedError) as error:
+        except (CheckpointError, DoesNotFitError, UnsupportedError) as error:
             return Fit(None, 0, str(error))
         try:
             with self._lock:
@@ -443,14 +447,15 @@ class Swapper:
             return self._bound().finds_live(choose())
 
     def _let_go(self) -> None:
+        model = self._engine.model  # an Assembly lives no longer than its engines
         with _guarding:
-            live.unguard(self._engine.model, self._engine.adapter_name)
+            live.unguard(model, self._engine.adapter_name)
         self._engine.release()
         for wrapping in reversed(self._wrappings):
             live.unwrap_saved(wrapping)
         for injection in reversed(self._injections):
             live.remove(injection)
-        _attached.get(self._engine.model, {}).pop(self._engine.adapter_name, None)
+        _attached.get(model, {}).pop(self._engine.adapter_name, None)
         self._blender.clear()
         for name in self.adapters:
             self._tier.remove(name)
@@ -543,8 +548,8 @@ class Swapper:
             ) from None
 
     def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
-        checkpoint = checkpoints.read(source, config=config, pin_memory=self._pins, **hub)
-        return Entry(name, live.converted(self._bound().model, checkpoint), route=self._route)
+        model = self._bound().model
+        return Entry(name, read(model, source, config=config, pin_memory=self._pins, **hub), route=self._route)
 
     @property
     def _pins(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from .. import live
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, each_config
 from ..engine import NEUTRAL_SCALING, Compiled, Entry
 from ..errors import NonFiniteError, RankError, UnsupportedError
 from ..live import Binding, Writes
@@ -249,11 +249,13 @@ def _weighted(ingredient: Ingredient, key: Any) -> Blend:
     entry, weight = ingredient
     refuse_unblendable(entry.adapter)
     adapter, checkpoint = entry.adapter, entry.adapter.checkpoint
-    config = dict(checkpoint.config)
-    config["lora_alpha"] = config.get("lora_alpha", 8) * weight
-    config["alpha_pattern"] = {name: alpha * weight for name, alpha in (config.get("alpha_pattern") or {}).items()}
+
+    def scaled(prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        pattern = {name: alpha * weight for name, alpha in (config.get("alpha_pattern") or {}).items()}
+        return {**config, "lora_alpha": config.get("lora_alpha", 8) * weight, "alpha_pattern": pattern}
+
     name = blend_name({entry.name: weight})
-    schema = checkpoint.schema.with_config(config)
+    schema = checkpoint.schema.with_config(each_config(checkpoint.config, scaled))
     blended = Checkpoint(schema, checkpoint.data, _version([ingredient], None), f"the blend {name}")
     targets = {
         fqn: replace(target, alpha=target.alpha * weight, scaling=target.scaling * weight)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import Schema, TensorSpec
+from ..checkpoint import Schema, TensorSpec, each_config
 from ..engine import Entry
 from ..errors import UnsupportedError
 from ..live import OUT_PROJ, Binding, Memory
@@ -189,6 +189,29 @@ def make_recipe(ingredients: Sequence[Ingredient], shrunk: Mapping[str, int], bi
 def _config(
     ingredients: Sequence[Ingredient], ranks: Mapping[str, int], binding: Binding, *, lora_bias: bool
 ) -> dict[str, Any]:
+    """The config of the blend, or that of each component."""
+    checkpoints = [entry.adapter.checkpoint for entry, _ in ingredients]
+    parts = {prefix: part.config for one in reversed(checkpoints) for prefix, part in one.components.items()}
+    bases = {**checkpoints[0].config}
+    if "components" in bases:
+        bases["components"] = {prefix.removesuffix("."): config for prefix, config in parts.items()}
+
+    def blended(prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        own = {fqn: rank for fqn, rank in ranks.items() if fqn.startswith(prefix)}
+        return _blended(config, prefix, ingredients, own, binding, lora_bias=lora_bias)
+
+    return each_config(bases, blended)
+
+
+def _blended(
+    config: Mapping[str, Any],
+    prefix: str,
+    ingredients: Sequence[Ingredient],
+    ranks: Mapping[str, int],
+    binding: Binding,
+    *,
+    lora_bias: bool,
+) -> dict[str, Any]:
     """The config by which PEFT loads the blend from a file: the first adapter's, where it is not of all of them."""
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -200,14 +223,14 @@ def _config(
         if isinstance(layer, ParamWrapper):
             root = f"{fqn.replace('.base_layer', '')}.{layer.parameter_name}"
         else:
-            modules.add(root)
-        by_key[root] = rank
+            modules.add(root.removeprefix(prefix))
+        by_key[root.removeprefix(prefix)] = rank
     usual = Counter(by_key.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(key)}": rank for key, rank in by_key.items() if rank != usual}
     parameters = next((e.adapter.target_parameters for e, _ in ingredients if e.adapter.target_parameters), ())
     whole = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     return {
-        **ingredients[0].entry.adapter.checkpoint.config,
+        **config,
         **whole,
         "r": usual,
         "lora_alpha": usual,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
+from ..checkpoint import each_config
 from ..methods import PARTS, Adapter, Target
 from .layout import Layout
 
@@ -18,14 +20,18 @@ def within(adapter: Adapter, layout: Layout, saved: Collection[str]) -> Adapter:
     kept = {fqn: specs for fqn, specs in adapter.saved.items() if fqn in saved}
     if len(targets) == len(adapter.targets) and len(kept) == len(adapter.saved):
         return adapter
-    stated = {
-        "target_modules": sorted(targets),
-        "exclude_modules": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": sorted(kept) or None,
-    }
-    checkpoint = adapter.checkpoint.under({**adapter.checkpoint.config, **stated})
+
+    def narrowed(prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:
+        stated = {
+            "target_modules": [fqn.removeprefix(prefix) for fqn in sorted(targets) if fqn.startswith(prefix)],
+            "exclude_modules": None,
+            "layers_pattern": None,
+            "layers_to_transform": None,
+            "modules_to_save": sorted(kept) or None,
+        }
+        return {**config, **stated}
+
+    checkpoint = adapter.checkpoint.under(each_config(adapter.checkpoint.config, narrowed))
     return replace(adapter, checkpoint=checkpoint, targets=targets, saved=kept)
 
 

@@ -4,7 +4,7 @@ Takes whatever a user calls an adapter; gives names, shapes, dtypes and values t
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
 """
 
-from .checkpoint import Checkpoint, Schema, TensorSpec
+from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from .sources import WEIGHTS_NAME, Source, config_dict, from_tensors, read
 
@@ -13,12 +13,14 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",
     "MAX_TENSORS",
+    "PEFT_PREFIX",
     "WEIGHTS_NAME",
     "Checkpoint",
     "Schema",
     "Source",
     "TensorSpec",
     "config_dict",
+    "each_config",
     "from_tensors",
     "read",
 ]

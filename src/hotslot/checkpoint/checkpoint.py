@@ -27,6 +27,8 @@ _THREADS = 8
 
 Fill: TypeAlias = Callable[[int, int], None]  # (start, stop): brings these bytes
 
+PEFT_PREFIX = "base_model.model."  # of the names in a file of PEFT's
+
 # PEFT holds these as sets, and writes them in an order of the moment.
 _SETS = ("target_modules", "exclude_modules")
 
@@ -43,6 +45,9 @@ class TensorSpec(NamedTuple):
 
 class Schema:
     """All of an adapter but its values. Adapters of one family, saved alike, share one; so does what is made of it.
+
+    An adapter of several models, such as a pipeline's, has a config of its own for each: `config["components"]` is the
+    name of a model → the config, and the names of the model's tensors begin with its name.
 
     Attributes:
         config: the content of adapter_config.json, read-only.
@@ -68,6 +73,7 @@ class Schema:
     def with_config(self, config: dict[str, Any]) -> Schema:
         """The same tensors under another config."""
         twin = copy.copy(self)
+        twin.__dict__.pop("components", None)
         twin.config = MappingProxyType(config)
         twin.digest = xxhash.xxh3_128_digest(self.digest + json.dumps(config, sort_keys=True, default=str).encode())
         return twin
@@ -80,6 +86,19 @@ class Schema:
         return dict(zip(self.tensors, pieces, strict=True))
 
     @cached_property
+    def components(self) -> Mapping[str, Schema]:
+        """What stands before a model's module paths → what is of this model; "" → itself for an adapter of one."""
+        configs = self.config.get("components")
+        if configs is None:
+            return MappingProxyType({"": self})
+        specs: dict[str, list[TensorSpec]] = {f"{name}.": [] for name in configs}
+        for spec in self.tensors.values():
+            path = spec.name.removeprefix(PEFT_PREFIX)
+            prefix = path[: path.find(".") + 1]
+            specs[prefix].append(spec._replace(name=PEFT_PREFIX + path.removeprefix(prefix)))
+        return MappingProxyType({f"{name}.": Schema(config, specs[f"{name}."]) for name, config in configs.items()})
+
+    @cached_property
     def _sizes(self) -> list[list[int]]:
         """Of each run the numbers of elements of its tensors."""
         sizes: list[list[int]] = []
@@ -90,6 +109,16 @@ class Schema:
             sizes[-1].append((spec.stop - spec.start) // spec.dtype.itemsize)
             last = spec
         return sizes
+
+
+def each_config(
+    config: Mapping[str, Any], change: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The config, or that of each component, changed; `change` gets what stands before the model's paths, and it."""
+    if "components" not in config:
+        return change("", config)
+    changed = {name: change(f"{name}.", part) for name, part in config["components"].items()}
+    return {**config, "components": changed}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +181,14 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return self.data.numel()
+
+    @property
+    def components(self) -> dict[str, Checkpoint]:
+        """What stands before a model's module paths → the adapter of this model; "" → itself for an adapter of one."""
+        return {
+            prefix: self if schema is self.schema else replace(self, schema=schema, version=f"{self.version}.{prefix}")
+            for prefix, schema in self.schema.components.items()
+        }
 
     def under(self, config: dict[str, Any]) -> Checkpoint:
         """The same tensors, and the same version, under another config."""

@@ -61,6 +61,28 @@ def read(
     """
     if isinstance(source, Checkpoint):
         return source
+    found = _read(source, config, subfolder, revision, cache_dir, token, pin_memory=pin_memory)
+    if "components" in found.config:  # which `hotslot.pipelines` alone states
+        raise ConfigError(
+            f"{found.origin} says that it is one of several models.",
+            where="components",
+            found=f"{found.config['components']!r:.80}",
+            expected="the adapter of one model",
+            hint=_SAVE_AGAIN,
+        )
+    return found
+
+
+def _read(
+    source: Any,
+    config: Any,
+    subfolder: str | None,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    *,
+    pin_memory: bool,
+) -> Checkpoint:
     if isinstance(source, Mapping):
         if config is None:
             raise ConfigError(

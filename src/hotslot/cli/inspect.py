@@ -224,7 +224,7 @@ def _shape(target: Target) -> str:
 def _unusual(adapter: Adapter) -> list[str]:
     config, total = adapter.checkpoint.config, len(adapter.targets)
     notes = []
-    if adapter.use_rslora:
+    if any(target.use_rslora for target in adapter.targets.values()):
         notes.append("rsLoRA: the scaling is alpha / sqrt(rank)")
     for key, default, what in (("rank_pattern", "r", "rank"), ("alpha_pattern", "lora_alpha", "alpha")):
         if patterns := config.get(key):
@@ -244,8 +244,8 @@ def _unusual(adapter: Adapter) -> list[str]:
                 f"carries a copy of the base model's {fqn}.{name} ({size}), compared with the model's when loaded"
             )
     notes += _unusual_layers(adapter)
-    if adapter.dropout:
-        notes.append(f"lora_dropout {adapter.dropout:g}, which acts in training only")
+    if dropout := max((target.dropout for target in adapter.targets.values()), default=0.0):
+        notes.append(f"lora_dropout {dropout:g}, which acts in training only")
     if idle := sum(_adds_nothing(adapter, target) for target in adapter.targets.values()):
         what = "untrained" if idle == total else "partly untrained"
         notes.append(f"{what}: the up-projections of {idle} of {total} modules are zero, so that they add nothing")

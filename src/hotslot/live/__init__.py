@@ -4,10 +4,11 @@ Takes a model and Blocks; changes parameters, scalings and PEFT's own records of
 touches a live model, and the first of the line that imports peft.
 """
 
+from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .conversion import converted
-from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, unwrap
+from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
@@ -18,7 +19,7 @@ from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .skeleton import hollow
 from .slots import Slot, find_slots
-from .state import Records, build_config, neutral_records, refuse_unsupported_resident
+from .state import Records, build_config, refuse_unsupported_resident
 from .targets import matching_targets
 from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
 from .tying import as_loaded
@@ -28,6 +29,7 @@ __all__ = [
     "NO_MERGES",
     "OUT_PROJ",
     "PRISTINE",
+    "Assembly",
     "Binding",
     "Image",
     "Injection",
@@ -53,7 +55,6 @@ __all__ = [
     "is_compiled",
     "matching_targets",
     "model_of",
-    "neutral_records",
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",
@@ -63,6 +64,7 @@ __all__ = [
     "refuse_untied",
     "remove",
     "residents",
+    "roots",
     "saved_modules",
     "slot_shapes",
     "tied_modules",

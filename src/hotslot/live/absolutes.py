@@ -23,7 +23,7 @@ from .discover import adapter_names, lora_layers, unwrap
 from .pristine import InMemory, Store, stores
 from .room import cut_to
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
-from .state import peft_config
+from .state import peft_configs
 from .state_dict import SavedModule, ShownTokens
 from .tokens import (
     PLACES,
@@ -337,12 +337,14 @@ class Absolutes:
 
     def _take_in_lost_biases(self, model: nn.Module) -> None:
         """Sites of all biases that an adapter of PEFT's may have written over before hotslot came."""
-        config = peft_config(model, self._adapter_name)
-        if config is None or not _has_biases(config):
+        configs = {prefix: found.get(self._adapter_name) for prefix, found in peft_configs(model).items()}
+        biased = {prefix: config.bias for prefix, config in configs.items() if config and _has_biases(config)}
+        if not biased:
             return
         adapted = {fqn.replace(".base_layer", "") for fqn, _ in lora_layers(model)}
         for fqn, module in base_biases(model).items():
-            if config.bias == "all" or fqn in adapted:
+            bias = next((bias for prefix, bias in biased.items() if fqn.startswith(prefix)), "none")
+            if bias == "all" or (bias == "lora_only" and fqn in adapted):
                 key, holder = ("", f"{fqn}.bias"), module._parameters
                 self.sites[key] = Site(holder, "bias", holder["bias"], None, [], lost=True)
                 self._foreign.add(key)
@@ -430,13 +432,13 @@ class Absolutes:
         model = self._model()
         if not missing or model is None:
             return
-        configs = getattr(model, "peft_config", None) or {}
-        rivals = [name for name, config in configs.items() if name != self._adapter_name and _has_biases(config)]
+        configs = [(name, config) for found in peft_configs(model).values() for name, config in found.items()]
+        rivals = [one for one in configs if one[0] != self._adapter_name and _has_biases(one[1])]
         if rivals:
             raise UnsupportedError(
                 f"{adapter.checkpoint.origin} carries biases of the base model, and so does another adapter on it.",
                 where="bias",
-                found=f"bias of {rivals[0]!r}: {configs[rivals[0]].bias!r}",
+                found=f"bias of {rivals[0][0]!r}: {rivals[0][1].bias!r}",
                 expected="one adapter with biases, as in PEFT",
                 hint="use a model of its own for this adapter",
             )

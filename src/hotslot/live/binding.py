@@ -15,7 +15,8 @@ from ..checkpoint import Schema
 from ..errors import ModelError
 from ..methods import PARTS, Adapter
 from .absolutes import Absolutes, Key, Merge
-from .discover import is_compiled, unwrap
+from .assembly import Assembly
+from .discover import is_compiled, roots, unwrap
 from .dropout import SlotDropout
 from .ledger import Ledger
 from .memory import Homes, Image, Writes, bind, note_sizes
@@ -23,7 +24,7 @@ from .merging import Merger
 from .resident import Resident
 from .scaling import ScalingMap
 from .slots import Slot, compact
-from .state import Records, adapter_records, build_config, neutral_records
+from .state import Records, adapter_records, neutral_records
 from .state_dict import TrueRank
 from .tokens import refuse_compiled_tokens
 
@@ -65,6 +66,7 @@ class Binding:
         resident: bool = False,
     ) -> None:
         self._model = weakref.ref(unwrap(model))
+        self._prefixes = tuple(roots(model))
         self.slots = slots
         self.arena = arena
         self.hooks: dict[str, TrueRank] = {}
@@ -135,11 +137,27 @@ class Binding:
     def records(self, adapter: Adapter) -> Records:
         """PEFT's records that describe `adapter` in the slots; made once for all checkpoints of its schema."""
         if not adapter.targets:
-            return neutral_records(self.slots)
+            return self.neutral_records()
         schema = adapter.checkpoint.schema
         if schema not in self._records:
-            self._records[schema] = adapter_records(adapter, self.slots, build_config(adapter.checkpoint))
+            self._records[schema] = adapter_records(adapter, self.slots)
         return self._records[schema]
+
+    def neutral_records(self) -> Records:
+        """PEFT's records of slots that add nothing."""
+        return neutral_records(self.slots, self._prefixes)
+
+    def hide_unused(self) -> None:
+        """Show no config on members of an Assembly that the adapter which came with it is not for."""
+        records = self.capture()
+        used = [fqn for fqn, rank in self._ranks.items() if rank]
+        configs = {
+            prefix: config
+            for prefix, config in records.configs.items()
+            if not prefix or any(fqn.startswith(prefix) for fqn in used)
+        }
+        if len(configs) < len(records.configs):
+            self.apply(records._replace(configs=configs), records)
 
     def capture(self) -> Records:
         """PEFT's records as they are now."""
@@ -156,6 +174,9 @@ class Binding:
 
     def refuse_if_replaced(self) -> None:
         """Raise if the model no longer has one of the parameters."""
+        model = self._model()
+        if isinstance(model, Assembly):
+            model.refuse_if_replaced()
         self.memory.refuse_if_replaced()
         self.absolutes.refuse_if_replaced()
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .assembly import Assembly
+
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
@@ -27,24 +29,38 @@ def model_of(holder: Any) -> Any:
     return held if isinstance(held, nn.Module) else holder
 
 
+def roots(model: nn.Module) -> dict[str, nn.Module]:
+    """What stands before its modules' paths → model, for each model that keeps PEFT's configs: itself, or members."""
+    model = unwrap(model)
+    if isinstance(model, Assembly):
+        return {f"{name}.": unwrap(member) for name, member in model.named_children()}
+    return {"": model}
+
+
 def callable_roots(model: nn.Module) -> list[nn.Module]:
-    """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within."""
+    """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within.
+
+    Of an Assembly those of each member.
+    """
     from peft import AdaptionPromptModel, PeftModel
     from peft.tuners.tuners_utils import BaseTuner
 
-    roots = [unwrap(model)]
-    while isinstance(roots[-1], (PeftModel, BaseTuner, AdaptionPromptModel)):
-        outer: Any = roots[-1]
+    if isinstance(unwrap(model), Assembly):
+        return [root for member in roots(model).values() for root in callable_roots(member)]
+    found = [unwrap(model)]
+    while isinstance(found[-1], (PeftModel, BaseTuner, AdaptionPromptModel)):
+        outer: Any = found[-1]
         inner = outer.base_model if isinstance(outer, PeftModel) else outer.model
         if not isinstance(inner, nn.Module):
             break
-        roots.append(unwrap(inner))
-    return roots
+        found.append(unwrap(inner))
+    return found
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The base model within whatever PEFT and torch.compile have put around it."""
-    return callable_roots(model)[-1]
+    """The base model within whatever PEFT and torch.compile have put around it; an Assembly itself."""
+    model = unwrap(model)
+    return model if isinstance(model, Assembly) else callable_roots(model)[-1]
 
 
 def is_compiled(model: nn.Module) -> bool:

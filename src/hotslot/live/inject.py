@@ -18,7 +18,7 @@ from ..block import SlotShape
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import MAGNITUDE, Adapter
 from .base import base_modules, parameter_name
-from .discover import canonical_name, lora_layers, unwrap
+from .discover import canonical_name, lora_layers, roots, unwrap
 from .photo import ABSENT, Photo
 from .quantised import has_bias, is_repacked
 from .saved import refuse_adapted_and_saved, saved_wrappers
@@ -31,7 +31,14 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.floa
 
 @dataclass(frozen=True, eq=False)
 class Injection:
-    """What `inject` has done, for `remove`."""
+    """What `inject` has done, for `remove`: on a model, or on each member of an Assembly."""
+
+    roots: list[_Injected]
+
+
+@dataclass(frozen=True, eq=False)
+class _Injected:
+    """What was done to one model that keeps PEFT's configs of its own."""
 
     model: weakref.ref[nn.Module]
     adapter_name: str
@@ -218,31 +225,37 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
     PEFT makes the layers; it is told the modules by name, because its rank_pattern of hundreds of regular expressions
     takes seconds (9 s for 840 modules). `bind` gives them their ranks.
     """
-    outer = unwrap(model)
-    get_base_model: Any = getattr(outer, "get_base_model", None)
-    inner: nn.Module = get_base_model() if get_base_model is not None else outer
-    photo = Photo(inner)
-    try:
-        return _inject(model, inner, adapter_name, shapes, photo)
-    except BaseException:
-        photo.put_back()
-        raise
+    injection = Injection([])
+    for prefix, root in roots(model).items():
+        own = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
+        if not own:
+            continue
+        get_base_model: Any = getattr(root, "get_base_model", None)
+        inner: nn.Module = get_base_model() if get_base_model is not None else root
+        photo = Photo(inner)
+        try:
+            injection.roots.append(_inject(root, inner, adapter_name, own, photo))
+        except BaseException:
+            photo.put_back()
+            remove(injection)
+            raise
+    return injection
 
 
 def _inject(
     model: nn.Module, inner: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape], photo: Photo
-) -> Injection:
+) -> _Injected:
     from peft import inject_adapter_in_model
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
-    roots = {names[fqn.removesuffix(OUT_PROJ)] for fqn, shape in shapes.items() if shape.parameter is None}
+    targeted = {names[fqn.removesuffix(OUT_PROJ)] for fqn, shape in shapes.items() if shape.parameter is None}
     parameters = [
         f"{names[fqn.replace('.base_layer', '')]}.{shape.parameter}"
         for fqn, shape in shapes.items()
         if shape.parameter is not None
     ]
-    _refuse_compiled_targets([*roots, *(parameter.rpartition(".")[0] for parameter in parameters)])
+    _refuse_compiled_targets([*targeted, *(parameter.rpartition(".")[0] for parameter in parameters)])
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
@@ -251,9 +264,9 @@ def _inject(
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
         warnings.simplefilter("ignore")
-        config, targets = _injection_config(shapes), {f"{root}.lora_A.weight": torch.empty(0) for root in roots}
+        config, targets = _injection_config(shapes), {f"{root}.lora_A.weight": torch.empty(0) for root in targeted}
         if parameters:  # which PEFT does not take together with a state_dict
-            config.target_modules = f"^({'|'.join(map(re.escape, sorted(roots)))})$" if roots else set()
+            config.target_modules = f"^({'|'.join(map(re.escape, sorted(targeted)))})$" if targeted else set()
             config.target_parameters = parameters
         inject_adapter_in_model(config, inner, adapter_name, state_dict=None if parameters else targets)
     after = _layers_with_parents(inner)
@@ -266,7 +279,7 @@ def _inject(
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
-    injection = Injection(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
+    injection = _Injected(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
             injection.replaced.append((parent._modules, child, layer.get_base_layer(), layer))
@@ -374,6 +387,11 @@ def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
 
 def remove(injection: Injection) -> None:
     """Undo `inject`: the base layers back in their places, the model's attributes as they were."""
+    for injected in injection.roots:
+        _remove(injected)
+
+
+def _remove(injection: _Injected) -> None:
     name = injection.adapter_name
     for layer, active in injection.joined:
         with warnings.catch_warnings():

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from .discover import roots
 from .dropout import SlotDropout
 from .scaling import ScalingMap
 from .slots import Slot
-from .state import Columns, Records, peft_config, unused_columns
+from .state import Columns, Records, peft_configs, unused_columns
 
 _WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias", "use_dora")  # attributes of a layer: dicts by adapter name
 _MUTABLE = (list, dict, set)
@@ -92,6 +93,7 @@ class Ledger:
         dropouts = [_dropout_record(layer.lora_dropout[name]) for layer in self._layers]
         self._columns += [(dropouts, ["p"] * len(slots)), ([ranks] * len(slots), list(slots))]
         self._unused = unused_columns(slots)
+        self._configs: dict[str, Any] = {}  # the model's config objects, those that are not shown too
         self._said: Columns | None = None  # by `apply`, when there had been so many edits:
         self._edits = 0
 
@@ -100,12 +102,14 @@ class Ledger:
 
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
-        config = peft_config(model, self._adapter_name)
+        configs = peft_configs(model) if model is not None else {}
         known: Columns = ()
         if self._said is not None and self._edits == _edits[0]:
             known = self._said[: self._watched]
         read = (tuple(map(dict.__getitem__, *column)) for column in self._columns[len(known) :])
-        return Records((*known, *read), dict(config.__dict__) if config is not None else None)
+        name = self._adapter_name
+        own = {prefix: dict(found[name].__dict__) for prefix, found in configs.items() if name in found}
+        return Records((*known, *read), own)
 
     def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
         """Make the model's records say `records`, of which `current` is known to be said already.
@@ -119,17 +123,25 @@ class Ledger:
             if old != new:
                 for holder, key, value in zip(holders, keys, new, strict=True):
                     dict.__setitem__(holder, key, value)
-        config = peft_config(model, self._adapter_name)
-        if config is not None and records.config is not None:
-            # The model's copy: who edits it must not edit the adapter's.
-            stated = {
-                key: copy.copy(value) if isinstance(value, _MUTABLE) else value for key, value in records.config.items()
-            }
-            stated["inference_mode"] = config.__dict__["inference_mode"]
-            for key in config.__dict__.keys() - stated.keys():
-                del config.__dict__[key]
-            config.__dict__.update(stated)
+        if model is not None:
+            self._apply_configs(records.configs, model)
         self._said = columns
+
+    def _apply_configs(self, configs: Mapping[str, Mapping[str, Any]], model: nn.Module) -> None:
+        name = self._adapter_name
+        for prefix, root in roots(model).items():
+            shown = getattr(root, "peft_config", None) or {}
+            if name in shown:
+                self._configs[prefix] = shown[name]
+            if prefix in configs and prefix in self._configs:
+                config = self._configs[prefix]
+                _state(config, configs[prefix])
+                if prefix and name not in shown:
+                    root.__dict__.update(peft_config={**shown, name: config}, _hf_peft_config_loaded=True)
+            elif prefix and name in shown:  # a fresh load puts nothing of the adapter on this member of an Assembly
+                del shown[name]
+                if not shown:
+                    del root.__dict__["peft_config"], root.__dict__["_hf_peft_config_loaded"]
 
     def _widened(self, columns: Columns) -> Columns:
         """Records that were taken before the last slots were added say that those are not in use."""
@@ -143,6 +155,16 @@ class Ledger:
         for layer, key in self._records():
             if type(layer.__dict__[key]) is RecordMap and not isinstance(layer.scaling, ScalingMap):
                 layer.__dict__[key] = dict(layer.__dict__[key])
+
+
+def _state(config: Any, stated: Mapping[str, Any]) -> None:
+    """Let the config object say this, and be the same object."""
+    # The model's copy: who edits it must not edit the adapter's.
+    attributes = {key: copy.copy(value) if isinstance(value, _MUTABLE) else value for key, value in stated.items()}
+    attributes["inference_mode"] = config.__dict__["inference_mode"]
+    for key in config.__dict__.keys() - attributes.keys():
+        del config.__dict__[key]
+    config.__dict__.update(attributes)
 
 
 def _dropout_record(dropout: nn.Module) -> dict[str, Any]:

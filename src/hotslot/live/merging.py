@@ -12,21 +12,21 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import PEFT_PREFIX, Checkpoint
 from ..errors import ModelError, NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
-from .discover import unwrap
+from .discover import roots, unwrap
 from .merges import ByPeft, Constant, Keeping, LowRank, Merges, Rotated, Scaled, merge_once
 from .pristine import PRISTINE, Stores, stores
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
 
-_PREFIX = "base_model.model."
 _HALVES = (torch.float16, torch.bfloat16)
 _FAILURES = (NotImplementedError, ValueError, TypeError, AttributeError, RuntimeError)  # of PEFT's layers
 
@@ -62,14 +62,16 @@ class Merger:
             holder, key = places[name]
             return self._absolutes.own(("", name), holder[key])
 
+        prepared: list[Merge | None] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's and torch's advice to whoever trains
-            skeleton = load(model, checkpoint, own)
-            found = list(units(skeleton))
-            prepared = [
-                _prepare(unit, checkpoint, own, places, self._fused) for unit in found if unit.fqn not in besides
-            ]
-            prepared += _stated(checkpoint, [unit.fqn for unit in found], places)
+            for prefix, part in checkpoint.components.items():
+                skeleton = load(roots(model)[prefix], part, partial(_within, prefix, own))
+                found = [Unit(prefix + unit.fqn, unit.layer) for unit in units(skeleton)]
+                prepared += [
+                    _prepare(unit, checkpoint, own, places, self._fused) for unit in found if unit.fqn not in besides
+                ]
+                prepared += _stated(part, prefix, [unit.fqn for unit in found], places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
             self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
             return self.priced(kept)
@@ -128,11 +130,11 @@ def outline_bytes(model: nn.Module, checkpoint: Checkpoint) -> int:
     Raises:
         ConfigError, UnsupportedError, TensorError, ShapeError: as `Merger.prepare`, if it can be told.
     """
+    nbytes = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        empty = outline(model, checkpoint)
-        nbytes = 0
-        for unit in units(empty) if empty is not None else ():
+        outlines = [outline(roots(model)[prefix], part) for prefix, part in checkpoint.components.items()]
+        for unit in [unit for empty in outlines if empty is not None for unit in units(empty)]:
             nbytes += sum(param.nbytes for param in base_of(unit.layer).parameters(recurse=False))
             try:
                 merge_once(unit.layer)
@@ -200,11 +202,15 @@ def _prepare(
     return Constant(keys, wanted)
 
 
-def _stated(checkpoint: Checkpoint, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
+def _within(prefix: str, own: Callable[[str], torch.Tensor], path: str) -> torch.Tensor:
+    return own(prefix + path)
+
+
+def _stated(checkpoint: Checkpoint, prefix: str, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
     """What the file itself has of the base's tensors where PEFT puts nothing: biases, weights of embeddings."""
     inside = tuple(f"{fqn}." for fqn in fqns)
     for name in checkpoint.tensors:
-        path = name.removeprefix(_PREFIX)
+        path = prefix + name.removeprefix(PEFT_PREFIX)
         if path.startswith(inside) or path not in places:
             continue
         holder, key = places[path]

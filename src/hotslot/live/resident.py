@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
 from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
-from .discover import callable_roots, innermost, unwrap
+from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
 from .padding import at_random, why_inexact
@@ -243,7 +243,7 @@ class Resident:
         }
         plain = self._plain.read_from(new), extents
         values = self._values(skeleton, new, given)
-        return values, Records(unused_columns({}), dict(vars(peft_config(skeleton, self._name))), plain)
+        return values, Records(unused_columns({}), {"": dict(vars(peft_config(skeleton, self._name)))}, plain)
 
     def _values(
         self, skeleton: nn.Module, new: Mapping[str, Leaf], given: Checkpoint | None
@@ -405,8 +405,13 @@ def method_of(config: PeftConfig) -> str:
 
 def residents(model: nn.Module) -> dict[str, str]:
     """Name → method of all adapters that are on the model."""
-    configs = getattr(unwrap(model), "peft_config", None) or getattr(innermost(model), "peft_config", None)
-    return {name: method_of(config) for name, config in configs.items()} if isinstance(configs, Mapping) else {}
+    found: dict[str, str] = {}
+    for root in roots(model).values():
+        configs = getattr(root, "peft_config", None) or getattr(innermost(root), "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            if found.get(name, "LORA") == "LORA":  # an Assembly's members may have several of one name
+                found[name] = method_of(config)
+    return found
 
 
 def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:

@@ -111,10 +111,10 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         attributes = dict(module.__dict__)
         attributes.update({name: OrderedDict() for name in _HOOKS if name in attributes})
         # An instance's own forward is that of the original; accelerate's hooks and compiled calls are.
-        for name in ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward"):
+        for name in ("forward", "_compiled_call_impl", "_hf_hook", "_old_forward", "_diffusers_hook"):
             attributes.pop(name, None)
-        # PEFT writes into these, and so does transformers.
-        for name in ("peft_config", "_hf_peft_config_loaded"):
+        # PEFT writes into these, and so do transformers and diffusers.
+        for name in ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs"):
             attributes.pop(name, None)
         if "config" in attributes:
             attributes["config"] = copy.deepcopy(attributes["config"])

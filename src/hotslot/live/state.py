@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from ..checkpoint import Checkpoint, Schema, config_dict
 from ..errors import ConfigError, UnsupportedError
 from ..methods import MAGNITUDE, Adapter, neutral_config, refuse_unsupported_options, trained_otherwise
-from .discover import unwrap
+from .discover import roots
 from .slots import Slot
 
 # A slot that no live adapter fills keeps a rank and a scaling of 1, so that PEFT's alpha / r stays a number.
@@ -39,14 +39,16 @@ class SlotRecord(NamedTuple):
 
 
 class Records(NamedTuple):
-    """All records of one adapter, and the attributes of its peft config (None where the model has none).
+    """All records of one adapter.
 
-    `columns` are the slots' SlotRecords column by column: all r, all lora_alpha, and so on. `plain` is all that PEFT
-    keeps beside tensors of an adapter that no slots hold; see `hotslot.live.resident`.
+    `configs` are the attributes of its peft configs, by what `roots` says stands before their modules' paths: where a
+    model has one, and of the members of an Assembly those that the adapter is for. `columns` are the slots' SlotRecords
+    column by column: all r, all lora_alpha, and so on. `plain` is all that PEFT keeps beside tensors of an adapter that
+    no slots hold; see `hotslot.live.resident`.
     """
 
     columns: Columns
-    config: dict[str, Any] | None
+    configs: Mapping[str, dict[str, Any]]
     plain: tuple[Any, ...] = ()
 
 
@@ -54,17 +56,23 @@ def _columns(records: list[SlotRecord]) -> Columns:
     return tuple(zip(*records, strict=True)) or ((),) * len(SlotRecord._fields)
 
 
-def peft_config(model: nn.Module | None, adapter_name: str) -> Any:
-    """The model's config object for this adapter, or None."""
-    configs = getattr(unwrap(model), "peft_config", None) if model is not None else None
-    return configs.get(adapter_name) if isinstance(configs, Mapping) else None
+def peft_configs(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `roots` says stands before the modules' paths → adapter name → PEFT's config object."""
+    found = {prefix: getattr(root, "peft_config", None) for prefix, root in roots(model).items()}
+    return {prefix: configs for prefix, configs in found.items() if isinstance(configs, dict)}
+
+
+def peft_config(model: nn.Module, adapter_name: str) -> Any:
+    """The config object of a model that is no Assembly for this adapter, or None."""
+    return peft_configs(model).get("", {}).get(adapter_name)
 
 
 def refuse_unsupported_resident(model: nn.Module, adapter_name: str) -> None:
     """Raise if the adapter that is on the model keeps more than slots hold: a swap would leave that behind."""
-    config = peft_config(model, adapter_name)
-    if config is not None:
-        refuse_unsupported_options(config_dict(config), f"the adapter {adapter_name!r} on the model")
+    for configs in peft_configs(model).values():
+        if adapter_name in configs:
+            options = config_dict(configs[adapter_name])
+            refuse_unsupported_options(options, f"the adapter {adapter_name!r} on the model")
 
 
 _configs: weakref.WeakKeyDictionary[Schema, Any] = weakref.WeakKeyDictionary()
@@ -127,32 +135,46 @@ def _build(options: Mapping[str, Any], origin: str) -> Any:
         ) from error
 
 
-def adapter_records(adapter: Adapter, slots: Mapping[str, Slot], config: Any) -> Records:
+def adapter_records(adapter: Adapter, slots: Mapping[str, Slot]) -> Records:
     """The records that describe `adapter` in these slots."""
+    configs = {
+        prefix: dict(build_config(part).__dict__)
+        for prefix, part in adapter.checkpoint.components.items()
+        if not prefix or any(fqn.startswith(prefix) for fqn in adapter.targets)
+    }
     records = []
     for fqn, slot in slots.items():
         target = adapter.targets.get(fqn)
         if target is None:
-            records.append(_unused(slot, adapter.dropout))
+            records.append(_unused(slot))
         else:
             bias, dora = "lora_B.bias" in target.parts, MAGNITUDE in target.parts
-            record = SlotRecord(target.rank, target.alpha, adapter.use_rslora, bias, dora, adapter.dropout, target.rank)
-            records.append(record)
-    return Records(_columns(records), dict(config.__dict__))
+            options = target.use_rslora, bias, dora, target.dropout
+            records.append(SlotRecord(target.rank, target.alpha, *options, target.rank))
+    return Records(_columns(records), configs)
 
 
-def neutral_records(slots: Mapping[str, Slot]) -> Records:
-    """The records of slots that add nothing."""
-    config = _build(neutral_config({fqn: slot.neutral_rank for fqn, slot in slots.items()}), "the empty slot")
+def neutral_records(slots: Mapping[str, Slot], prefixes: Iterable[str]) -> Records:
+    """The records of slots that add nothing.
+
+    Args:
+        slots: all of an adapter name.
+        prefixes: what `roots` says stands before their paths.
+    """
+    configs = {}
+    for prefix in prefixes:
+        ranks = {fqn.removeprefix(prefix): slot.neutral_rank for fqn, slot in slots.items() if fqn.startswith(prefix)}
+        if ranks or not prefix:
+            configs[prefix] = dict(_build(neutral_config(ranks), "the empty slot").__dict__)
     # Shown at its smallest rank, all zeros: what is saved loads again, and adds nothing.
-    records = [_unused(slot, 0.0)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
-    return Records(_columns(records), dict(config.__dict__))
+    records = [_unused(slot)._replace(shown_rank=slot.neutral_rank) for slot in slots.values()]
+    return Records(_columns(records), configs)
 
 
 def unused_columns(slots: Mapping[str, Slot]) -> Columns:
     """`Records.columns` of slots that the live adapter does not target."""
-    return _columns([_unused(slot, 0.0) for slot in slots.values()])
+    return _columns([_unused(slot) for slot in slots.values()])
 
 
-def _unused(slot: Slot, dropout: float) -> SlotRecord:
-    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, False, dropout, 0)
+def _unused(slot: Slot) -> SlotRecord:
+    return SlotRecord(slot.neutral_rank, slot.neutral_rank, False, False, False, 0.0, 0)

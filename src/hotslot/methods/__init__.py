@@ -7,6 +7,7 @@ with the config. Knows nothing of a model: whether the adapter fits one is decid
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 from ..checkpoint import Checkpoint, Schema
 from ..errors import UnsupportedError
@@ -61,6 +62,10 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     known = _known.get(checkpoint.schema)
     if known is not None:
         return Adapter(checkpoint, *known)
+    if "components" in checkpoint.config:
+        adapter = _of_components(checkpoint)
+        _known[checkpoint.schema] = adapter.meaning
+        return adapter
     method = checkpoint.config.get("peft_type")
     interpreter = _INTERPRETERS.get(method) if isinstance(method, str) else None
     if interpreter is None:
@@ -74,3 +79,25 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     adapter = interpreter(checkpoint)
     _known[checkpoint.schema] = adapter.meaning
     return adapter
+
+
+def _of_components(checkpoint: Checkpoint) -> Adapter:
+    """Each model's part interpreted by itself, and all of it as one."""
+    places = {spec.start: spec for spec in checkpoint.tensors.values() if spec.start < spec.stop}
+    targets, lora_bias = {}, False
+    for prefix, part in checkpoint.components.items():
+        adapter = interpret(part)
+        lora_bias |= adapter.lora_bias
+        for target in adapter.targets.values():
+            fqn, parts = prefix + target.fqn, {suffix: places[spec.start] for suffix, spec in target.parts.items()}
+            targets[fqn] = replace(target, fqn=fqn, parts=parts)
+        more = [*adapter.base_copies, *adapter.saved, *adapter.biases, *adapter.tokens, *adapter.target_parameters]
+        if more:
+            raise UnsupportedError(
+                f"{checkpoint.origin} has more than LoRA matrices for one of a pipeline's components.",
+                where=f"{prefix}{more[0]}",
+                found="whole modules, biases, tokens or bare parameters",
+                expected="A, B, bias and magnitude",
+                hint="attach to the component alone: hotslot.attach(pipe.unet, …)",
+            )
+    return Adapter(checkpoint, targets, {}, {}, {}, {}, (), lora_bias)

@@ -63,6 +63,8 @@ class Target:
         alpha: the config's lora_alpha for this module.
         scaling: the factor on the branch, alpha / R or alpha / sqrt(R) (https://arxiv.org/abs/2312.03732).
         parts: suffix → where its values are in the checkpoint.
+        use_rslora: whether the scaling is the second of these.
+        dropout: before A, in training.
     """
 
     fqn: str
@@ -70,12 +72,14 @@ class Target:
     alpha: float
     scaling: float
     parts: Mapping[str, TensorSpec]
+    use_rslora: bool
+    dropout: float
 
 
 # All of an Adapter but its checkpoint, in the order of the fields.
 Meaning: TypeAlias = (
     "tuple[Mapping[str, Target], Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Mapping[str, TensorSpec]],"
-    " Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Tokens], tuple[str, ...], bool, bool, float]"
+    " Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Tokens], tuple[str, ...], bool]"
 )
 
 
@@ -101,12 +105,10 @@ class Adapter:
     biases: Mapping[str, Mapping[str, TensorSpec]]
     tokens: Mapping[str, Tokens]
     target_parameters: tuple[str, ...]
-    use_rslora: bool
     lora_bias: bool
-    dropout: float
 
     @property
     def meaning(self) -> Meaning:
         """What holds for every checkpoint of the same schema."""
         parts = self.targets, self.base_copies, self.saved, self.biases, self.tokens
-        return *parts, self.target_parameters, self.use_rslora, self.lora_bias, self.dropout
+        return *parts, self.target_parameters, self.lora_bias

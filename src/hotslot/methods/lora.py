@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from ..checkpoint import Checkpoint, TensorSpec
+from ..checkpoint import PEFT_PREFIX, Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
 from .base import MAGNITUDE, PARTS, Adapter, Target
 from .patterns import Rules, refuse_endless
@@ -61,7 +61,6 @@ _NESTED = ".base_layer"  # where PEFT keeps what a layer of its own stands aroun
 _BIASES = ("none", "all", "lora_only")
 _LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
 _SAVE_AGAIN = "the config was edited or belongs to another adapter: save the adapter again with save_pretrained"
-_PREFIX = "base_model.model."
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
 _BASE_COPY = re.compile(
@@ -81,6 +80,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     refuse_unsupported_options(config, origin)
     _refuse_bad_values(config, origin)
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
+    dropout = float(config.get("lora_dropout") or 0.0)
     targets = {}
     parameters = _strings(config, "target_parameters", origin)
     _refuse_on_parameters(config, parameters, origin)
@@ -108,14 +108,11 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
             )
         rank, alpha = stated.pop()
         _check_parts(fqn, parts, rank, config, origin)
-        targets[fqn] = Target(fqn, rank, alpha, alpha / math.sqrt(rank) if use_rslora else alpha / rank, parts)
-    dropout = float(config.get("lora_dropout") or 0.0)
+        scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        targets[fqn] = Target(fqn, rank, alpha, scaling, parts, use_rslora, dropout)
     if variant := trained_otherwise(config):
         logger.warning("%s is taken as plain LoRA: %s is for training only", origin, ", ".join(variant))
-    return Adapter(
-        checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, tokens, parameters, use_rslora, lora_bias,
-        dropout,
-    )  # fmt: skip
+    return Adapter(checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, tokens, parameters, lora_bias)
 
 
 def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -339,7 +336,7 @@ def split_key(name: str) -> tuple[str, str] | None:
     if last not in PARTS:  # lora_embedding_A has no tensor name behind it, lora_A.weight has
         head, _, container = head.rpartition(".")
         last = container if (container, last) == (MAGNITUDE, "weight") else f"{container}.{last}"
-    path = head.removeprefix(_PREFIX)
+    path = head.removeprefix(PEFT_PREFIX)
     return (path, last) if path and last in PARTS else None
 
 
@@ -360,7 +357,7 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
             continue
         found, key = tensors.targets, split_key(name)
         if key is None and name.endswith(f".{TOKENS}"):
-            found, key = tensors.tokens, (name.removeprefix(_PREFIX).removesuffix(f".{TOKENS}"), TOKENS)
+            found, key = tensors.tokens, (name.removeprefix(PEFT_PREFIX).removesuffix(f".{TOKENS}"), TOKENS)
         if key is None and (key := _within_saved(name, saved_names)):
             found = tensors.saved
             inner = _BIAS_IN_WRAPPER.fullmatch(key[1]) if bias == "all" else None
@@ -375,9 +372,9 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
         elif key is None and (bias == "all" or (bias == "lora_only" and ".base_layer." in name)):
             match = _BIAS.fullmatch(name)
             if match:
-                found, key = tensors.biases, (match["fqn"].removeprefix(_PREFIX).replace(".base_layer", ""), "bias")
+                found, key = tensors.biases, (match["fqn"].removeprefix(PEFT_PREFIX).replace(".base_layer", ""), "bias")
         if key is None and (match := _BASE_COPY.fullmatch(name)):
-            found, key = tensors.copies, (match["fqn"].removeprefix(_PREFIX), match["suffix"])
+            found, key = tensors.copies, (match["fqn"].removeprefix(PEFT_PREFIX), match["suffix"])
         if key is None:
             raise TensorError(
                 f"{checkpoint.origin} holds a tensor that belongs to no LoRA module.",
@@ -396,7 +393,7 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
             )
         if found.setdefault(key[0], {}).setdefault(key[1], spec) is not spec:
             raise TensorError(
-                f"{checkpoint.origin} holds a tensor with and without {_PREFIX!r}.",
+                f"{checkpoint.origin} holds a tensor with and without {PEFT_PREFIX!r}.",
                 where=name,
                 found="two tensors for one place",
                 expected="one",
@@ -424,7 +421,7 @@ def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> 
 
 def _within_saved(name: str, saved_names: tuple[str, ...]) -> tuple[str, str] | None:
     """(path of the saved module, name within it) of a tensor's name in a file; None if it lies in none."""
-    path = name.removeprefix(_PREFIX)
+    path = name.removeprefix(PEFT_PREFIX)
     fqn = _saved_path(path, saved_names)
     return None if fqn is None else (fqn, path[len(fqn) + 1 :])
 

@@ -80,7 +80,7 @@ def opaque(checkpoint: Checkpoint, *, merges: bool = True) -> Adapter:
             expected="an adapter that is the same at each load",
             hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
         )
-    return Adapter(checkpoint, _NONE, _NONE, _NONE, _NONE, _NONE, (), False, False, 0.0)
+    return Adapter(checkpoint, _NONE, _NONE, _NONE, _NONE, _NONE, (), False)
 
 
 _NONE: Mapping[str, Any] = {}
