@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoKrConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ from hotslot.errors import (
     UnsupportedError,
 )
 from oracle import Snapshot, assert_same_output, assert_unchanged, snapshot
-from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, lora_tensors, make_lora
+from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, lora_tensors, make_lora, save_lora
 from test_all_or_nothing import Fault, LineFault, OpFault, chosen
 
 SD, FLUX = PIPELINES["sd"], PIPELINES["flux"]
@@ -203,11 +203,9 @@ def test_every_kind_of_pipeline(name: str, tmp_path: Path) -> None:
         assert_same(kind.outputs(pipe), fresh(kind, source), exact=True)
 
 
-@pytest.mark.parametrize("name", list(DIALECTS))
+@pytest.mark.parametrize("name", [name for name in DIALECTS if "bfl_control" not in name])
 def test_files_of_every_trainer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dialect = DIALECTS[name]
-    if "bfl_control" in name:
-        pytest.skip("tested by its refusal")
     with sizes_of_the_tiny_flux(monkeypatch):
         sources = [dialect.save(tmp_path / f"{seed}.safetensors", seed=seed) for seed in range(2)]
         pipe = dialect.kind.build()
@@ -216,6 +214,38 @@ def test_files_of_every_trainer(name: str, tmp_path: Path, monkeypatch: pytest.M
         for i in (0, 1):
             swapper.activate(str(i))
             assert_same(dialect.kind.outputs(pipe), fresh(dialect.kind, sources[i]), exact=True)
+
+
+def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the base's own weights, and nobody's delta."""
+    pipe = FLUX.build()
+    before = facts(FLUX, pipe)
+    with sizes_of_the_tiny_flux(monkeypatch), pytest.raises(UnsupportedError, match=r"norm_q\.weight"):
+        hotslot.attach(pipe, adapters={"a": DIALECTS["flux: bfl_control"].save(tmp_path / "a.safetensors", seed=1)})
+    assert_nothing_changed(before, facts(FLUX, pipe))
+
+
+def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
+    kind = PIPELINES["flux2"]
+    model, config = kind.component("transformer"), LoKrConfig(r=2, alpha=3, target_modules=["to_q"], init_weights=False)
+    inject_adapter_in_model(config, model, "default")
+    noise = torch.Generator().manual_seed(1)
+    tensors = {
+        key: torch.randn(value.shape, generator=noise)
+        for key, value in get_peft_model_state_dict(model, adapter_name="default").items()
+    }
+    save_lora(kind, tmp_path / "lokr", {"transformer": tensors}, {"transformer": config})
+    sources = {"lokr": tmp_path / "lokr", "lora": make_lora(kind, tmp_path / "lora", seed=1, r=4)}
+    pipe = kind.build()
+    base = kind.outputs(pipe)
+    swapper = hotslot.attach(pipe, adapters=sources)
+    for name, route in (("lokr", "merged"), ("lora", "side"), ("lokr", "merged")):
+        assert swapper.activate(name).route == route
+        want = fresh(kind, sources[name])
+        assert_same(kind.outputs(pipe), want)
+        assert float((want["transformer"] - base["transformer"]).abs().max()) > 1e-3
+    swapper.deactivate()
+    assert_same(kind.outputs(pipe), base, exact=True)
 
 
 def test_half_precision_is_that_of_a_fresh_load(tmp_path: Path) -> None:

@@ -331,6 +331,7 @@ class _Conversion:
             configs[name] = config_dict(copy.peft_config[_NAME]) | whole_paths
             for key, tensor in made.items():
                 places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
+        self._refuse_base_weights(copies)
         found = {place.source for place in places}
         lost = [source for source in sources if source not in found]
         if lost or not places:
@@ -342,6 +343,23 @@ class _Conversion:
                 hint="this LoRA was made for another pipeline",
             )
         return _Family(places, _configuration(configs))
+
+    def _refuse_base_weights(self, copies: Mapping[str, nn.Module]) -> None:
+        """Raise if the file has others for the pipeline's own weights: the norms of Flux's control LoRAs."""
+        own = [
+            f"{name}.{key}"
+            for name, copy in copies.items()
+            for key, tensor in copy.named_parameters()
+            if tensor.dim() < 2 and f".{_NAME}" not in key and tensor.any()
+        ]
+        if own:
+            raise UnsupportedError(
+                f"{self._origin} has values for the pipeline's own weights, beside LoRA's.",
+                where=own[0],
+                found=f"{len(own)} of them",
+                expected="LoRA matrices alone",
+                hint="load it with diffusers itself: the norms of a control LoRA stay until unload_lora_weights",
+            )
 
     def _refuse_absent_components(self) -> None:
         absent = {*self._pipe._lora_loadable_modules} - self._models.keys()
@@ -361,7 +379,8 @@ class _Conversion:
             config = {
                 key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")
             }
-            refuse_unsupported_options(config, self._origin)
+            if not any(key.startswith(f"{name}.") and ".lokr_" in key for key in self._tensors):
+                refuse_unsupported_options(config, self._origin)
             paths = [path for path, _ in model.named_modules()]
             refuse_endless(config, paths, self._origin)
             for option in ("rank_pattern", "alpha_pattern"):

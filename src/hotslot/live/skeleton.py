@@ -135,10 +135,12 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
 
 
 def hollow(model: nn.Module) -> nn.Module:
-    """A copy of the base model's modules, on the CPU, with zeros of float32 that take no memory for its weights."""
+    """A copy of the base model's modules, on the CPU, with zeros of float32, which take no memory for matrices."""
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        if tensor.dim() < 2:  # others may write into it
+            return torch.zeros(tensor.shape, dtype=kind)
         return torch.zeros((), dtype=kind).expand(tensor.shape)
 
     return shadow(model, place)
