@@ -265,7 +265,14 @@ def _method(name: str, row: Method) -> tuple[str, ...]:
     crossing = "in slots, or merged" if slots else "merged" if row.merges else "no"
     in_place = "in slots" if slots else "yes" if row.in_place else f"no: {row.reason}"
     title = name if row.needs is None else f"{name} (tested where {row.needs} is installed)"
-    return title, in_place, _yes(row.other_rank), merged, crossing, _yes(row.deactivates and row.in_place)
+    return title, in_place, _other_rank(row), merged, crossing, _yes(row.deactivates and row.in_place)
+
+
+def _other_rank(row: Method) -> str:
+    if row.ranks is None:
+        return "–"
+    option = f"`{row.ranks[0]}`"
+    return f"{option}: no, {row.one_rank}" if row.one_rank else f"yes, {option}"
 
 
 def _yes(fact: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PeftType
+from peft import IA3Config, OFTConfig, PeftModel, PeftType, get_peft_model, load_peft_weights
 from torch import nn
 
 import hotslot
 from adapters import make_adapter
 from compiling import Backend
 from hotslot.errors import ConfigError, HotslotError, ModelError, NonFiniteError, UnsupportedError
-from hotslot.live.merges import LowRank
+from hotslot.live.merges import LowRank, Rotated, Scaled
 from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of
@@ -124,6 +125,55 @@ def test_a_plain_lora_is_merged_in_one_pass(tmp_path: Path) -> None:
             assert {type(merge) for merge in merges} == {LowRank}
             swapper.activate("a")
             assert_same_tensors(model, fresh_merge(ZOO[entry], folder))
+
+
+class Wide(nn.Module):
+    """Layers as large as those of which torch multiplies matrices by blocks."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = nn.Linear(256, 512, dtype=dtype)
+        self.down = nn.Linear(512, 256, bias=False, dtype=dtype)
+
+
+MULTIPLICATIONS: list[tuple[type, Any]] = [
+    (Rotated, OFTConfig(r=0, oft_block_size=16, target_modules=["up", "down"])),
+    (Rotated, OFTConfig(r=0, oft_block_size=32, block_share=True, target_modules=["up", "down"])),
+    (Scaled, IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "config"), MULTIPLICATIONS)
+def test_what_is_one_multiplication_is_done_as_one(kind: type, config: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's bits without PEFT's layer, which multiplies a weight by all the zeros around OFT's blocks."""
+    torch.manual_seed(0)
+    base = Wide(dtype)
+    tuned = get_peft_model(copy.deepcopy(base), config)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(str(tmp_path))
+    want: Any = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval().merge_and_unload()
+    swapper = hotslot.attach(model := copy.deepcopy(base), {"a": tmp_path}, route="merged")
+    assert {type(merge) for merge in merges_of(swapper, "a")} == {kind}
+    for _ in range(2):
+        swapper.activate("a")
+        assert_same_tensors(model, tensors_of(want))
+        swapper.deactivate()
+        assert_same_tensors(model, tensors_of(base))
+
+
+def test_what_merges_are_computed_from_is_counted(tmp_path: Path) -> None:
+    """A norm's merged values are kept themselves, a LoHa's matrices in PEFT's layers, apart from the file's."""
+    entry = ZOO["llama"]
+    for name in ("LN_TUNING", "LOHA"):
+        folder = make_method_adapter(tmp_path / name, name, entry, seed=1)
+        in_file = sum(tensor.nbytes for tensor in load_peft_weights(str(folder)).values())
+        swapper = hotslot.attach(entry.build(), {"a": folder}, route="merged")
+        assert swapper.host_bytes == 2 * in_file
+        swapper.unload("a")
+        assert swapper.host_bytes == 0
 
 
 def merges_of(swapper: hotslot.Swapper, name: str) -> tuple[Any, ...]:
@@ -325,8 +375,26 @@ def test_fits_says_what_a_merge_costs(tmp_path: Path) -> None:
     assert fit.route == "merged"
     assert fit.pristine_bytes == fit.nbytes == sum(weight.nbytes for weight in weights)
     assert fit.seconds > 0
+    assert fit.pristine.keys() == {"device", "host"}, "a model that was not loaded has no file"
+    assert all(cost.nbytes == fit.pristine_bytes and cost.seconds > 0 for cost in fit.pristine.values())
     report = swapper.activate("a")
     assert (report.route, report.nbytes, report.error) == ("merged", fit.nbytes, None)
+
+
+def test_fits_prices_every_place_for_pristine_values(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folder = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1)
+    entry.build().save_pretrained(tmp_path / "base")
+    model = type(entry.build()).from_pretrained(tmp_path / "base").eval()
+    swapper = hotslot.attach(model, {"a": folder}, route="merged")
+    for _ in range(2):  # also while it is live
+        costs = swapper.fits(folder).pristine
+        assert costs.keys() == {"device", "host", "file"}
+        assert costs["file"].nbytes == 0
+        assert all(cost.seconds > 0 for cost in costs.values())
+        swapper.activate("a")
+        assert swapper.pristine_bytes == costs["device"].nbytes == costs["host"].nbytes
+        assert_same_tensors(model, fresh_merge(entry, folder))
 
 
 def test_the_rounding_error_of_16_bits_is_told(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ def attach(
     and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
 
     Args:
-        model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; best before torch.compile. On a
-            model that is compiled already no parameter moves and none can be padded.
+        model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; a pipeline of transformers or a
+            SentenceTransformer with a model of transformers; best before torch.compile. On a model that is compiled
+            already no parameter moves and none can be padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
@@ -161,6 +162,8 @@ def _attach_resident(
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None
     try:
+        if arena and binding.resident is not None:
+            binding.resident.make_room(entry.adapter.checkpoint for entry in entries)
         engine = Engine(model, adapter_name, binding, empty=False)
         for entry in entries:
             entry.compile(binding)

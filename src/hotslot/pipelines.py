@@ -47,15 +47,18 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch
 
 
 def whole(model: Any) -> nn.Module:
-    """The model itself; of a diffusers pipeline its components that carry LoRA, as one.
+    """The model itself, or what has one: of a diffusers pipeline its components that carry LoRA, as one.
+
+    Of a pipeline of transformers, or of a SentenceTransformer, its model.
 
     Raises:
         ModelError: it is neither, or none of the pipeline's components carries LoRA.
     """
-    if isinstance(model, nn.Module):
-        return model
     names = getattr(model, "_lora_loadable_modules", None)
-    if names is None:
+    if names is None or isinstance(model, nn.Module):
+        held = live.model_of(model)
+        if isinstance(held, nn.Module):
+            return held
         raise ModelError(
             "There is nothing to attach to.",
             found=type(model).__name__,
@@ -96,7 +99,8 @@ def read(
         DoesNotFitError, UnsupportedError: diffusers finds no place for all of it in the pipeline.
     """
     if not isinstance(model, Components) or isinstance(source, Checkpoint):
-        return checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
+        checkpoint = checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
+        return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
     if config is not None:
         return _of_a_trainer(source, config, pin_memory=pin_memory)
     return model.read(source, pin_memory=pin_memory, **options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -55,6 +56,9 @@ class Fit:
         plan: the Plan that would take it into slots, for `Swapper.grow`, if it is only beyond the present one.
         pristine_bytes: of the base's own values that are kept beside those it is merged into.
         seconds: that merging it took when it was tried; None on the side path.
+        pristine: "device", "host" and "file" → what it costs to keep those values there, whatever the plan says:
+            `nbytes` of memory, and the `seconds` that merging from there takes, as tried. Without "file" if the model's
+            checkpoint is not at hand, or has other values.
         error: as of SwapReport.
     """
 
@@ -65,6 +69,7 @@ class Fit:
     pristine_bytes: int = 0
     seconds: float | None = None
     error: float | None = None
+    pristine: Mapping[str, Any] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.route is not None

@@ -146,7 +146,10 @@ class Swapper:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that the loaded adapters hold, and the last few blends of them."""
+        """Bytes of host memory that the loaded adapters hold, and the last few blends of them.
+
+        What of an adapter is not in its file counts too: what PEFT makes of it, and what merges are computed from.
+        """
         return self._tier.nbytes + self._blender.nbytes
 
     @property
@@ -254,11 +257,12 @@ class Swapper:
         compiled, plan = entry.compile(self._bound().binding), None
         route, merges = compiled.route, compiled.merges
         if not merges.all:
-            return Fit(route, entry.nbytes, None)
+            return Fit(route, entry.adapter.checkpoint.nbytes, None)
         if entry.adapter.targets:
             plan = self._larger(entry)
         nbytes = merges.nbytes + compiled.nbytes
-        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error)
+        pristine = self._bound().binding.merger.keeping(merges.all)
+        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error, pristine)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.
@@ -287,7 +291,7 @@ class Swapper:
             rooms = live.token_rooms(engine.model, name)
             more = [fqn for fqn, count in grown.tokens.items() if count > rooms.get(fqn, 0)]
             if missing or larger or saved or more:
-                self._grow(engine, grown, missing)
+                self._grow(engine, grown)
                 logger.warning(
                     "slot %r: %d slots added and %d made larger, %d slots of %d bytes now; what was compiled of the "
                     "model compiles once more",
@@ -462,29 +466,19 @@ class Swapper:
             raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
         return self._engine
 
-    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any]) -> None:
-        model, name = engine.model, engine.adapter_name
-        injection = wrapping = undo = None
+    def _grow(self, engine: Engine, plan: Plan) -> None:
+        growth = None
         try:
-            if missing:
-                injection = live.inject(model, name, missing)
-            wrapping = live.wrap(model, name, plan.saved, plan.tokens, plan.tied)
-            found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
-            extra = [(fqn, suffix) for fqn, slot in plan.slots.items() for suffix in slot.parts]
-            undo = engine.grow(found, plan.ranks, extra=extra, tokens=plan.tokens, wrapped=wrapping.fqns)
+            growth = engine.grow(plan.slots, plan.saved, plan.tokens, plan.tied)
             for entry in self._tier.values():
                 entry.compile(engine.binding)  # now, and not while it is activated
         except BaseException:
-            if undo is not None:
-                undo()
-            if wrapping is not None:
-                live.unwrap_saved(wrapping)
-            if injection is not None:
-                live.remove(injection)
+            if growth is not None:
+                growth.undo()
             raise
-        self._wrappings.append(wrapping)
-        if injection is not None:
-            self._injections.append(injection)
+        self._wrappings.append(growth.wrapping)
+        if growth.injection is not None:
+            self._injections.append(growth.injection)
 
     def _compile(self, entry: Entry) -> None:
         engine = self._bound()

@@ -52,7 +52,7 @@ class Blend(Entry):
     @property
     def nbytes(self) -> int:
         """Bytes of host memory of its own: none, if it shares those of its one adapter."""
-        return self.adapter.checkpoint.nbytes if self._same_bytes is None else 0
+        return super().nbytes if self._same_bytes is None else 0
 
     def compile(self, binding: Binding) -> Compiled:
         """See `Entry.compile`. One adapter alone is compiled already, but for its scalings."""

@@ -22,30 +22,20 @@ class HostTier(Mapping[str, T], Generic[T]):
 
     def __init__(self) -> None:
         self._entries: dict[str, T] = {}
-        self._nbytes = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries."""
-        return self._nbytes
+        """Bytes of all entries, as they are now."""
+        return sum(entry.nbytes for entry in self._entries.values())
 
     def add(self, name: str, entry: T) -> None:
         """Hold `entry` under `name`, in place of what was there."""
-        if name in self._entries:
-            self.remove(name)
+        self._entries.pop(name, None)  # it comes last
         self._entries[name] = entry
-        self._nbytes += entry.nbytes
 
     def remove(self, name: str) -> T:
         """Let go of `name`'s entry and return it; KeyError if there is none."""
-        entry = self._entries.pop(name)
-        self._nbytes -= entry.nbytes
-        return entry
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError unless the account is the sum of what is held."""
-        held = sum(entry.nbytes for entry in self._entries.values())
-        assert held == self._nbytes, f"{held:,} bytes held, {self._nbytes:,} accounted"
+        return self._entries.pop(name)
 
     def __getitem__(self, name: str) -> T:
         return self._entries[name]

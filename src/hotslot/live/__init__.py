@@ -7,11 +7,12 @@ touches a live model, and the first of the line that imports peft.
 from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
-from .discover import adapter_names, count_slots, innermost, is_compiled, roots, unwrap
+from .conversion import converted
+from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
-from .merges import NO_MERGES, Merges, blended
+from .merges import NO_MERGES, Merges, blended, host_bytes
 from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents
@@ -43,14 +44,17 @@ __all__ = [
     "base_modules",
     "blended",
     "build_config",
+    "converted",
     "count_slots",
     "find_slots",
     "guard",
     "hollow",
+    "host_bytes",
     "inject",
     "innermost",
     "is_compiled",
     "matching_targets",
+    "model_of",
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",

@@ -8,7 +8,7 @@ They are few and large, so each is written by a copy of its own, where it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -21,6 +21,7 @@ from .base import all_base_modules
 from .copies import Copy, base_copies
 from .discover import adapter_names, lora_layers, unwrap
 from .pristine import InMemory, Store, stores
+from .room import cut_to
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
 from .state import peft_configs
 from .state_dict import SavedModule, ShownTokens
@@ -87,11 +88,6 @@ class Site:
         tensor: torch.Tensor = self.holder[self.name]
         return tensor
 
-    def in_place(self) -> bool:
-        """Whether the model still has it."""
-        found = self.holder.get(self.name)
-        return found is not None and (self.param is None or found is self.param)
-
 
 class Merge(Protocol):
     """Values that are computed from the model's own, for a few tensors of one module.
@@ -101,6 +97,9 @@ class Merge(Protocol):
     """
 
     keys: tuple[Key, ...]
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """What it keeps to compute them from."""
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """Compute them into `targets`, of `keys`, from the model's own values of these."""
@@ -238,7 +237,8 @@ class Absolutes:
                     hint="attach again",
                 )
         for (fqn, name), site in self.sites.items():
-            if not site.in_place():
+            found = site.holder.get(site.name)  # no call for each: this is part of every swap
+            if found is None or (site.param is not None and found is not site.param):
                 raise ModelError(
                     "A parameter of the base model that adapters have values for was replaced.",
                     where=f"{fqn}.{name}".removeprefix("."),
@@ -255,7 +255,8 @@ class Absolutes:
         self._versions = self._current_versions()
 
     def _current_versions(self) -> list[tuple[int, int]]:
-        tensors = [tensor for site in self.sites.values() for tensor in (site.tensor, site.own())]
+        tensors = [site.holder[site.name] for site in self.sites.values()]
+        tensors += [site.original() for site in self.sites.values() if site.original is not None]
         return [(id(tensor), tensor._version) for tensor in tensors]
 
     # -- writing ----------------------------------------------------------------------------------------------------
@@ -517,33 +518,37 @@ class Absolutes:
         if not self.sites:
             return
         with torch.inference_mode(False), torch.no_grad():
-            written: set[int] = set()
             merged = {key for merge in merges for key in merge.keys}
-            for merge in merges:
-                sites = [self.sites[key] for key in merge.keys]
-                for site in sites:
-                    site.keep()
-                self._foreign.update(merge.keys)
-                merge.write([site.tensor for site in sites], [site.own() for site in sites])
-                written.update(id(site.tensor) for site in sites)
-            for key, site in self._ordered():
-                if key in merged:
-                    continue
-                if key in values:
-                    site.keep()
-                    self._foreign.add(key)
-                    site.tensor.copy_(values[key], non_blocking=True)
-                elif not clean or key in self._foreign or id(site.own()) in written:
-                    site.put_back()
-                    self._foreign.discard(key)
-                else:
-                    continue
-                written.add(id(site.tensor))
+            written = self._merge(merges)
+            for sites in self._ordered():
+                given = {key: site for key, site in sites.items() if key in values and key not in merged}
+                for key, site in sites.items():
+                    if key in given or key in merged:
+                        continue
+                    if not clean or key in self._foreign or id(site.own()) in written:
+                        site.put_back()
+                        self._foreign.discard(key)
+                        written.add(id(site.tensor))
+                self._foreign.update(given)
+                written.update(map(id, _write(given, values)))
         self._show({fqn for fqn, _ in values}, values)
 
-    def _ordered(self) -> list[tuple[Key, Site]]:
+    def _merge(self, merges: Sequence[Merge]) -> set[int]:
+        """Write what is computed from the model's own values; returns the ids of the tensors."""
+        written: set[int] = set()
+        for merge in merges:
+            sites = [self.sites[key] for key in merge.keys]
+            for site in sites:
+                site.keep()
+            self._foreign.update(merge.keys)
+            merge.write([site.tensor for site in sites], [site.own() for site in sites])
+            written.update(id(site.tensor) for site in sites)
+        return written
+
+    def _ordered(self) -> tuple[dict[Key, Site], dict[Key, Site]]:
         """The base model's own tensors before the copies, some of which are to equal them."""
-        return sorted(self.sites.items(), key=lambda item: item[1].original is not None)
+        copies = {key: site for key, site in self.sites.items() if site.original is not None}
+        return {key: site for key, site in self.sites.items() if key not in copies} if copies else self.sites, copies
 
     def image(self) -> AbsoluteImage:
         """A copy of all values that are not the model's own, for `restore`."""
@@ -558,14 +563,14 @@ class Absolutes:
         """Put an image back, bit for bit; what it has no values for gets the model's own."""
         with torch.inference_mode(False), torch.no_grad():
             values = self._fitted(image.values)
-            for key, site in self._ordered():
-                if key in values:
-                    site.keep()
-                    self._foreign.add(key)
-                    site.tensor.copy_(values[key])
-                else:
-                    site.put_back()
-                    self._foreign.discard(key)
+            for sites in self._ordered():
+                given = {key: site for key, site in sites.items() if key in values}
+                for key, site in sites.items():
+                    if key not in given:
+                        site.put_back()
+                        self._foreign.discard(key)
+                self._foreign.update(given)
+                _write(given, values)
         self._show(image.shown, values)
 
     def _fitted(self, values: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
@@ -585,6 +590,25 @@ class Absolutes:
         for fqn, rows in self._tokens.items():
             rows.note(tokens_in(values[fqn, PLACES]) if (fqn, PLACES) in values else [])
         self.mark_clean()
+
+
+def _write(sites: Mapping[Key, Site], values: Mapping[Key, torch.Tensor]) -> list[torch.Tensor]:
+    """Write these sites' values, those of a smaller shape into the corner of zeros; returns the sites' tensors."""
+    for site in sites.values():
+        if not site.kept:
+            site.keep()
+    tensors = [site.holder[site.name] for site in sites.values()]
+    targets, sources = list(tensors), [values[key] for key in sites]
+    padded = [
+        i for i, (target, source) in enumerate(zip(targets, sources, strict=True)) if target.shape != source.shape
+    ]
+    if padded:
+        torch._foreach_zero_([targets[i] for i in padded])
+        for i in padded:
+            targets[i] = cut_to(targets[i], sources[i].shape)
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+    return tensors
 
 
 def _has_biases(config: Any) -> bool:

@@ -88,6 +88,7 @@ class Binding:
         self.absolutes = Absolutes(model, adapter_name, pristine)
         self.merger = Merger(model, self.absolutes, fused=fused)
         homes = Homes(slots)
+        self.resident: Resident | None = None
         try:
             self.resident = Resident(model, adapter_name, self.absolutes) if resident else None
             if self.resident is None:
@@ -101,6 +102,8 @@ class Binding:
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
             self.absolutes.release()
+            if self.resident is not None:
+                self.resident.release()
             self._uninstall()
             homes.put_back()
             raise
@@ -359,6 +362,8 @@ class Binding:
     def release(self) -> None:
         """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
         self.absolutes.release()
+        if self.resident is not None:
+            self.resident.release()
         self._uninstall()
         with torch.inference_mode(False), torch.no_grad():
             for (fqn, suffix), (param, original) in self._originals.items():

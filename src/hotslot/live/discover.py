@@ -23,6 +23,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def model_of(holder: Any) -> Any:
+    """The transformers model in a pipeline of transformers or in a SentenceTransformer; anything else itself."""
+    held = getattr(holder, "model" if not isinstance(holder, nn.Module) else "transformers_model", None)
+    return held if isinstance(held, nn.Module) else holder
+
+
 def roots(model: nn.Module) -> dict[str, nn.Module]:
     """What stands before its modules' paths → model, for each model that keeps PEFT's configs: itself, or members."""
     model = unwrap(model)

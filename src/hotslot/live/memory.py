@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..block import Block, Layout, Run, SlotShape, Tile, arrange
 from ..block.layout import ALIGNMENT_BYTES
@@ -26,6 +25,7 @@ from ..methods import PARTS
 from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
 from .slots import Slot
+from .training import refuse_padding_while_training
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 _SCALING_BYTES = 16  # inductor assumes this alignment of what it was compiled with
@@ -413,31 +413,6 @@ def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mappin
             memory.bind_scalings()
     note_sizes(slots)
     return memory
-
-
-def refuse_padding_while_training(params: Iterable[nn.Parameter]) -> None:
-    """Raise if one of these parameters, whose shapes are to change, has a gradient or an optimizer's state."""
-    changing = list(params)
-    if not changing:
-        return
-    in_optimizer = _held_by_optimizers() if any(param.requires_grad for param in changing) else set()
-    for param in changing:
-        if param.grad is not None or id(param) in in_optimizer:
-            raise ModelError(
-                "A parameter in training cannot be padded: its gradient and optimizer state have its old shape.",
-                found=f"a parameter of shape {tuple(param.shape)} with "
-                + ("a gradient" if param.grad is not None else "an optimizer"),
-                expected="a parameter without gradient that no optimizer holds state for",
-                hint="attach or prepare before training, or drop the gradients and make the optimizer afterwards",
-            )
-
-
-def _held_by_optimizers() -> set[int]:
-    """Ids of the parameters for which any optimizer of this process keeps state."""
-    import gc
-
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    return {id(param) for optimizer in optimizers for param in optimizer.state}
 
 
 def _homes(

@@ -1,9 +1,11 @@
-"""The ways to compute merged weights from pristine ones: kept values, PEFT's own layer, W + s B A."""
+"""The ways to compute merged weights from pristine ones: kept values, PEFT's own layer, and directly."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,12 +39,28 @@ class Merges(NamedTuple):
 NO_MERGES = Merges()
 
 
+class Keeping(NamedTuple):
+    """What it costs to keep the base's own values in one place.
+
+    Attributes:
+        nbytes: of memory for them, of that place.
+        seconds: of a swap, for merging from there.
+    """
+
+    nbytes: int
+    seconds: float
+
+
 class Constant:
     """Values that are kept: of modules saved whole, and where PEFT's layer merges once only."""
 
     def __init__(self, keys: tuple[Key, ...], values: Sequence[torch.Tensor]) -> None:
         self.keys = keys
         self._values = [value.clone() for value in values]
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return self._values
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
@@ -72,6 +90,12 @@ class ByPeft:
         self._names = names
         self._others = others
 
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge; what layers share, each of them has."""
+        for module in self._layer.modules():
+            for holder in (module._parameters, module._buffers, vars(module)):
+                yield from _tensors_in(holder)
+
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
         base = base_of(self._layer)
@@ -88,6 +112,53 @@ class ByPeft:
         for name in (*self._names, *self._others):
             param = base.get_parameter(name)
             param.data = param.data.new_empty(0)
+
+
+class Scaled:
+    """W times a factor, that of rows or of columns (IA³, https://arxiv.org/abs/2205.05638); a bias, too.
+
+    Args:
+        keys: which tensors.
+        factors: one for each, of a shape that broadcasts.
+    """
+
+    def __init__(self, keys: tuple[Key, ...], factors: Sequence[torch.Tensor]) -> None:
+        self.keys = keys
+        self._factors = [factor.detach() for factor in factors]
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return self._factors
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        for target, own, factor in zip(targets, pristine, self._factors, strict=True):
+            torch.mul(own, factor, out=target)
+
+
+class Rotated:
+    """W Rᵀ, where R turns blocks of inputs, each by a matrix of its own (OFT, https://arxiv.org/abs/2306.07280).
+
+    The blocks alone are kept and multiplied. PEFT makes the whole of R at each merge, and multiplies by all its zeros.
+
+    Args:
+        key: the weight, [out, in].
+        blocks: of Rᵀ, [blocks, in / blocks, in / blocks].
+    """
+
+    def __init__(self, key: Key, blocks: torch.Tensor) -> None:
+        self.keys: tuple[Key, ...] = (key,)
+        self._blocks = blocks.detach().contiguous()
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        return [self._blocks]
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """See Merge."""
+        (target,), (own,), (count, size, _) = targets, pristine, self._blocks.shape
+        by_block = own.to(self._blocks.dtype).view(-1, count, size).transpose(0, 1)
+        target.view(-1, count, size).copy_(torch.bmm(by_block, self._blocks).transpose(0, 1))
 
 
 class LowRank:
@@ -128,6 +199,11 @@ class LowRank:
         row_bytes = self._right.shape[1] * self._right.element_size()
         self._rows = len(left) if whole else max(1, min(len(left), _BLOCK_BYTES // max(1, row_bytes)))
 
+    def held(self) -> Iterable[torch.Tensor]:
+        """See Merge."""
+        magnitude = [self._magnitude] if self._magnitude is not None else []
+        return [self.down, self.up, self._left, self._right, *magnitude]
+
     @property
     def adds_up(self) -> bool:
         """Whether it is the base's own weight and something."""
@@ -136,6 +212,10 @@ class LowRank:
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
         (target,), (own,), right = targets, pristine, self._right
+        kernels = _kernels() if self._fused and own.is_cuda and target.is_cuda else None
+        if kernels is not None and target.dtype in kernels.DTYPES:
+            kernels.add_low_rank(own, self._left, right, self.scaling, target, self._magnitude)
+            return
         block = right.new_empty(self._rows, right.shape[1])
         product = torch.empty_like(block)
         for first in range(0, len(self._left), self._rows):
@@ -156,6 +236,16 @@ class LowRank:
                 total.mul_(self._magnitude[rows, None] / norm)
             if total is not new:
                 new.copy_(total)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Ours in Triton, which comes with most CUDA builds of torch; None without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import kernels
+
+    return kernels
 
 
 def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]:
@@ -194,6 +284,22 @@ def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]
         up = torch.cat([part.up for part, _ in terms], dim=1)
         sums.append(LowRank(key, down, up, 1.0, transposed=terms[0][0].transposed))
     return tuple(sums)
+
+
+def host_bytes(tensors: Iterable[torch.Tensor], *, besides: torch.Tensor) -> int:
+    """Bytes of host memory behind these tensors, each counted once, and none of what is behind `besides`."""
+    memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors if tensor.is_cpu}
+    memories.pop(besides.untyped_storage().data_ptr(), None)
+    return sum(memory.nbytes() for memory in memories.values())
+
+
+def _tensors_in(holder: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """In a module's dict, and in dicts by adapter in it."""
+    for value in holder.values():
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) is dict:
+            yield from (tensor for tensor in value.values() if isinstance(tensor, torch.Tensor))
 
 
 def merge_once(layer: Any) -> nn.Module:

@@ -6,6 +6,7 @@ bits: that was tried, and where it does not, the merged values themselves are ke
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 
 from ..checkpoint import PEFT_PREFIX, Checkpoint
-from ..errors import NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..errors import ModelError, NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
 from .discover import roots, unwrap
-from .merges import ByPeft, Constant, LowRank, Merges, merge_once
+from .merges import ByPeft, Constant, Keeping, LowRank, Merges, Rotated, Scaled, merge_once
+from .pristine import PRISTINE, Stores, stores
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
 
@@ -74,6 +76,35 @@ class Merger:
             self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
             return self.priced(kept)
 
+    def keeping(self, merges: Sequence[Merge]) -> dict[str, Keeping]:
+        """What each place for the base's own values costs; without "file" if the model's checkpoint lacks them.
+
+        Tried in the place itself, one merge after the other, twice: the second time is told.
+        """
+        model = self._model()
+        assert model is not None
+        costs = {}
+        for where in PRISTINE:
+            with contextlib.suppress(ModelError):
+                make = stores(where, model)
+                tried = [self._kept(merge, make) for merge in merges]
+                costs[where] = Keeping(sum(one.nbytes for one in tried), sum(one.seconds for one in tried))
+        return costs
+
+    def _kept(self, merge: Merge, make: Stores) -> Keeping:
+        own = [self._own(path) for _, path in merge.keys]
+        kept = [make(path, values) for (_, path), values in zip(merge.keys, own, strict=True)]
+        held = [store.keep(values) for store, values in zip(kept, own, strict=True)]
+        targets, seconds = [torch.empty_like(values) for values in own], 0.0
+        with torch.no_grad():
+            for _ in range(2):
+                _wait_for(own)
+                started = time.perf_counter()
+                merge.write(targets, [values.to(target) for values, target in zip(held, targets, strict=True)])
+                _wait_for(own)
+                seconds = time.perf_counter() - started
+        return Keeping(sum(store.nbytes for store in kept), seconds)
+
     def priced(self, merges: Sequence[Merge]) -> Merges:
         """What they cost, by trying each of them beside the model."""
         started = time.perf_counter()
@@ -85,6 +116,12 @@ class Merger:
     def _own(self, path: str) -> torch.Tensor:
         site = self._absolutes.sites["", path]
         return site.own().detach()
+
+
+def _wait_for(tensors: Sequence[torch.Tensor]) -> None:
+    """For the work on a GPU that fills them."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def outline_bytes(model: nn.Module, checkpoint: Checkpoint) -> int:
@@ -228,10 +265,28 @@ def _candidates(
             for whole in (False, True):
                 transposed = bool(layer.fan_in_fan_out)
                 yield LowRank(keys[0], down, up, layer.scaling[SKELETON], transposed=transposed, whole=whole)
+    yield from _direct(keys, layer, names)
     base = base_of(layer)
     if hasattr(layer, "merged_adapters") and not dict(base.named_buffers()).keys() & set(names):
         others = {name: _reader(own, f"{unit.fqn}.{name}") for name, _ in base.named_parameters() if name not in names}
         yield ByPeft(keys, unit, names, others)
+
+
+def _direct(keys: tuple[Key, ...], layer: Any, names: list[str]) -> Iterator[Merge]:
+    """Of methods whose merge is one multiplication, that one."""
+    from peft.tuners.ia3.layer import Linear as Ia3Linear
+    from peft.tuners.oft.layer import Linear as OftLinear
+
+    kind = type(layer)
+    if kind is Ia3Linear and set(names) <= {"weight", "bias"}:
+        factor: torch.Tensor = layer.ia3_l[SKELETON]
+        shaped = {"weight": factor.T if layer.fan_in_fan_out else factor, "bias": factor.reshape(-1)}
+        yield Scaled(keys, [shaped[name] for name in names])
+    elif kind is OftLinear and names == ["weight"]:
+        with torch.no_grad():
+            rotation, size = layer.get_delta_weight(SKELETON), layer.oft_R[SKELETON].block_size
+            blocks = rotation.view(-1, size, len(rotation) // size, size).diagonal(dim1=0, dim2=2)
+            yield Rotated(keys[0], blocks.permute(2, 1, 0))
 
 
 def _reader(own: Callable[[str], torch.Tensor], path: str) -> Callable[[], torch.Tensor]:

@@ -7,89 +7,29 @@ load's tensors and numbers in them it is that fresh load.
 
 from __future__ import annotations
 
-import copy
-import enum
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
 from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, roots, unwrap
+from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
+from .padding import at_random, why_inexact
+from .room import Room
 from .saved import named_tensors
-from .skeleton import Unit, base_of, base_tree, load, units
+from .skeleton import Unit, base_of, base_tree, input_of, load, outline, units
 from .state import Records, peft_config, unused_columns
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-
-_PLAIN = (
-    int, float, complex, str, bytes, bool, type(None), enum.Enum, torch.dtype, torch.device, type, set, frozenset,
-)  # fmt: skip
-# Who is active, training or merged, and not what an adapter is; and what others put into a module's attributes.
-_PASSED_BY = {
-    "training", "active_adapter", "_active_adapter", "_adapters_disabled", "_disable_adapters", "_enabled",
-    "merged_adapters", "inference_mode", "_hf_hook", "_old_forward", "forward", "_call_impl",
-    "rankallocator", "trainable_adapter_name",  # of AdaLoRA in training
-    "_seed_shadow_state", "last_shadow_loss",  # of Shadow's last forward
-} | set(vars(nn.Module()))  # fmt: skip
-
-
-class _Value:
-    """A plain value, where PEFT's code looks it up."""
-
-    def __init__(self, holder: Any, key: Any) -> None:
-        self._holder, self._key = holder, key
-
-    def read(self) -> Any:
-        """As it is now."""
-        return self._holder[self._key]
-
-    def write(self, value: Any) -> None:
-        """Who edits the model's copy does not edit the adapter's."""
-        self._holder[self._key] = copy.copy(value)
-
-
-class _Rate:
-    """The rate of a dropout, which PEFT makes an Identity of where it is 0."""
-
-    def __init__(self, siblings: dict[str, Any], key: str) -> None:
-        self._siblings, self._key, self._own = siblings, key, siblings[key]
-
-    def read(self) -> float:
-        """As it is now."""
-        return float(getattr(self._siblings[self._key], "p", 0.0))
-
-    def write(self, value: float) -> None:
-        """Into the Dropout that is there; in the place of an Identity stands one only while it is needed."""
-        if isinstance(self._own, nn.Dropout):
-            self._own.p = value
-        else:
-            training = self._siblings[self._key].training
-            self._siblings[self._key] = (nn.Dropout(value) if value else self._own).train(training)
-
-
-class _Tensor(NamedTuple):
-    holder: Any
-    key: Any
-    tensor: torch.Tensor
-
-
-class _Fact(NamedTuple):
-    """What has to be the same on both sides: a type, or that something is shared."""
-
-    kind: str
-
-
-_Leaf: TypeAlias = "_Value | _Rate | _Tensor | _Fact"
 
 
 class Resident:
@@ -112,25 +52,28 @@ class Resident:
         if self.method == "XLORA":
             raise _unsupported(self._what, "peft_type", "XLORA, whose config names other adapters", "another method")
         refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
-        self._config = config_dict(peft_config(model, adapter_name))
         self._bare = len(callable_roots(model)) == 1
-        self._state = _state(model, adapter_name, bare=self._bare)
+        self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
             name: module for name, module in innermost(model).named_modules() if hasattr(module, "merged_adapters")
         }
-        self._plain = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, (_Value, _Rate))}
+        self._plain = Plain(self._state)
         self._keys = self._take_in()
+        self._room = Room(unwrap(model), self._held)
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
 
     def _take_in(self) -> dict[str, Key]:
         """Path → key of the site of each tensor."""
-        tensors = {path: leaf for path, leaf in self._state.items() if isinstance(leaf, _Tensor)}
-        keys: dict[str, Key] = {path: ("", path) for path in tensors}
-        for path, leaf in tensors.items():
+        keys: dict[str, Key] = {path: ("", path) for path in self._held}
+        for path, leaf in self._held.items():
             if not isinstance(leaf.holder, dict):
                 raise _unsupported(self._what, path, "a tensor in a list", "tensors that have a name")
-        self._absolutes.hold({keys[path]: (leaf.holder, leaf.key) for path, leaf in tensors.items()})
+        self._absolutes.hold({keys[path]: (leaf.holder, leaf.key) for path, leaf in self._held.items()})
         return keys
+
+    @property
+    def _held(self) -> dict[str, Held]:
+        return {path: leaf for path, leaf in self._state.items() if isinstance(leaf, Held)}
 
     @property
     def _what(self) -> str:
@@ -151,14 +94,13 @@ class Resident:
     # -- a swap ------------------------------------------------------------------------------------------------------
 
     def capture(self) -> tuple[Any, ...]:
-        """The plain values as they are now, for `apply`."""
-        return tuple(leaf.read() for leaf in self._plain.values())
+        """The plain values as they are now, for `apply`, and how much of its tensors the live adapter fills."""
+        return self._plain.read(), self._room.extents.shapes
 
     def apply(self, plain: tuple[Any, ...]) -> None:
-        """Write plain values, of `capture` or `fit`. Those that are there already stay the same objects."""
-        for leaf, value in zip(self._plain.values(), plain, strict=True):
-            if not _same(leaf.read(), value):
-                leaf.write(value)
+        """Write plain values and shapes, of `capture` or `fit`. Those that are there already stay the same objects."""
+        values, self._room.extents.shapes = plain
+        self._plain.write(values)
 
     def refuse_if_merged(self) -> None:
         """Raise if the adapter is merged into the base weights: a swap would leave it there."""
@@ -192,21 +134,54 @@ class Resident:
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
-        origin = checkpoint.origin
-        if checkpoint.config.get("peft_type") != self.method:
-            raise UnsupportedError(
-                f"{origin} is of another method than the adapter on the model.",
-                where="peft_type",
-                found=f"{checkpoint.config.get('peft_type')!r:.80}",
-                expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
-            )
-        refuse_base_biases(checkpoint.config, origin)
+        self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
-        new = _state(skeleton, self._name, bare=self._bare)
-        fitted = self._fitted(skeleton, new, model, origin)
-        self._refuse_unsettled(new, model, checkpoint)
+        new = leaves_of(skeleton, self._name, bare=self._bare)
+        fitted = self._fitted(skeleton, new, model, checkpoint.origin, checkpoint)
+        if checkpoint.schema not in self._settled:
+            self._refuse_unsettled(new, model, checkpoint)
+            self._refuse_inexact(new, model, checkpoint)
+            self._settled.add(checkpoint.schema)
+        self._refuse_beyond(new, model, checkpoint.origin)
         return fitted
+
+    def make_room(self, checkpoints: Iterable[Checkpoint]) -> None:
+        """Let each tensor hold what any of these has there; before anything is fitted, and not on a compiled model.
+
+        If it raises, `release`.
+
+        Raises:
+            ModelError: what would be padded is in training.
+            ShapeError: the method is not the same with zeros, or another adapter shares the tensors.
+            ConfigError, TensorError, DoesNotFitError: PEFT does not load one of them onto this model.
+        """
+        model = self._model()
+        assert model is not None
+        own = self._room.shapes
+        room = dict(own)
+        for checkpoint in {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values():
+            self._refuse_other_method(checkpoint)
+            skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
+            leaves = leaves_of(skeleton, self._name, bare=self._bare)
+            room |= {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
+        if room != own:
+            self._refuse_to_pad_own(room, model)
+            self._room.make(room)
+            self._absolutes.mark_clean()
+
+    def _shared(self, paths: Iterable[str], model: nn.Module) -> str | None:
+        """Which of these tensors another adapter of the model computes with, too."""
+        for other in sorted(self.beside):
+            leaves = leaves_of(model, other, bare=self._bare).values()
+            theirs = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, Held)}
+            shared = next((path for path in paths if id(self._held[path].tensor) in theirs), None)
+            if shared is not None:
+                return f"the adapter {other!r} on the model shares {shared} with it"
+        return None
+
+    def release(self) -> None:
+        """Give the adapter's tensors their own memory and shapes back, holding what they hold now."""
+        self._room.release()
 
     def fit_neutral(self) -> tuple[dict[Key, torch.Tensor], Records]:
         """As `fit`, of the adapter as it was before any training, if the base model computes with it what it does.
@@ -214,18 +189,13 @@ class Resident:
         Raises:
             UnsupportedError: it does something, or whether it does cannot be seen.
         """
-        from peft import get_peft_model_state_dict
-
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tensors = get_peft_model_state_dict(model, adapter_name=self._name, save_embedding_layers=False)
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
-        skeleton = self._load(model, from_tensors(tensors, self._config, origin=self._what), trained=False)
-        fitted = self._fitted(skeleton, _state(skeleton, self._name, bare=self._bare), model, self._what)
+        skeleton = self._load(model, self._checkpoint(model), trained=False)
+        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what, None)
         own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
@@ -233,6 +203,11 @@ class Resident:
                 if not torch.equal(tensor, own[f"{unit.fqn}.{name}"]):
                     raise self._does_something(f"untrained, it changes {unit.fqn}.{name}")
         return fitted
+
+    def _checkpoint(self, model: nn.Module) -> Checkpoint:
+        """What is live, as PEFT would save it."""
+        config = config_dict(peft_config(model, self._name))
+        return from_tensors(_saved(model, self._name), config, origin=self._what)
 
     def _try_to_do_nothing(self, unit: Unit) -> None:
         """Raise if the layer's forward is not its base's: some compute what they merge in another way."""
@@ -242,7 +217,7 @@ class Resident:
             return
         base = base_of(unit.layer)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            values = _input_of(base)
+            values = input_of(base)
             if values is None or not torch.equal(unit.layer(values), base(values)):
                 raise self._does_something(f"untrained, {unit.fqn} rounds otherwise than its base layer, or more")
 
@@ -256,17 +231,36 @@ class Resident:
         )
 
     def _fitted(
-        self, skeleton: nn.Module, new: Mapping[str, _Leaf], model: nn.Module, origin: str
+        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str, given: Checkpoint | None
     ) -> tuple[dict[Key, torch.Tensor], Records]:
         self._refuse_other_structure(new, origin)
         self._refuse_shared(new, model, origin)
-        values = {
-            self._keys[path]: leaf.tensor.detach().clone().cpu()
+        room = self._room.shapes
+        extents = {
+            path: leaf.tensor.shape
             for path, leaf in new.items()
-            if isinstance(leaf, _Tensor)
+            if isinstance(leaf, Held) and leaf.tensor.shape != room[path]
         }
-        plain = tuple(leaf.read() for leaf in map(new.get, self._plain) if isinstance(leaf, (_Value, _Rate)))
+        plain = self._plain.read_from(new), extents
+        values = self._values(skeleton, new, given)
         return values, Records(unused_columns({}), {"": dict(vars(peft_config(skeleton, self._name)))}, plain)
+
+    def _values(
+        self, skeleton: nn.Module, new: Mapping[str, Leaf], given: Checkpoint | None
+    ) -> dict[Key, torch.Tensor]:
+        """What each tensor is to hold: views of the checkpoint's bytes where PEFT has taken those as they are."""
+        names: dict[int, str] = {}
+        if given is not None:
+            saved = _saved(skeleton, self._name)
+            names = {tensor.data_ptr(): name for name, tensor in saved.items() if name in given.tensors}
+        values = {}
+        for path, leaf in new.items():
+            if isinstance(leaf, Held):
+                tensor, name = leaf.tensor.detach(), names.get(leaf.tensor.data_ptr())
+                in_file = given.tensor(name) if given is not None and name is not None else None
+                taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
+                values[self._keys[path]] = in_file if in_file is not None and taken else tensor.cpu().clone()
+        return values
 
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
         places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
@@ -281,7 +275,19 @@ class Resident:
                 )
         return skeleton
 
-    def _refuse_other_structure(self, new: Mapping[str, _Leaf], origin: str) -> None:
+    def _refuse_other_method(self, checkpoint: Checkpoint) -> None:
+        origin = checkpoint.origin
+        if checkpoint.config.get("peft_type") != self.method:
+            raise UnsupportedError(
+                f"{origin} is of another method than the adapter on the model.",
+                where="peft_type",
+                found=f"{checkpoint.config.get('peft_type')!r:.80}",
+                expected=f"{self.method!r}, as {self._name!r} on the model",
+                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
+            )
+        refuse_base_biases(checkpoint.config, origin)
+
+    def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
         lacking = [path for path in new if path not in self._state]
         beyond = [path for path in self._state if path not in new]
         if lacking or beyond:
@@ -294,13 +300,13 @@ class Resident:
             )
         for path, leaf in new.items():
             own = self._state[path]
-            if type(leaf) is not type(own) or (isinstance(leaf, _Fact) and leaf != own):
-                raise _unsupported(origin, path, _described(leaf), f"{_described(own)}, as {self._name!r} on the model")
-            if isinstance(leaf, _Tensor) and isinstance(own, _Tensor):
+            if type(leaf) is not type(own) or (isinstance(leaf, Fact) and leaf != own):
+                raise _unsupported(origin, path, described(leaf), f"{described(own)}, as {self._name!r} on the model")
+            if isinstance(leaf, Held) and isinstance(own, Held):
                 self._refuse_other_tensor(path, leaf.tensor, own.tensor, origin)
 
     def _refuse_other_tensor(self, path: str, new: torch.Tensor, own: torch.Tensor, origin: str) -> None:
-        if new.shape != own.shape:
+        if new.ndim != own.ndim:
             raise ShapeError(
                 f"{origin} has other dimensions than {self._name!r} on the model.",
                 where=path,
@@ -310,34 +316,85 @@ class Resident:
             )
         made_of_nothing = new.is_floating_point() and bool(new.isnan().any())  # of base values that it was not given
         if new.dtype != own.dtype or new.is_meta or own.is_meta or made_of_nothing:
-            raise _unsupported(origin, path, _described(new), f"{_described(own)}, as {self._name!r} on the model")
+            raise _unsupported(origin, path, described(new), f"{described(own)}, as {self._name!r} on the model")
 
-    def _refuse_shared(self, new: Mapping[str, _Leaf], model: nn.Module, origin: str) -> None:
+    def _refuse_shared(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
         """Raise if it would change what other adapters of the model have in common with it."""
         for other in sorted(self.beside):
-            leaves = _state(model, other, bare=self._bare).values()
-            shared = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, _Tensor)}
+            leaves = leaves_of(model, other, bare=self._bare).values()
+            shared = {id(leaf.tensor) for leaf in leaves if isinstance(leaf, Held)}
             for path, leaf in new.items():
                 own = self._state[path]
-                apart = f"[{self._name!r}]" in path and not (isinstance(own, _Tensor) and id(own.tensor) in shared)
-                if not apart and not _same_leaf(leaf, own):
+                apart = f"[{self._name!r}]" in path and not (isinstance(own, Held) and id(own.tensor) in shared)
+                if not apart and not same_leaf(leaf, own):
                     raise _unsupported(
                         origin, path, "another value", f"what the adapter {other!r} on the model shares with it"
                     )
 
-    def _refuse_unsettled(self, new: Mapping[str, _Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
+    def _refuse_unsettled(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
         """Raise if PEFT draws at random what the file does not have: found out once for a family of adapters."""
-        if checkpoint.schema in self._settled:
-            return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(torch.default_generator.initial_seed() + 1)
-            again = _state(self._load(model, checkpoint), self._name, bare=self._bare)
+            again = leaves_of(self._load(model, checkpoint), self._name, bare=self._bare)
         for path, leaf in new.items():
-            if not _same_leaf(leaf, again[path]):
+            if not same_leaf(leaf, again[path]):
                 raise _unsupported(
                     checkpoint.origin, path, "random values: its file does not have them", "the same at each load"
                 )
-        self._settled.add(checkpoint.schema)
+
+    def _refuse_inexact(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Raise if it has another rank, and the method is not the same with zeros: tried once for a family."""
+        own = self._room.shapes
+        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+        where = next((path for path, shape in room.items() if shape != _shape(new[path])), None)
+        reason = self._why_inexact(model, checkpoint, room) if where is not None else None
+        if where is not None and reason is not None:
+            raise ShapeError(
+                f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do not "
+                "compute the same with zeros around it.",
+                where=where,
+                found=f"{self.method} of shape {tuple(_shape(new[where]))}; {reason}",
+                expected=f"{tuple(own[where])}, by the adapter on the model",
+                hint=self._elsewhere,
+            )
+
+    def _refuse_beyond(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
+        """Raise if it is larger than the model's own tensors."""
+        own = self._room.shapes
+        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+        where = next((path for path, shape in room.items() if shape != own[path]), None)
+        if where is not None:
+            self._refuse_to_pad_own(room, model)
+            raise ShapeError(
+                f"{origin} is of a larger rank or size than there is room for.",
+                where=where,
+                found=f"shape {tuple(_shape(new[where]))}",
+                expected=f"at most {tuple(own[where])}, by the adapter {self._name!r} on the model",
+                hint="hotslot.attach(model, {…}) with this adapter among them, before torch.compile, makes room for "
+                f"it; or {self._elsewhere}",
+            )
+
+    def _refuse_to_pad_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> None:
+        """Raise if the adapter that is live may not be padded to `room`, part of which is larger than it has."""
+        own = self._room.shapes
+        growing = [path for path in room if room[path] != own[path]]
+        reason = self._why_inexact(model, self._checkpoint(model), room) or self._shared(growing, model)
+        if reason is not None:
+            raise ShapeError(
+                f"{self._what} cannot be padded to the rank or size of a larger one.",
+                where=growing[0],
+                found=f"{self.method} of shape {tuple(own[growing[0]])}; {reason}",
+                expected=f"layers that compute the same with zeros around it, up to {tuple(room[growing[0]])}",
+                hint=self._elsewhere,
+            )
+
+    def _why_inexact(self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]) -> str | None:
+        """Why tensors of the checkpoint's shapes may not be padded to `room`; None if they may."""
+        own = {f"base_model.model.{path}.{name}" for path, name, _ in _base_tensors(model)}  # a file may have copies
+        skeleton = self._load(model, at_random(checkpoint, own))
+        leaves = leaves_of(skeleton, self._name, bare=self._bare)
+        shapes = {path: room[path] for path, leaf in leaves.items() if isinstance(leaf, Held) and path in room}
+        return why_inexact(skeleton, leaves, shapes)
 
 
 def method_of(config: PeftConfig) -> str:
@@ -363,98 +420,27 @@ def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
         raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
 
 
-# --- what there is ---------------------------------------------------------------------------------------------------
+def _saved(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Name → tensor, of what PEFT saves of an adapter; mostly the model's own."""
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        )
+    return tensors
 
 
-def _state(model: nn.Module, adapter_name: str, *, bare: bool) -> dict[str, _Leaf]:
-    """Path → leaf of all that PEFT has put on the model, but for what is of other adapters alone.
-
-    `bare`: of its layers alone, where they stand in the base model without PEFT's model around it.
-    """
-    return dict(_Walk(unwrap(model), adapter_name, bare).leaves())
+def _shape(leaf: Leaf) -> torch.Size:
+    assert isinstance(leaf, Held)
+    return leaf.tensor.shape
 
 
-class _Walk:
-    """One walk over a model, everything that is shared visited once."""
-
-    def __init__(self, model: Any, adapter_name: str, bare: bool) -> None:
-        self._bare = bare
-        configs = getattr(model, "peft_config", None) or {}
-        self._model = model
-        self._name = adapter_name
-        self._others = configs.keys() - {adapter_name}
-        self._configs = {id(config) for config in configs.values()}  # they are written as records
-        self._base = {id(module): path for path, module in base_tree(model)}
-        self._seen: dict[int, str] = {}
-
-    def leaves(self) -> Iterator[tuple[str, _Leaf]]:
-        """Of what runs: which subclass of PeftModel is around a tuner says nothing of the adapter, but of a prompt."""
-        roots = callable_roots(self._model)
-        prompt = self._model.peft_config[self._name].is_prompt_learning
-        return self._inside("", roots[0 if prompt else -1 if self._bare else -2], {}, "")
-
-    def _visit(self, path: str, holder: Any, key: Any) -> Iterator[tuple[str, _Leaf]]:
-        value = holder[key]
-        if isinstance(value, nn.Module):
-            value = unwrap(value)
-        if self._is_plain(value):
-            yield path, _Fact(repr(value)) if isinstance(holder, tuple) else _Value(holder, key)
-        elif type(value) in (nn.Dropout, nn.Identity) and id(value) not in self._base:
-            yield path, _Rate(holder, key)
-        elif id(value) in self._seen:
-            yield path, _Fact(f"the same as {self._seen[id(value)]}")
-        elif id(value) not in self._configs and not isinstance(value, RemovableHandle):
-            self._seen[id(value)] = path
-            yield from self._inside(path, value, holder, key)
-
-    def _inside(self, path: str, value: Any, holder: Any, key: Any) -> Iterator[tuple[str, _Leaf]]:
-        from peft import PeftConfig
-
-        if isinstance(value, torch.Tensor):
-            yield path, _Tensor(holder, key, value)
-        elif isinstance(value, nn.Module):
-            own = id(value) not in self._base
-            yield path, _Fact(type(value).__qualname__ if own else f"the base model's {self._base[id(value)]!r}")
-            yield from self._parts(path, value._modules)
-            if own:
-                yield from self._parts(path, value._parameters)
-                yield from self._parts(path, value._buffers)
-                yield from self._attributes(path, vars(value))
-        elif isinstance(value, PeftConfig):
-            yield from self._attributes(path, vars(value))
-        elif isinstance(value, dict):
-            for name in value:
-                if name not in self._others:
-                    yield from self._visit(f"{path}[{name!r}]", value, name)
-        elif isinstance(value, (list, tuple)):
-            for index in range(len(value)):
-                yield from self._visit(f"{path}[{index}]", value, index)
-        else:
-            known = getattr(value, "__qualname__", None) if callable(value) else f"{type(value).__qualname__} {value!r}"
-            yield path, _Fact(known or type(value).__qualname__)
-
-    def _parts(self, path: str, parts: dict[str, Any]) -> Iterator[tuple[str, _Leaf]]:
-        for name, part in parts.items():
-            if name not in self._others:
-                where = f"{path}[{name!r}]" if name == self._name else f"{path}.{name}".removeprefix(".")
-                if part is None:
-                    yield where, _Fact("nothing")
-                else:
-                    yield from self._visit(where, parts, name)
-
-    def _attributes(self, path: str, attributes: dict[str, Any]) -> Iterator[tuple[str, _Leaf]]:
-        for name in attributes:
-            if name not in _PASSED_BY:
-                yield from self._visit(f"{path}.{name}".removeprefix("."), attributes, name)
-
-    def _is_plain(self, value: Any) -> bool:
-        """Whether it is a number or the like, or a container of those that is not by adapter name."""
-        if isinstance(value, dict):
-            by_adapter = not value or value.keys() & {*self._others, self._name}
-            return not by_adapter and all(map(self._is_plain, value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(self._is_plain, value))
-        return isinstance(value, _PLAIN)
+def _larger(shape: torch.Size, leaf: Leaf) -> torch.Size:
+    """The shape that has room for both, where both have as many dimensions."""
+    other = leaf.tensor.shape if isinstance(leaf, Held) else shape
+    return torch.Size(map(max, shape, other)) if len(shape) == len(other) else shape
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -463,46 +449,6 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
             for name, tensor in holder.items():
                 if tensor is not None:
                     yield path, name, tensor.detach()
-
-
-def _same_leaf(first: _Leaf, second: _Leaf) -> bool:
-    if isinstance(first, _Tensor) and isinstance(second, _Tensor):
-        return torch.equal(first.tensor, second.tensor)
-    if isinstance(first, (_Value, _Rate)) and isinstance(second, (_Value, _Rate)):
-        return _same(first.read(), second.read())
-    return first == second
-
-
-def _same(first: Any, second: Any) -> bool:
-    if first is second or isinstance(first, torch.Tensor):
-        return first is second
-    return type(first) is type(second) and bool(first == second)
-
-
-def _input_of(base: Any) -> torch.Tensor | None:
-    """Something that the base layer takes; None if that is not known."""
-    weight = getattr(base, "weight", None)
-    if weight is None:
-        return None
-    options = {"dtype": weight.dtype, "device": weight.device}
-    if isinstance(base, nn.Embedding):
-        return torch.arange(base.num_embeddings, device=weight.device)
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        sizes = [dilation * size + 3 for dilation, size in zip(base.dilation, base.kernel_size, strict=True)]
-        return torch.randn(1, base.in_channels, *sizes, **options)
-    if isinstance(base, nn.Linear) or weight.ndim == 1:  # a norm
-        return torch.randn(3, weight.shape[-1], **options)
-    return torch.randn(3, base.nx, **options) if hasattr(base, "nx") else None  # transformers' Conv1D
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, _Tensor):
-        value = value.tensor
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of {value.dtype} on {value.device}, shape {tuple(value.shape)}"
-    if isinstance(value, (_Value, _Rate)):
-        return f"{value.read()!r:.100}"
-    return str(value.kind)
 
 
 def _unsupported(what: str, where: str, found: str, expected: str) -> UnsupportedError:

@@ -72,6 +72,22 @@ def base_of(module: nn.Module) -> nn.Module:
             return module
 
 
+def input_of(base: Any) -> torch.Tensor | None:
+    """Something that the base layer takes; None if that is not known."""
+    weight = getattr(base, "weight", None)
+    if weight is None:
+        return None
+    options = {"dtype": weight.dtype, "device": weight.device}
+    if isinstance(base, nn.Embedding):
+        return torch.arange(base.num_embeddings, device=weight.device)
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        sizes = [dilation * size + 3 for dilation, size in zip(base.dilation, base.kernel_size, strict=True)]
+        return torch.randn(1, base.in_channels, *sizes, **options)
+    if isinstance(base, nn.Linear) or weight.ndim == 1:  # a norm
+        return torch.randn(3, weight.shape[-1], **options)
+    return torch.randn(3, base.nx, **options) if hasattr(base, "nx") else None  # transformers' Conv1D
+
+
 def base_tree(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the base model alone, under each of its names."""
 
@@ -193,7 +209,7 @@ def _touched(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(f"{unit.fqn}." for unit in units(empty)) if empty is not None else ("",)
 
 
-def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
+def outline(model: nn.Module, checkpoint: Checkpoint, adapter_name: str = SKELETON) -> PeftModel | None:
     """`load` without memory or values; None if PEFT looks at values already when it makes its layers.
 
     Raises:
@@ -203,7 +219,7 @@ def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
     nothing = shadow(model, lambda path, tensor: _nothing(tensor))
     try:
         empty: PeftModel = _built(
-            nothing, checkpoint, SKELETON, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {})
+            nothing, checkpoint, adapter_name, **_WITHOUT_VALUES.get(checkpoint.config["peft_type"], {})
         )
     except UnsupportedError as error:
         if isinstance(error.__cause__, NotImplementedError):
@@ -213,7 +229,7 @@ def outline(model: nn.Module, checkpoint: Checkpoint) -> PeftModel | None:
         raise
     _refuse_quantised(model, [unit.fqn for unit in units(empty)], checkpoint)
     _refuse_growth(empty, checkpoint)
-    if not empty.peft_config[SKELETON].is_prompt_learning:  # whose state_dict has to be computed
+    if not empty.peft_config[adapter_name].is_prompt_learning:  # whose state_dict has to be computed
         _refuse_other_tensors(empty, checkpoint)
     return empty
 

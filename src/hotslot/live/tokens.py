@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import ModelError, RankError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import TOKENS, Adapter, Tokens
 from .discover import base_prefix, canonical_name, innermost, unwrap
+from .training import refuse_padding_while_training
 
 if TYPE_CHECKING:
     from peft.utils.other import TrainableTokensWrapper
@@ -222,7 +223,6 @@ class TokenRows:
 
     def resize(self, room: int, tokens: list[int]) -> None:
         """Make room for `room` tokens; `tokens` are live. The Parameter object stays, its memory moves."""
-        from .memory import refuse_padding_while_training
         from .token_layer import token_places
 
         with torch.inference_mode(False), torch.no_grad():
