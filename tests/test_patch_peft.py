@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import hotslot
 from adapters import make_adapter
 from hotslot import dropin
-from hotslot.engine import Engine
 from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
 from zoo import ZOO
 
@@ -209,7 +208,7 @@ def test_diffusers_swaps_with_ours() -> None:
     assert_same_output(output(model), output(expected))
     assert error(output(model), before) > 1e-3
     assert model.peft_config["style"].r == expected.peft_config["style"].r
-    assert Engine.of(model, "style") is not None  # the control: that it was ours
+    assert hotslot.Swapper.of(model, "style") is not None  # the control: that it was ours
 
 
 def test_checks_that_callers_make_beforehand_pass_what_is_swapped() -> None:
