@@ -30,7 +30,7 @@ from hotslot import HotslotError
 
 from .llama import quiet
 from .report import describe
-from .running import command_line
+from .running import command_line, only_own_garbage
 
 DEFAULT_ROUNDS = 100_000
 LAYERS, WIDTH, RANK = 4, 16, 4
@@ -85,6 +85,7 @@ def _adapter(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
+@only_own_garbage()
 def soak(
     swaps: int,
     *,

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
         check_hotswap_configs_compatible,
         hotswap_adapter,
         hotswap_adapter_from_state_dict,
-        patch_peft,
         prepare_model_for_compiled_hotswap,
-        unpatch_peft,
     )
     from .errors import HotslotError
+    from .integrations import patch_peft, unpatch_peft
     from .planning import Plan, plan
     from .report import Fit, SwapReport
     from .swapper import Swapper
@@ -41,11 +40,11 @@ _HOMES = {
     "errors": ".errors",
     "hotswap_adapter": ".dropin",
     "hotswap_adapter_from_state_dict": ".dropin",
-    "patch_peft": ".dropin",
+    "patch_peft": ".integrations",
     "plan": ".planning",
     "prepare_model_for_compiled_hotswap": ".dropin",
     "testing": ".testing",
-    "unpatch_peft": ".dropin",
+    "unpatch_peft": ".integrations",
 }
 
 __all__ = [

@@ -34,8 +34,9 @@ def attach(
     and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
 
     Args:
-        model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; best before torch.compile. On a
-            model that is compiled already no parameter moves and none can be padded.
+        model: any nn.Module, PeftModel, or transformers model, a pipeline of transformers or a SentenceTransformer
+            with one, or a diffusers pipeline; best before torch.compile. On a model that is compiled already no
+            parameter moves and none can be padded.
         adapters: name → source, planned for together and loaded.
         adapter_name: PEFT's name of the slot that is written.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are

@@ -24,9 +24,10 @@ from . import checkpoint as checkpoints
 from . import live
 from .block import arrange, pack
 from .engine import Engine, Entry, State
-from .errors import ModelError, UnexpectedTargetError, UnsupportedError
+from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
 from .leases import Gate
 from .methods import PARTS, TOKENS, is_of_training, refuse_unsupported_options, split_key
+from .planning import plan_adapters, refuse_unfit
 from .swapper import Swapper
 
 _lock = threading.RLock()
@@ -69,9 +70,9 @@ def hotswap_adapter(
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if kwargs.get(key) is not None}
     if "token" not in hub and kwargs.get("use_auth_token"):
         hub["token"] = kwargs["use_auth_token"]
-    checkpoint = checkpoints.read(model_name_or_path, **hub)
+    checkpoint = live.converted(model, checkpoints.read(model_name_or_path, **hub))
     _refuse_other_method(_config_on(model, adapter_name), checkpoint.config.get("peft_type"))
-    _swap(model, adapter_name, checkpoint)
+    swap(model, adapter_name, checkpoint)
 
 
 def hotswap_adapter_from_state_dict(
@@ -116,7 +117,7 @@ def hotswap_adapter_from_state_dict(
             renamed[plain] = tensor
     if foreign:
         raise _unexpected(foreign)
-    _swap(model, adapter_name, checkpoints.from_tensors(renamed, config, origin="the state_dict"))
+    swap(model, adapter_name, checkpoints.from_tensors(renamed, config, origin="the state_dict"))
 
 
 def prepare_model_for_compiled_hotswap(
@@ -150,25 +151,11 @@ def prepare_model_for_compiled_hotswap(
             "No adapter layers found on the model, make sure call `prepare_model_for_compiled_hotswap` after loading "
             "the first adapter and before loading the second adapter."
         )
-    slots = {name: live.find_slots(model, name) for name in names}
     if target_rank is not None:
-        for by_fqn in slots.values():
-            for slot in by_fqn.values():
+        for name in names:
+            for slot in live.find_slots(model, name).values():
                 _refuse_target_rank(slot, target_rank)
-    with Gate.of(live.innermost(model)).swap(), _lock:
-        created: list[Engine] = []
-        try:
-            for name in names:
-                engine = _known_engine(model, name)
-                if engine is None:
-                    engine = _new_engine(model, name, slots[name])
-                    created.append(engine)
-                with engine.lock:
-                    engine.resize({fqn: target_rank or slot.rank for fqn, slot in slots[name].items()}, arena=True)
-        except BaseException:
-            for engine in created:
-                engine.release()
-            raise
+    make_room(model, names, target_rank or 0)
     if config is not None and target_rank is not None:
         for entry in config.values() if isinstance(config, dict) else [config]:
             _state_padding(entry, target_rank)
@@ -196,11 +183,10 @@ _REPLACED = (
 _patched: list[tuple[Any, str, Any]] = []  # (module, name, PEFT's function)
 
 
-def patch_peft() -> None:
+def patch_functions() -> None:
     """Put hotslot's functions in the place of PEFT's, in `peft.utils.hotswap` and wherever they were imported from it.
 
-    transformers, diffusers and the user's own modules then use hotslot without a changed line. Calling it again
-    reaches modules that were imported meanwhile.
+    Calling it again reaches modules that were imported meanwhile.
     """
     import peft.utils.hotswap as source
 
@@ -216,56 +202,142 @@ def patch_peft() -> None:
                     setattr(module, key, function)
 
 
-def unpatch_peft() -> None:
-    """Give PEFT its own functions back, wherever `patch_peft` has put hotslot's."""
+def unpatch_functions() -> None:
+    """Give PEFT its own functions back, wherever `patch_functions` has put hotslot's."""
     while _patched:
         module, key, original = _patched.pop()
         if getattr(module, key, None) in _REPLACED:
             setattr(module, key, original)
 
 
-# -- inside --------------------------------------------------------------------------------------------------------
+# -- for hotslot's integrations --------------------------------------------------------------------------------------
 
 
-def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
+def swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint, *, grows: bool = False) -> None:
+    """Swap the adapter `adapter_name` on the model for this one, in place: all of it, or none of it if this raises.
+
+    Args:
+        model: a model with LoRA layers, compiled or not.
+        adapter_name: PEFT's name of the adapter that is replaced; the name stays.
+        checkpoint: the new adapter.
+        grows: whether to give modules that it targets or saves a slot where the model has none. Code compiled of the
+            model is compiled anew then, so a model that is known to be compiled refuses it, as PEFT's function does.
+
+    Raises:
+        CheckpointError, UnsupportedError, DoesNotFitError, ModelError: nothing was touched.
+    """
     with Gate.of(live.innermost(model)).swap(), _lock:  # the gate first: who holds a lock must not wait for leases
-        engine, created = _known_engine(model, adapter_name), False
-        if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
-            entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
-            live.refuse_other_base(model, entry.adapter)
-            live.refuse_other_parameters(model, engine.binding.slots, entry.adapter)
-            with engine.lock:
-                engine.swap(State(entry))
-            return
-        slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
-        entry = _entry(checkpoint, slots, adapter_name)
-        live.refuse_other_base(model, entry.adapter)
-        live.refuse_other_parameters(model, slots, entry.adapter)
-        wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
-        if engine is None:
-            room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}
-            shapes = [slot.shape(room[fqn], extra=_gained(slot, entry)) for fqn, slot in slots.items()]
-            pack(entry.adapter, arrange(shapes))
-            engine, created = _new_engine(model, adapter_name, slots), True
-        if engine.binding.arena and any(slots[fqn].rank < rank for fqn, rank in wanted.items()):
-            logger.warning(
-                "the new adapter's rank is above what the model was prepared for: compiled code will recompile"
-            )
         try:
-            with engine.lock:
-                engine.swap_in(entry, wanted)
+            _swap(model, adapter_name, checkpoint)
+        except (UnexpectedTargetError, RankError):
+            if not grows or live.is_compiled(model):
+                raise
+            _grow_and_swap(model, adapter_name, checkpoint)
+
+
+def make_room(model: nn.Module, adapter_names: Iterable[str], target_rank: int) -> None:
+    """Move these adapters' parameters into one allocation each, every slot with room for `target_rank`, or its own.
+
+    Values stay, Parameter objects too; scalings become tensors. If it raises, all is where it was.
+    """
+    with Gate.of(live.innermost(model)).swap(), _lock:
+        created: list[Engine] = []
+        try:
+            for name in adapter_names:
+                slots = live.find_slots(model, name)
+                engine = _known_engine(model, name)
+                if engine is None:
+                    engine = _new_engine(model, name, slots)
+                    created.append(engine)
+                room = {fqn: _rounded(max(target_rank, slot.rank), slot.groups) for fqn, slot in slots.items()}
+                with engine.lock:
+                    engine.resize(room, arena=True)
         except BaseException:
-            if created:
+            for engine in created:
                 engine.release()
             raise
 
 
-def _entry(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], adapter_name: str) -> Entry:
-    """The adapter, with PEFT's own message for layers that are not there, and PEFT's leniency for half pairs."""
+# -- inside --------------------------------------------------------------------------------------------------------
+
+
+def _rounded(rank: int, groups: int) -> int:
+    """Up to what the groups of a convolution divide."""
+    return -(-rank // groups) * groups
+
+
+def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
+    engine, created = _known_engine(model, adapter_name), False
+    if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
+        entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
+        live.refuse_other_base(model, entry.adapter)
+        live.refuse_other_parameters(model, engine.binding.slots, entry.adapter)
+        with engine.lock:
+            engine.swap(State(entry))
+        return
+    if engine is not None and engine.live.entry is None:  # a model that was prepared with what came with it
+        live.refuse_unsupported_resident(model, adapter_name)
+    slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
+    _refuse_unexpected(checkpoint, slots, adapter_name)
+    entry = _entry(checkpoint, adapter_name)
+    live.refuse_other_base(model, entry.adapter)
+    live.refuse_other_parameters(model, slots, entry.adapter)
+    wanted = {fqn: max(slots[fqn].rank, target.rank) for fqn, target in entry.adapter.targets.items()}
+    if engine is None:
+        room = {fqn: wanted.get(fqn, slot.rank) for fqn, slot in slots.items()}
+        shapes = [slot.shape(room[fqn], extra=_gained(slot, entry)) for fqn, slot in slots.items()]
+        pack(entry.adapter, arrange(shapes))
+        engine, created = _new_engine(model, adapter_name, slots), True
+    if engine.binding.arena and any(slots[fqn].rank < rank for fqn, rank in wanted.items()):
+        logger.warning("the new adapter's rank is above what the model was prepared for: compiled code will recompile")
+    try:
+        with engine.lock:
+            engine.swap_in(entry, wanted)
+    except BaseException:
+        if created:
+            engine.release()
+        raise
+
+
+def _grow_and_swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
+    adapter = _entry(checkpoint, adapter_name).adapter
+    engine, created = _known_engine(model, adapter_name), False
+    live.refuse_unsupported_resident(model, adapter_name)
+    # The base layer's dtype is what transformers and diffusers give an adapter, without a PeftModel to cast it.
+    plan = plan_adapters(model, [adapter], max_blend=1, dtype="base", adapter_name=adapter_name)
+    refuse_unfit(model, adapter, plan, adapter_name)
+    if engine is None:
+        engine, created = _new_engine(model, adapter_name, _slots(model, adapter_name)), True
+    had, growth = len(engine.binding.slots), None
+    try:
+        with engine.lock:
+            engine.refuse_if_merged()
+            engine.binding.put_right()
+            growth = engine.grow(plan.slots, plan.saved, plan.tokens, plan.tied)
+            engine.swap(State(Entry(adapter_name, adapter.checkpoint)))
+    except BaseException:
+        if growth is not None:
+            growth.undo()
+        if created:
+            engine.release()
+        raise
+    logger.warning(
+        "the new adapter targets modules that had no slot: %d added; compiled code will recompile",
+        len(engine.binding.slots) - had,
+    )
+
+
+def _refuse_unexpected(checkpoint: checkpoints.Checkpoint, slots: Mapping[str, live.Slot], adapter_name: str) -> None:
+    """PEFT's own message for layers that are not there."""
     keys = {name: key for name in checkpoint.tensors if (key := split_key(name)) is not None}
     unexpected = [name for name, (fqn, suffix) in keys.items() if fqn not in slots or not slots[fqn].can_have(suffix)]
     if unexpected:
         raise _unexpected([_with_adapter_name(name, keys[name][1], adapter_name) for name in unexpected])
+
+
+def _entry(checkpoint: checkpoints.Checkpoint, adapter_name: str) -> Entry:
+    """The adapter, with PEFT's leniency for half pairs."""
+    keys = {name: key for name in checkpoint.tensors if (key := split_key(name)) is not None}
     # PEFT fills in zeros for a matrix that is missing, so that the module adds nothing: as if it were not there.
     have = set(keys.values())
     halves = {name for name, (fqn, suffix) in keys.items() if (fqn, _OTHER_HALF.get(suffix, suffix)) not in have}

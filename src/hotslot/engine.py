@@ -10,12 +10,13 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
 from . import live
-from .block import Block, pack, within
+from .block import Block, SlotShape, pack, within
 from .checkpoint import Checkpoint
 from .errors import (
     DoesNotFitError,
@@ -213,6 +214,27 @@ class State:
         return self.entry.version if self.entry is not None else None
 
 
+@dataclass(frozen=True, eq=False)
+class Growth:
+    """What `Engine.grow` has put on a model."""
+
+    injection: live.Injection | None
+    wrapping: live.Wrapping
+    let_go: Callable[[], None]
+
+    def undo(self) -> None:
+        """Make the engine forget it, and take it off the model."""
+        self.let_go()
+        _take_off(self.injection, self.wrapping)
+
+
+def _take_off(injection: live.Injection | None, wrapping: live.Wrapping | None) -> None:
+    if wrapping is not None:
+        live.unwrap_saved(wrapping)
+    if injection is not None:
+        live.remove(injection)
+
+
 class Engine:
     """Swaps states in the slots of a Binding. Whoever calls it holds its `lock`, and to swap its `gate` before that.
 
@@ -357,21 +379,41 @@ class Engine:
 
     def grow(
         self,
-        slots: Mapping[str, live.Slot],
-        ranks: Mapping[str, int],
-        *,
-        extra: Iterable[tuple[str, str]],
+        slots: Mapping[str, SlotShape],
+        saved: Collection[str] = (),
+        tokens: Mapping[str, int] = MappingProxyType({}),
+        tied: Mapping[str, str] = MappingProxyType({}),
+    ) -> Growth:
+        """Give the model the slots, the room, the copies and the places for tokens that these are more than it has.
+
+        What is live stays live. If it raises, all is as it was.
+        """
+        model, name, binding = self.model, self.adapter_name, self.binding
+        missing = {fqn: shape for fqn, shape in slots.items() if fqn not in binding.slots}
+        injection = wrapping = let_go = None
+        try:
+            if missing:
+                injection = live.inject(model, name, missing)
+            wrapping = live.wrap(model, name, saved, tokens, tied)
+            found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
+            let_go = self._take_in(found, slots, tokens, wrapping.fqns)
+            return Growth(injection, wrapping, let_go)
+        except BaseException:
+            if let_go is not None:
+                let_go()
+            _take_off(injection, wrapping)
+            raise
+
+    def _take_in(
+        self,
+        found: Mapping[str, live.Slot],
+        shapes: Mapping[str, SlotShape],
         tokens: Mapping[str, int],
         wrapped: Collection[str],
     ) -> Callable[[], None]:
-        """Take in `slots`, which hold nothing yet, and give all slots room for `ranks` and the parts of `extra`.
-
-        And take in the wrappers of the modules `wrapped`, which hold nothing yet either, and make room for `tokens`.
-
-        What is live stays live. If it raises, all is as it was. Returns a function that puts all back.
-        """
+        """Take in slots and wrappers, which hold nothing yet. Returns a function that lets go of them again."""
         binding, kept = self.binding, (self._neutral, self.live, self.previous, self.original)
-        records, shrink, forget = binding.capture(), binding.undo_extend(slots), binding.absolutes.undo_find()
+        records, shrink, forget = binding.capture(), binding.undo_extend(found), binding.absolutes.undo_find()
 
         def undo() -> None:
             forget()
@@ -380,7 +422,8 @@ class Engine:
             binding.apply(records)
 
         try:
-            binding.extend(slots, ranks, extra=extra)
+            ranks = {fqn: shape.rank for fqn, shape in shapes.items()}
+            binding.extend(found, ranks, extra=[(fqn, part) for fqn, shape in shapes.items() for part in shape.parts])
             binding.absolutes.find(self.model, wrapped, tokens)
             neutral = State(None, records=binding.neutral_records())
             states = [neutral if state is self._neutral else state for state in kept]

@@ -46,11 +46,12 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch
 
 
 def whole(model: Any) -> nn.Module:
-    """The model itself; of a diffusers pipeline its components that carry LoRA, as one.
+    """The model itself, or the one in what transformers wraps it in; of a diffusers pipeline its components, as one.
 
     Raises:
         ModelError: it is neither, or none of the pipeline's components carries LoRA.
     """
+    model = live.model_of(model)
     if isinstance(model, nn.Module):
         return model
     names = getattr(model, "_lora_loadable_modules", None)
@@ -95,7 +96,7 @@ def read(
         DoesNotFitError, UnsupportedError: diffusers finds no place for all of it in the pipeline.
     """
     if not isinstance(model, Components) or isinstance(source, Checkpoint):
-        return checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
+        return live.converted(model, checkpoints.read(source, config=config, pin_memory=pin_memory, **options))
     if config is not None:
         return _of_a_trainer(source, config, pin_memory=pin_memory)
     return model.read(source, pin_memory=pin_memory, **options)

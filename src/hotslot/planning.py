@@ -222,10 +222,10 @@ def plan(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
+    model = whole(model)
     if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
         sources = [sources] if sources is not None else []
     listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
-    model = whole(model)
     entries = [Entry("", read(model, source), route="auto") for source in listed]
     adapters = [entry.adapter for entry in entries if entry.adapter.targets]
     _refuse_bad_choices(pristine, merge)

@@ -287,7 +287,7 @@ class Swapper:
             rooms = live.token_rooms(engine.model, name)
             more = [fqn for fqn, count in grown.tokens.items() if count > rooms.get(fqn, 0)]
             if missing or larger or saved or more:
-                self._grow(engine, grown, missing)
+                self._grow(engine, grown)
                 logger.warning(
                     "slot %r: %d slots added and %d made larger, %d slots of %d bytes now; what was compiled of the "
                     "model compiles once more",
@@ -462,29 +462,19 @@ class Swapper:
             raise ModelError("This swapper was detached from its model.", hint="hotslot.attach(model, …) again")
         return self._engine
 
-    def _grow(self, engine: Engine, plan: Plan, missing: Mapping[str, Any]) -> None:
-        model, name = engine.model, engine.adapter_name
-        injection = wrapping = undo = None
+    def _grow(self, engine: Engine, plan: Plan) -> None:
+        growth = None
         try:
-            if missing:
-                injection = live.inject(model, name, missing)
-            wrapping = live.wrap(model, name, plan.saved, plan.tokens, plan.tied)
-            found = {fqn: slot for fqn, slot in live.find_slots(model, name).items() if fqn in missing}
-            extra = [(fqn, suffix) for fqn, slot in plan.slots.items() for suffix in slot.parts]
-            undo = engine.grow(found, plan.ranks, extra=extra, tokens=plan.tokens, wrapped=wrapping.fqns)
+            growth = engine.grow(plan.slots, plan.saved, plan.tokens, plan.tied)
             for entry in self._tier.values():
                 entry.compile(engine.binding)  # now, and not while it is activated
         except BaseException:
-            if undo is not None:
-                undo()
-            if wrapping is not None:
-                live.unwrap_saved(wrapping)
-            if injection is not None:
-                live.remove(injection)
+            if growth is not None:
+                growth.undo()
             raise
-        self._wrappings.append(wrapping)
-        if injection is not None:
-            self._injections.append(injection)
+        self._wrappings.append(growth.wrapping)
+        if growth.injection is not None:
+            self._injections.append(growth.injection)
 
     def _compile(self, entry: Entry) -> None:
         engine = self._bound()

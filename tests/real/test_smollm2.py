@@ -14,6 +14,7 @@ from torch import Tensor
 import hotslot
 from adapters import expected_peft_warnings
 from hotslot.cli.demo import smollm2
+from hotslot.testing import same_addresses
 from oracle import assert_same_output
 
 ADAPTERS = {name: Path(__file__).parents[2] / "demo" / name for name in ("topics", "shakespeare", "french")}
@@ -46,6 +47,12 @@ def swapper(loaded: smollm2.Loaded) -> Iterator[hotslot.Swapper]:
     swapper = hotslot.attach(loaded.model, adapters={name: str(folder) for name, folder in ADAPTERS.items()})
     yield swapper
     swapper.detach()
+
+
+@pytest.fixture
+def no_patch() -> Iterator[None]:
+    yield
+    hotslot.unpatch_peft()
 
 
 def logits(model: torch.nn.Module, loaded: smollm2.Loaded) -> Tensor:
@@ -83,3 +90,23 @@ def test_the_base_is_the_base_until_activate_and_after_deactivate() -> None:
     swapper.detach()
     assert torch.equal(logits(loaded.model, loaded), base)
     assert not [name for name, _ in loaded.model.named_modules() if "lora" in name]
+
+
+def test_load_adapter_swaps_as_transformers_documents_it(no_patch: None) -> None:
+    """Its own plain load is the oracle. The adapters target other modules each: given slots at their first swap."""
+    loaded, plain = smollm2.load(None), {}
+    for name in ("french", "topics"):
+        other = smollm2.load(None).model
+        other.load_adapter(str(ADAPTERS[name]))
+        plain[name] = logits(other, loaded)
+    assert (plain["french"] - plain["topics"]).abs().max() > 1
+    hotslot.patch_peft()
+    model = loaded.model
+    model.enable_peft_hotswap(target_rank=16)
+    model.load_adapter(str(ADAPTERS["shakespeare"]), adapter_name="default")
+    for name in ("french", "topics"):
+        model.load_adapter(str(ADAPTERS[name]), adapter_name="default")
+        assert_same_output(logits(model, loaded), plain[name])
+    with same_addresses(model):
+        model.load_adapter(str(ADAPTERS["french"]), adapter_name="default")
+        assert_same_output(logits(model, loaded), plain["french"])

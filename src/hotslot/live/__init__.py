@@ -7,7 +7,8 @@ touches a live model, and the first of the line that imports peft.
 from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
-from .discover import adapter_names, count_slots, innermost, is_compiled, roots, unwrap
+from .conversion import converted
+from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
@@ -43,6 +44,7 @@ __all__ = [
     "base_modules",
     "blended",
     "build_config",
+    "converted",
     "count_slots",
     "find_slots",
     "guard",
@@ -51,6 +53,7 @@ __all__ = [
     "innermost",
     "is_compiled",
     "matching_targets",
+    "model_of",
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",

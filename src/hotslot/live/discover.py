@@ -31,6 +31,12 @@ def roots(model: nn.Module) -> dict[str, nn.Module]:
     return {"": model}
 
 
+def model_of(holder: Any) -> Any:
+    """The transformers model in a pipeline of transformers or in a SentenceTransformer; anything else itself."""
+    held = getattr(holder, "model" if not isinstance(holder, nn.Module) else "transformers_model", None)
+    return held if isinstance(held, nn.Module) else holder
+
+
 def callable_roots(model: nn.Module) -> list[nn.Module]:
     """The modules that stand for the whole model, outermost first: PeftModel, its tuner, the base model within.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,6 +138,10 @@ class LowRank:
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
         (target,), (own,), right = targets, pristine, self._right
+        kernels = _kernels() if self._fused and own.is_cuda and target.is_cuda else None
+        if kernels is not None and target.dtype in kernels.DTYPES:
+            kernels.add_low_rank(own, self._left, right, self.scaling, target, self._magnitude)
+            return
         block = right.new_empty(self._rows, right.shape[1])
         product = torch.empty_like(block)
         for first in range(0, len(self._left), self._rows):
@@ -156,6 +162,16 @@ class LowRank:
                 total.mul_(self._magnitude[rows, None] / norm)
             if total is not new:
                 new.copy_(total)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Ours in Triton, which comes with most CUDA builds of torch; None without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import kernels
+
+    return kernels
 
 
 def blended(parts: Sequence[tuple[Sequence[Merge], float]]) -> tuple[Merge, ...]:

@@ -29,7 +29,7 @@ class ScalingMap(dict[str, Any]):
     def release(self, adapter_name: str, *, like: Any) -> None:
         """Let the dict hold this adapter's scaling itself again: as a tensor if `like` is one, else as a float."""
         view = self._views.get(adapter_name)
-        if view is not None and adapter_name in self:
+        if view is not None and self._holds(adapter_name, view):
             if isinstance(like, torch.Tensor):
                 super().__setitem__(adapter_name, view.clone())
             else:  # the view holds it in single precision: the float it came from, if it is still that one
@@ -44,11 +44,15 @@ class ScalingMap(dict[str, Any]):
 
     def __setitem__(self, adapter_name: str, value: Any) -> None:
         view = self._views.get(adapter_name)
-        if view is None or adapter_name not in self:
+        if view is None or not self._holds(adapter_name, view):
             super().__setitem__(adapter_name, value)
         elif value is not view:  # `scaling[name] *= 2` has already multiplied in place
             with torch.inference_mode(False), torch.no_grad():
                 view.fill_(float(value))
+
+    def _holds(self, adapter_name: str, view: torch.Tensor) -> bool:
+        """Whether the name is still that of the slot: PEFT may have deleted it, and loaded another adapter under it."""
+        return adapter_name in self and self[adapter_name] is view
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """As dict's, each value through `__setitem__`."""

@@ -56,6 +56,8 @@ _REFUSED = {
 # PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
 _BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", _MICA, "true", "false")
 
+_NESTED = ".base_layer"  # where PEFT keeps what a layer of its own stands around
+
 _BIASES = ("none", "all", "lora_only")
 _LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
 _SAVE_AGAIN = "the config was edited or belongs to another adapter: save the adapter again with save_pretrained"
@@ -86,7 +88,7 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     modules, tokens = tensors.targets, read_tokens(config, tensors.tokens, origin)
     _refuse_transposed_attention(config, modules, origin)
     _refuse_variants(config, modules, origin)
-    keys = _pattern_keys(modules, parameters, origin)
+    keys = _pattern_keys(modules, parameters, config, origin)
     paths = {path for found in keys.values() for path in found}
     refuse_endless(config, paths, origin)
     ranks = _Pattern(config, "rank_pattern", "r", paths, origin)
@@ -94,11 +96,14 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     for fqn, parts in modules.items():
         stated = {(ranks.of(key), alphas.of(key)) for key in keys[fqn]}
         if len(stated) > 1:
+            rank = _rank_by_size(fqn, modules, [ranks.of(key) for key in keys[fqn]])
+            stated = {pair for pair in stated if rank in (pair[0], None)}
+        if len(stated) > 1:
             raise UnsupportedError(
-                f"{origin} adapts several bare parameters of one module, of different rank or alpha.",
+                f"{origin} adapts several bare parameters of one module, of one rank and different alpha.",
                 where=fqn,
                 found=f"(rank, alpha) {sorted(stated)}",
-                expected="one rank and one alpha for a module's parameters: a file does not say which tensor is whose",
+                expected="one alpha for the parameters of one rank: a file does not say which tensor is whose",
                 hint="load it with PEFT itself",
             )
         rank, alpha = stated.pop()
@@ -440,19 +445,42 @@ _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embed
 _MAX_PARAMETERS_OF_A_MODULE = 64
 
 
-def _pattern_keys(modules: Iterable[str], parameters: tuple[str, ...], origin: str) -> dict[str, list[str]]:
+def _rank_by_size(fqn: str, modules: _Parts, ranks: list[int]) -> int | None:
+    """Which of the ranks of a module's bare parameters this layer has, by its size among those of all; None if any.
+
+    A has as many rows as the rank times the experts, and of these each parameter has as many.
+    """
+    root = fqn.replace(_NESTED, "")
+    rows = {path: parts["lora_A.weight"].shape[:1] for path, parts in modules.items()
+            if path.replace(_NESTED, "") == root and "lora_A.weight" in parts}  # fmt: skip
+    counts = sorted(count for shape in rows.values() for count in shape)
+    if fqn not in rows or not rows[fqn] or len(counts) != len(ranks):
+        return None
+    experts, rest = divmod(counts[0], min(ranks))
+    if rest or counts != [rank * experts for rank in sorted(ranks)]:
+        return None
+    return rows[fqn][0] // experts if experts else None
+
+
+def _pattern_keys(
+    modules: Iterable[str], parameters: tuple[str, ...], config: Mapping[str, Any], origin: str
+) -> dict[str, list[str]]:
     """Module path → what PEFT matches the patterns against: the path, or for bare parameters theirs.
 
     The output projection inside a MultiheadAttention has the rank and alpha of the attention itself.
     """
+    whole = config.get("target_modules")
+    whole = tuple(f".{name}" for name in whole) if isinstance(whole, (list, tuple)) else ()
     owned: dict[str, list[str]] = {}
     for parameter in parameters:
         owner, _, name = parameter.rpartition(".")
         owned.setdefault(owner, []).append(name)
     keys = {}
     for fqn in modules:
-        root = fqn.replace(".base_layer", "")  # PEFT nests one layer for each parameter of a module
-        names = [f"{root}.{name}" for ending in _endings(root) for name in owned.get(ending, ())] if owned else []
+        root = fqn.replace(_NESTED, "")  # PEFT nests one layer for each parameter of a module
+        # One that is named without its module may be any module's, but of those that are adapted as such.
+        endings = (ending for ending in _endings(root) if ending or not f".{root}".endswith(whole))
+        names = [f"{root}.{name}" for ending in endings for name in owned.get(ending, ())] if owned else []
         if len(names) > _MAX_PARAMETERS_OF_A_MODULE:
             raise ConfigError(
                 f"{origin} adapts more bare parameters of one module than there can be.",

@@ -1,0 +1,55 @@
+"""Adapters that were trained when transformers named or laid out a model's weights in another way than now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import Checkpoint, from_tensors
+from ..errors import UnsupportedError
+from .discover import innermost
+from .state import build_config
+
+
+def converted(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The adapter as PEFT converts it on loading; itself where there is nothing to convert.
+
+    LoRAs of each expert become one of all experts, the names of modules become those of today.
+
+    Raises:
+        UnsupportedError: PEFT cannot convert it.
+    """
+    base = innermost(model)
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    if checkpoint.config.get("peft_type") != "LORA" or model_type is None:
+        return checkpoint
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(model_type) is None:
+        return checkpoint
+    return _by_peft(base, checkpoint)
+
+
+def _by_peft(base: Any, checkpoint: Checkpoint) -> Checkpoint:
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+        convert_peft_config_for_transformers,
+    )
+
+    config = build_config(checkpoint, as_trained=True)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.tensors}
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+        made = convert_peft_adapter_state_dict_for_transformers(base, config, dict(tensors))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UnsupportedError(
+            f"{checkpoint.origin} was made for an earlier layout of this model's weights, and PEFT cannot convert it.",
+            where=type(base).__name__,
+            found=f"{type(error).__name__}: {error}",
+            expected="an adapter of modules that transformers 5 still has, or of all that it has made one of",
+            hint="train or save the adapter anew with transformers 5",
+        ) from error
+    if made.keys() == tensors.keys() and all(made[name] is tensors[name] for name in made):
+        return checkpoint
+    return from_tensors(made, config, origin=checkpoint.origin)

@@ -1,0 +1,29 @@
+"""The Triton kernels on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_kernels_in_the_interpreter() -> None:
+    """In a process of its own: Triton asks for the interpreter when it is imported, and is not on the path here."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu/test_kernels.py runs on the GPU")
+    triton = Path(sys.prefix, "triton")  # where scripts/install puts it
+    if not triton.is_dir():
+        pytest.skip(f"no Triton in {triton}; scripts/install puts it there")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "gpu/test_kernels.py"]
+    path = os.pathsep.join([str(triton), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == pytest.ExitCode.OK, done.stdout[-4000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
