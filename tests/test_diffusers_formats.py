@@ -121,15 +121,3 @@ def test_every_dialect_swaps(dialect: Dialect, tmp_path: Path) -> None:
     for file in (theirs, plain, theirs):
         swap(pipe, file)
         assert_outputs(kind.outputs(pipe), want[file])
-
-
-@every_dialect
-def test_every_dialect_attaches(dialect: Dialect, tmp_path: Path) -> None:
-    if dialect.name == "flux: bfl_control":
-        pytest.skip("refused, see above")
-    kind = dialect.kind
-    _, theirs = written(dialect, tmp_path)
-    want = fresh_outputs(kind, theirs)
-    pipe = kind.build()
-    hotslot.attach(pipe, {"theirs": theirs}).activate("theirs")
-    assert_outputs(kind.outputs(pipe), want)

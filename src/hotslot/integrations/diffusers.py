@@ -154,7 +154,7 @@ def _load(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
         kept = {name for name, model in models.items() if adapter_name in _apart.get(model, ())}
         if to_second:
             kept = models.keys() - {"transformer_2"}
-        with _onloaded(pipe):
+        with _offloaded_again(pipe):
             return _swap(pipe, read(whole(pipe), source, **_of_reading(given)), adapter_name, kept)
     room, known = next(filter(None, map(_rooms.get, models.values())), None), _adapter_names(models)
     _complain_if_compiled(pipe, room)
@@ -419,22 +419,16 @@ def _forget(pipe: Any, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def _onloaded(pipe: Any) -> Iterator[None]:
-    """Without the hooks that keep parameters elsewhere; they are back afterwards, whatever happens."""
+def _offloaded_again(pipe: Any) -> Iterator[None]:
+    """Offloading by groups knows tensors and layers from when it was set up: it is set up anew, whatever happens."""
     from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 
-    model_offload, sequential, group = pipe._optionally_disable_offloading(pipe)
     try:
         yield
     finally:
-        if model_offload:
-            pipe.enable_model_cpu_offload()
-        elif sequential:
-            pipe.enable_sequential_cpu_offload()
-        elif group:
-            for component in pipe.components.values():
-                if isinstance(component, nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(component)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                _maybe_remove_and_reapply_group_offloading(live.unwrap(component))
 
 
 def _models(pipe: Any) -> dict[str, nn.Module]:
