@@ -66,7 +66,7 @@ def run(
             for factor in SLOT_FACTORS:
                 progress(f"{name}: into slots of rank {size.rank * factor}")
                 taking_part = contenders(bench, size.rank * factor)
-                times = _time(taking_part, rounds, chosen)
+                times = time_swaps(taking_part, rounds, chosen)
                 rows += _rows(size, size.rank * factor, times)
     return rows
 
@@ -80,7 +80,8 @@ class Times:
     error: float = 0.0
 
 
-def _time(taking_part: Sequence[Contender], rounds: int, device: torch.device) -> dict[Contender, Times]:
+def time_swaps(taking_part: Sequence[Contender], rounds: int, device: torch.device) -> dict[Contender, Times]:
+    """Time each contender's swap to the adapter that is not live, by turns, between two checks of all of them."""
     times = {contender: Times() for contender in taking_part}
     order, shuffled = Random(0), list(taking_part)
     with only_own_garbage():
@@ -112,7 +113,7 @@ def _checked_swap(contender: Contender, times: Times, device: torch.device) -> N
     times.error = max(times.error, contender.twin.error())
     if times.error == float("inf"):
         raise HotslotError(
-            "A contender's outputs after a swap are not those of a fresh PeftModel: its times would mean nothing.",
+            "A contender's outputs after a swap are not those of a fresh load: its times would mean nothing.",
             where=f"{contender.case}, {contender.name}",
         )
 

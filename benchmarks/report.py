@@ -209,7 +209,7 @@ def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-_COLOURS = {"hotslot": "tab:blue", "PEFT": "tab:gray", "plain": "tab:green"}
+_COLOURS = {"hotslot": "tab:blue", "PEFT": "tab:gray", "diffusers": "tab:gray", "plain": "tab:green"}
 
 
 def _bars(panel: Any, group: Sequence[Row]) -> None:

@@ -55,7 +55,7 @@ def test_outputs_are_equal_and_ratios_add_up(rows: Any) -> None:
 
 def test_a_swap_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotslot, "hotswap_adapter", lambda *arguments, **options: None)
-    with pytest.raises(HotslotError, match="not those of a fresh PeftModel") as caught:
+    with pytest.raises(HotslotError, match="not those of a fresh load") as caught:
         swap.run(**OPTIONS)
     assert "hotslot hotswap_adapter" in str(caught.value)
 
@@ -160,8 +160,59 @@ def test_the_forward_pass_of_a_merged_model_is_timed(monkeypatch: pytest.MonkeyP
     assert rows[0].times_copy == 1
 
 
+@pytest.fixture(scope="module")
+def diffusers_rows() -> Any:
+    pytest.importorskip("diffusers")
+    return bench.load("diffusers").run(**OPTIONS)
+
+
+def test_swaps_in_a_pipeline_are_timed_beside_diffusers(diffusers_rows: Any) -> None:
+    timed = bench.load("diffusers")
+    assert [(row.case, row.contender.split()[0]) for row in diffusers_rows] == [
+        (timed.COLD, "hotslot"), (timed.COLD, "diffusers"), (timed.COLD, "plain"),
+        (timed.WARM, "hotslot"), (timed.WARM, "diffusers"), (timed.WARM, "diffusers"), (timed.WARM, "plain"),
+    ]  # fmt: skip
+    ms = {row.contender: row.ms for row in diffusers_rows}
+    for row in diffusers_rows:
+        assert 0 < row.min_ms <= row.ms
+        assert row.error == 0
+        cold = row.case == timed.COLD
+        assert math.isclose(row.times_diffusers * row.ms, ms[timed.HOTSWAP if cold else timed.HOTSWAP_DICT])
+        assert math.isclose(row.ms, row.times_copy * ms[timed.READ if cold else timed.COPY])
+    layers = 12 + 2 * 5
+    assert {row.nbytes for row in diffusers_rows} == {2 * 4 * (2 * layers * 32 + 96 * (4 + 2) + 128 * 2)}
+
+
+def test_goals_of_swaps_in_a_pipeline(diffusers_rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    timed = bench.load("diffusers")
+    assert timed.goals(diffusers_rows) == []
+    told = [replace(row, size="18MB") for row in diffusers_rows]
+    ms = {row.contender: row.ms for row in told}
+    goals = timed.goals(told)
+    assert [(goal.found, goal.most) for goal in goals] == [
+        (ms[timed.ACTIVATE] / ms[timed.COPY], 2),
+        (ms[timed.LOAD] / ms[timed.HOTSWAP], 0.2),
+    ]
+    conditions = report.describe("cpu", rounds=1)
+    conditions["versions"]["diffusers"] = "1"
+    timed.render(told, conditions, swap.Console(width=200))
+    out = capsys.readouterr().out
+    assert timed.HOTSWAP in out
+    assert goals[1].text in out
+
+
+def test_a_swap_in_a_pipeline_that_does_nothing_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    activate = hotslot.Swapper.activate
+    monkeypatch.setattr(hotslot.Swapper, "activate", lambda self, name: activate(self, "first"))
+    with pytest.raises(HotslotError, match="not those of a fresh load"):
+        bench.load("diffusers").run(**OPTIONS)
+
+
 def test_what_is_not_there() -> None:
-    with pytest.raises(HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, merged, slots, soak, swap"):
+    with pytest.raises(
+        HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, diffusers, merged, slots, soak, swap"
+    ):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):
         swap.run(["7MB"])

@@ -798,7 +798,7 @@ def test_attach_takes_any_architecture(name: str, adapter: Any, expected: Any) -
     entry = MODELS[name]
     model = entry.build()
     swapper = hotslot.attach(model, adapters={change: adapter(name, change) for change in ("first", "subset", "more")})
-    run = torch.compile(model, backend=Backend()) if name in ("vit", "gpt_neox") else model
+    run = torch.compile(model, backend=Backend()) if name == "vit" else model
     output(run, entry)
     with no_recompile(), same_addresses(model):
         for change in ("more", "subset", "first"):

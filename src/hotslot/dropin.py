@@ -222,6 +222,7 @@ def swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint
         checkpoint: the new adapter.
         grows: whether to give modules that it targets or saves a slot where the model has none. Code compiled of the
             model is compiled anew then, so a model that is known to be compiled refuses it, as PEFT's function does.
+            Where a Swapper is attached, its `grow` does that.
 
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError, ModelError: nothing was touched.
@@ -230,7 +231,7 @@ def swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint
         try:
             _swap(model, adapter_name, checkpoint)
         except (UnexpectedTargetError, RankError):
-            if not grows or live.is_compiled(model):
+            if not grows or live.is_compiled(model) or Swapper.of(model, adapter_name) is not None:
                 raise
             _grow_and_swap(model, adapter_name, checkpoint)
 

@@ -6,7 +6,7 @@ of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` d
 
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
-from .sources import WEIGHTS_NAME, Source, config_dict, from_tensors, read
+from .sources import WEIGHTS_NAME, Source, config_dict, from_tensors, read, read_file
 
 __all__ = [
     "MAX_CONFIG_BYTES",
@@ -23,4 +23,5 @@ __all__ = [
     "each_config",
     "from_tensors",
     "read",
+    "read_file",
 ]

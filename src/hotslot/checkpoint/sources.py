@@ -111,6 +111,24 @@ def _read(
         raise _not_found(str(folder), "a folder that can be read", _said(error)) from error
 
 
+def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
+    """A safetensors file by itself, as a Checkpoint without a config, and the file's own metadata.
+
+    Raises:
+        CheckpointError: one of its kinds, see `hotslot.errors`.
+    """
+    try:
+        header = read_header(path)
+        specs = parse_header(header, path)
+        with open_data(path, header, specs) as (data, fill):
+            fill(0, data.numel())
+    except OSError as error:
+        raise _not_found(str(path), "a file that can be read", _said(error)) from error
+    metadata: dict[str, str] = json.loads(header).get("__metadata__") or {}
+    specs, data = aligned(specs, data)
+    return Checkpoint.checked(Schema({}, specs), data, str(path)), metadata
+
+
 def _refuse_escape(subfolder: str | None) -> None:
     """A subfolder lies within the source, whoever chose it: that is what callers who pass one on rely on."""
     path = PurePath(subfolder or "")

@@ -52,18 +52,30 @@ def _root(
 
 @app.command()
 def inspect(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a Hub id.", show_default=False)],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A folder, a Hub id, or a LoRA file.", show_default=False)
+    ],
     subfolder: Annotated[str | None, typer.Option(help="Folder inside of it.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show an adapter: method, rank, targets, dtype, bytes, digest, and what is unusual about it."""
-    from .inspect import inspect_adapter, show_inspection
+    """Show an adapter: method, rank, targets, dtype, bytes, digest, and what is unusual about it.
 
+    Of a LoRA file for diffusers: who writes such files, and for which components it is.
+    """
+    from .inspect import Inspection, inspect_adapter, show_inspection
+    from .inspect_file import FileInspection, inspect_file, show_file
+
+    found: Inspection | FileInspection
     with errors_reported(as_json=as_json):
-        found = inspect_adapter(adapter, subfolder=subfolder, revision=revision)
+        if adapter.endswith(".safetensors"):
+            found = inspect_file(Path(adapter))
+        else:
+            found = inspect_adapter(adapter, subfolder=subfolder, revision=revision)
     if as_json:
         print_json(found)
+    elif isinstance(found, FileInspection):
+        show_file(new_console(), found)
     else:
         show_inspection(new_console(), found)
     if not found.supported:
@@ -72,17 +84,22 @@ def inspect(
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a transformers model.")],
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Folders or Hub ids.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a transformers model, or a pipeline.")
+    ],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Folders, Hub ids; or LoRA files.", show_default=False),
+    ],
     model_class: Annotated[
         str | None,
-        typer.Option(help="Class of transformers that you load it with; else as its config says.", show_default=False),
+        typer.Option(help="Class that you load it with; else as its config says.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell whether each adapter would fit on a model, by what route, with how many bytes; else why not.
 
-    Only the model's config is read, not its weights.
+    Only the model's configs are read, not its weights.
     """
     from .check import check_adapters, show_check
 
@@ -115,18 +132,34 @@ def demo(
         bool, typer.Option("--methods", help="One task's adapters in seven methods, merged; and who answers right.")
     ] = False,
     ask_all: Annotated[bool, typer.Option("--all", help="With --methods: ask all questions, not half.")] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Style LoRAs in a diffusion model that paints emoji; --prompt is a name.")
+    ] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="With --images: where to write the pictures.", show_default="hotslot-images.png")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Swap real adapters in a real compiled model, and show answers and times."""
-    from .demo import DemoResult, MethodsResult, run_demo, run_methods
+    """Swap real adapters in a real compiled model, and show answers, or pictures, and times."""
+    from .demo import DemoResult, ImagesResult, MethodsResult, run_demo, run_images, run_methods
 
+    if methods and images:
+        raise typer.BadParameter("--methods and --images are two demos.")
     if methods and (adapters or prompts):
         raise typer.BadParameter("--methods has adapters and questions of its own: leave out --adapter and --prompt.")
+    if images and (model or adapters):
+        raise typer.BadParameter("--images has a model and adapters of its own: leave out --model and --adapter.")
     if ask_all and not methods:
         raise typer.BadParameter("--all goes with --methods.")
-    result: DemoResult | MethodsResult
+    if sheet and not images:
+        raise typer.BadParameter("--sheet goes with --images.")
+    result: DemoResult | ImagesResult | MethodsResult
     with errors_reported(as_json=as_json):
-        if methods:
+        if images:
+            result = run_images(
+                prompts, sheet=sheet or Path("hotslot-images.png"), backend=backend, rounds=rounds, as_json=as_json
+            )
+        elif methods:
             result = run_methods(model, ask_all=ask_all, backend=backend, as_json=as_json)
         else:
             result = run_demo(model, adapters, prompts=prompts, backend=backend, rounds=rounds, as_json=as_json)

@@ -16,6 +16,7 @@ from ..errors import HotslotError
 
 CASES = {
     "concurrency": "bench_concurrency",
+    "diffusers": "bench_diffusers",
     "merged": "bench_merged",
     "slots": "bench_slots",
     "soak": "soak",

@@ -1,17 +1,20 @@
-"""`hotslot check`: would these adapters fit on that model? The model's weights are neither downloaded nor read."""
+"""`hotslot check`: would these adapters fit on that model, or pipeline? Its weights are neither downloaded nor read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
 from ..errors import CheckpointError, DoesNotFitError, HotslotError, ModelError, TensorError, UnsupportedError
+from .pipeline import build_pipeline_on_meta, is_pipeline
 from .terminal import add_row, new_table, printable
 
 if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
     from ..engine import Entry
     from ..methods import Adapter
 
@@ -49,7 +52,7 @@ class Check:
 
     Attributes:
         model: as it was given.
-        model_class: the class of transformers that it was checked as.
+        model_class: the class of transformers, or the pipeline of diffusers, that it was checked as.
         adapters: one verdict for each, in order.
         slots: that the adapters that fit need together.
         arena_bytes: of device memory that those slots take.
@@ -68,16 +71,17 @@ def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | No
     """Plan each adapter against the model's shapes.
 
     Args:
-        model: a folder or Hub id of a transformers model; only its config is read.
-        adapters: folders or Hub ids.
-        model_class: a model class of transformers; by default the first of the config's `architectures`.
+        model: a folder or Hub id of a transformers model, or of a diffusers pipeline; only its configs are read.
+        adapters: folders or Hub ids; for a pipeline whatever its `load_lora_weights` takes.
+        model_class: a model class of transformers, by default the first of the config's `architectures`; or a pipeline
+            of diffusers, by default its index's.
 
     Raises:
         ModelError: there is no such model, or it cannot be built from its config alone.
     """
     from ..planning import plan_adapters
 
-    skeleton = _build_on_meta(model, model_class)
+    skeleton = _skeleton(model, model_class)
     verdicts: list[Verdict] = []
     fitting: list[Adapter] = []
     for source in adapters:
@@ -87,45 +91,79 @@ def check_adapters(model: str, adapters: Sequence[str], *, model_class: str | No
             fitting.append(adapter)
     slots, arena_bytes = 0, 0
     if fitting:
-        plan = plan_adapters(skeleton, fitting, max_blend=1)  # as attach does
+        plan = plan_adapters(skeleton.model, fitting, max_blend=1)  # as attach does
         slots, arena_bytes = len(plan.slots), plan.nbytes
-    notes = []
-    if getattr(skeleton.config, "quantization_config", None):
-        notes.append("the config asks for quantised weights; the layers were checked as if they were not quantised")
-    return Check(model, type(skeleton).__name__, verdicts, slots, arena_bytes, notes)
+    return Check(model, skeleton.name, verdicts, slots, arena_bytes, skeleton.notes)
 
 
-def _check_one(skeleton: Any, source: str) -> tuple[Verdict, Adapter | None]:
+class _Skeleton(NamedTuple):
+    """What adapters are checked on.
+
+    Attributes:
+        given: the model or pipeline, all tensors without values.
+        model: what slots are planned for: the model, or the pipeline's components as one.
+        notes: on it.
+        read: of an adapter for it.
+    """
+
+    given: Any
+    model: Any
+    notes: list[str]
+    read: Callable[[str], Checkpoint]
+
+    @property
+    def name(self) -> str:
+        return type(self.given).__name__
+
+
+def _skeleton(source: str, model_class: str | None) -> _Skeleton:
     from ..checkpoint import read
+
+    if not is_pipeline(source):
+        model, notes = _build_on_meta(source, model_class), []
+        if getattr(model.config, "quantization_config", None):
+            notes.append("the config asks for quantised weights; the layers were checked as if they were not quantised")
+        return _Skeleton(model, model, notes, read)
+    from .. import pipelines
+
+    pipe = build_pipeline_on_meta(source, model_class)
+    components = pipelines.whole(pipe)
+    notes = ["slots were counted in float32: a pipeline of 16 bits takes half of it"]
+    return _Skeleton(pipe, components, notes, partial(pipelines.read, components))
+
+
+def _check_one(skeleton: _Skeleton, source: str) -> tuple[Verdict, Adapter | None]:
     from ..engine import Entry
     from ..planning import plan_adapters, refuse_unfit
 
     known: dict[str, Any] = {"adapter": source}
     notes: list[str] = []
+    adapter: Adapter | None = None
     try:
-        checkpoint = read(source)
+        checkpoint = skeleton.read(source)
         known |= {"version": checkpoint.version, "nbytes": checkpoint.nbytes}
         entry = Entry(source, checkpoint, route="auto")
         adapter = entry.adapter
         if not adapter.targets:
-            known["nbytes"] = _merged_bytes(skeleton, entry)
+            known["nbytes"] = _merged_bytes(skeleton.model, entry)
             return Verdict(**known, fits=True, route="merged", notes=notes), None
         ranks = sorted({target.rank for target in adapter.targets.values()})
         known |= {"slots": len(adapter.targets), "ranks": ranks}
         notes += _copies(adapter)
-        refuse_unfit(skeleton, adapter, plan_adapters(skeleton, [adapter], max_blend=1), "default")
+        plan = plan_adapters(skeleton.model, [adapter], max_blend=1)
+        refuse_unfit(skeleton.model, adapter, plan, "default")
     except (CheckpointError, UnsupportedError, DoesNotFitError) as error:
-        if isinstance(error, DoesNotFitError):
-            notes += _other_class(adapter, skeleton)
+        if adapter is not None and isinstance(error, DoesNotFitError):
+            notes += _other_class(adapter, skeleton.name)
         return Verdict(**known, fits=False, notes=notes, error=error), None
     return Verdict(**known, fits=True, route="side", notes=notes), adapter
 
 
-def _merged_bytes(skeleton: Any, entry: Entry) -> int:
+def _merged_bytes(model: Any, entry: Entry) -> int:
     from ..live import outline_bytes
 
     try:
-        return outline_bytes(skeleton, entry.adapter.checkpoint)
+        return outline_bytes(model, entry.adapter.checkpoint)
     except (DoesNotFitError, TensorError, UnsupportedError) as error:
         raise entry.refusal or error from None
 
@@ -136,16 +174,16 @@ def _copies(adapter: Adapter) -> list[str]:
     return [f"carries a copy of {copy}, compared when loaded" for copy in copies]
 
 
-def _other_class(adapter: Adapter, skeleton: Any) -> list[str]:
+def _other_class(adapter: Adapter, checked_on: str) -> list[str]:
     """Why paths may not match: BertModel's begin with `encoder`, those of BertForMaskedLM with `bert.encoder`."""
     mapping = adapter.checkpoint.config.get("auto_mapping")
     if not isinstance(mapping, dict):
         return []
     name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
-    if name in ("", type(skeleton).__name__):
+    if name in ("", checked_on):
         return []
     advice = f"; try --model-class {name}" if library.startswith("transformers.") else ""
-    return [f"was trained on {name}, and checked on {type(skeleton).__name__}{advice}"]
+    return [f"was trained on {name}, and checked on {checked_on}{advice}"]
 
 
 def _build_on_meta(source: str, model_class: str | None) -> Any:

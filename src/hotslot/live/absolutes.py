@@ -133,7 +133,7 @@ class Absolutes:
         self._stores = stores(pristine, model)
         self._merged: set[Key] = set()  # the sites of `take_in`
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
-        self._versions: list[tuple[int, int]] = []
+        self._versions: list[int] = []
         self._take_in_lost_biases(model)
         self.mark_clean()
 
@@ -254,10 +254,11 @@ class Absolutes:
         """Take what is live now as written by hotslot."""
         self._versions = self._current_versions()
 
-    def _current_versions(self) -> list[tuple[int, int]]:
+    def _current_versions(self) -> list[int]:
         tensors = [site.holder[site.name] for site in self.sites.values()]
         tensors += [site.original() for site in self.sites.values() if site.original is not None]
-        return [(id(tensor), tensor._version) for tensor in tensors]
+        # No pairs: a thousand small objects at each swap would call the garbage collector.
+        return [*map(id, tensors), *[tensor._version for tensor in tensors]]
 
     # -- writing ----------------------------------------------------------------------------------------------------
 

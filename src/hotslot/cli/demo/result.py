@@ -229,3 +229,117 @@ class MethodsResult:
                 "times_base": self.times_base(method),
             }
         return {"ok": self.ok, "recompilations": self.recompilations, **document}
+
+
+# Of a picture's 256 levels: another order of summation in compiled code may move a value across the border of a level.
+_MOST_LEVELS_OFF = 1.0
+
+
+@dataclass
+class RowResult:
+    """One row of pictures: which styles are live at what strength, and how they were swapped in.
+
+    Attributes:
+        weights: style → strength; none for the base.
+        recompilations: graphs that were compiled while it was painted.
+        levels_off: largest difference to the picture of a fresh pipeline that loads the LoRAs by diffusers alone, in
+            levels of 255.
+        seconds, nbytes: of `swapper.activate` from host memory, the median; for the base of `deactivate`.
+        file_seconds: from the file to live, `load` and `activate`; None where several or part of a style are live.
+        diffusers_call: how diffusers does the same; on a pipeline that is not compiled.
+        diffusers_seconds: its time; None if it refuses, or computes something else.
+        diffusers_refusal: why it cannot.
+    """
+
+    weights: dict[str, float]
+    recompilations: int = 0
+    levels_off: float = 0.0
+    seconds: float = 0.0
+    nbytes: int = 0
+    file_seconds: float | None = None
+    diffusers_call: str = ""
+    diffusers_seconds: float | None = None
+    diffusers_refusal: str | None = None
+
+    @property
+    def style(self) -> str | None:
+        """The style that is live alone and at full strength, if one is."""
+        return next(iter(self.weights)) if list(self.weights.values()) == [1.0] else None
+
+    @property
+    def parts(self) -> list[str]:
+        """What is live, with its strength where that is not all of it."""
+        if self.style or not self.weights:
+            return [self.style or "base"]
+        return [f"{style} {weight:g}" for style, weight in self.weights.items()]
+
+    @property
+    def name(self) -> str:
+        """In one line."""
+        return " + ".join(self.parts)
+
+
+@dataclass
+class ImagesResult:
+    """All of it; `ok` says whether hotslot kept its promises.
+
+    Attributes:
+        steps: of the denoising.
+        prompts: names of the columns.
+        graphs: that the unet compiled to.
+        rows: the base, then the combinations.
+        base_restored: the base's pictures, a step far, were bit for bit the same after all swaps.
+        swaps: done in all.
+        sheet: where the contact sheet is.
+    """
+
+    backend: str
+    steps: int
+    prompts: list[str]
+    torch: str = ""
+    diffusers: str = ""
+    threads: int = 0
+    load_seconds: float = 0.0
+    attach_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    graphs: int = 0
+    rows: list[RowResult] = field(default_factory=list)
+    base_restored: bool = False
+    swaps: int = 0
+    seconds: float = 0.0
+    sheet: str = ""
+
+    @property
+    def recompilations(self) -> int:
+        """In all, after the one compilation."""
+        return sum(row.recompilations for row in self.rows)
+
+    @property
+    def levels_off(self) -> float:
+        """The largest difference of any row."""
+        return max(row.levels_off for row in self.rows)
+
+    @property
+    def as_fresh(self) -> bool:
+        """Whether all rows are what fresh pipelines paint."""
+        return self.levels_off <= _MOST_LEVELS_OFF
+
+    @property
+    def ok(self) -> bool:
+        """One graph, no recompilation, the base as it was, and the pictures of fresh pipelines."""
+        return self.graphs == 1 and self.recompilations == 0 and self.base_restored and self.as_fresh
+
+    @property
+    def caption(self) -> list[str]:
+        """What stands below the sheet."""
+        return [
+            f"One model, compiled once; {self.swaps} swaps, {self.recompilations} recompilations. "
+            f"{self.steps} denoising steps. A column has the same noise in every row.",
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every field, and what follows from them."""
+        document = asdict(self)
+        for entry, row in zip(document["rows"], self.rows, strict=True):
+            entry["name"] = row.name
+        return {"ok": self.ok, "recompilations": self.recompilations, "levels_off": self.levels_off, **document}

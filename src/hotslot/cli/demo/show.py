@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from ..terminal import printable
-from .result import AdapterResult, DemoResult, MethodsResult, SwapTimes
+from .result import AdapterResult, DemoResult, ImagesResult, MethodsResult, RowResult, SwapTimes
 
 _ONE_TABLE_WIDTH = 125  # of a terminal that holds all columns side by side
 _PIPED_WIDTH = 160
@@ -114,6 +114,22 @@ def methods_tables(console: Console, result: MethodsResult) -> None:
     _tables(console, (*_WHAT, *marks), how, result.methods)
 
 
+_ROW = (_Column("row", lambda r: f"[cyan]{_safe(r.name)}[/]"),)
+_ROW_HOW = (
+    _Column("swap", lambda r: _ms(r.seconds), right=True),
+    _Column("bytes", lambda r: f"{r.nbytes:,}" if r.nbytes else "", right=True),
+    _Column("file → live", lambda r: _ms(r.file_seconds) if r.file_seconds is not None else "", right=True),
+    _Column("recompiled", lambda r: _zero(r.recompilations), right=True),
+    _Column("off by", lambda r: f"{r.levels_off:.2f} / 255", right=True),
+    _Column("diffusers, same swap", lambda r: _safe(_diffusers(r))),
+)
+
+
+def images_table(console: Console, result: ImagesResult) -> None:
+    """Print the table of the rows of pictures, likewise."""
+    _tables(console, _ROW, _ROW_HOW, result.rows)
+
+
 def _tables(console: Console, what: Sequence[_Column], how: Sequence[_Column], rows: Sequence[Any]) -> None:
     wide = console.width >= _ONE_TABLE_WIDTH
     for columns in [(*what, *how)] if wide else [what, (what[0], *how)]:
@@ -166,7 +182,27 @@ def methods_summary(console: Console, result: MethodsResult, cache: str) -> None
     _verdict(console, result, cache)
 
 
-def _verdict(console: Console, result: DemoResult | MethodsResult, cache: str) -> None:
+def images_summary(console: Console, result: ImagesResult, cache: str) -> None:
+    """Print the notes below the table of pictures, where they are, and whether all is well."""
+    console.print(
+        "swap: the median, from host memory; a style alone from the style above it (the first: from the last), the "
+        "others from the row above. off by: the largest difference to\nthe pictures of a fresh pipeline that loads the "
+        "LoRAs by diffusers alone, in levels of 255. diffusers: on a pipeline of its own that is not compiled; "
+        "hotswap=True is from the file.",
+        style="dim",
+    )
+    restored = "the same, bit for bit" if result.base_restored else "[red]another one[/]"
+    fresh = "as fresh pipelines paint them" if result.as_fresh else "[red]not what fresh pipelines paint[/]"
+    console.print(
+        f"{result.swaps} swaps. The unet: {_zero(result.graphs - 1, one=result.graphs)} graph, compiled once in "
+        f"{result.compile_seconds:.1f} s, then {_zero(result.recompilations)} recompilations. The pictures: {fresh}. "
+        f"The base before and after: {restored}."
+    )
+    console.print(f"The pictures are in {_safe(result.sheet)}.")
+    _verdict(console, result, cache)
+
+
+def _verdict(console: Console, result: DemoResult | ImagesResult | MethodsResult, cache: str) -> None:
     verdict = "[green]all as it should be[/]" if result.ok else "[red]not all is as it should be[/]"
     console.print(f"{verdict}, {result.seconds:.0f} s in all. Model and compiled code are kept in {_safe(cache)}.")
 
@@ -175,6 +211,12 @@ def _peft(swap: SwapTimes) -> str:
     if swap.peft_seconds is None or swap.peft_file_seconds is None:
         return f"cannot: {swap.peft_refusal}"
     return f"{_ms(swap.peft_seconds)} ({_ms(swap.peft_file_seconds)})"
+
+
+def _diffusers(row: RowResult) -> str:
+    if row.diffusers_seconds is None:
+        return f"{row.diffusers_call} cannot: {row.diffusers_refusal}"
+    return f"{row.diffusers_call}: {_ms(row.diffusers_seconds)}"
 
 
 def _ms(seconds: float) -> str:
