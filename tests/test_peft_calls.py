@@ -926,6 +926,18 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._state_dict_hooks) + len(m._load_state_dict_pre_hooks) for m in model.modules())
 
 
+def test_a_swapper_takes_over_what_the_drop_in_has_swapped_in(folders: dict[str, Path]) -> None:
+    """A larger rank than the model came with: nothing of it may be cut off."""
+    model = fresh(MLP, folders["four"])
+    hotslot.hotswap_adapter(model, folders["six"], "default")
+    swapper = hotslot.attach(model, adapters={"b": folders["b"]})
+    assert_same_output(output(model), fresh_output(MLP, folders["six"]))
+    swapper.activate("b")
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    swapper.detach()
+    assert_same_output(output(model), fresh_output(MLP, folders["six"]))
+
+
 # --- transformers' own calls on a plain model -----------------------------------------------------------------------
 
 

@@ -360,7 +360,10 @@ class Binding:
                     self._swapped_parts.append((module, "__class__", before))
 
     def release(self) -> None:
-        """Give the parameters their own memory back, at their old shapes, holding what they hold now."""
+        """Give the parameters their own memory back, holding what they hold now.
+
+        At their old shapes; larger where what is live has a larger rank: PEFT's functions grow slots.
+        """
         self.absolutes.release()
         if self.resident is not None:
             self.resident.release()
@@ -370,9 +373,10 @@ class Binding:
                 current, slot = param.data, self.slots[fqn]
                 if current.data_ptr() == original.data_ptr():
                     continue
-                if original.dtype != current.dtype or original.device != current.device:
-                    original = torch.empty_like(original, dtype=current.dtype, device=current.device)
-                original.copy_(_cut(current, suffix, original.shape, slot))
+                held = _cut(current, suffix, original.shape, slot, at_least=self._ranks[fqn])
+                if original.dtype != held.dtype or original.device != held.device or original.shape != held.shape:
+                    original = torch.empty_like(held, memory_format=torch.contiguous_format)
+                original.copy_(held)
                 param.data = original
         note_sizes(self.slots)
         for fqn, slot in self.slots.items():
@@ -467,10 +471,10 @@ def _live_rank(slot: Slot) -> int:
     return stated
 
 
-def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot) -> torch.Tensor:
-    """The corner of `padded` that has `shape`."""
+def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot, *, at_least: int) -> torch.Tensor:
+    """The corner of `padded` that has `shape`, or the ranks `at_least`, if these are more."""
     part = PARTS[suffix]
     if part.rank_dim is None or padded.shape == shape:
         return padded
     rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
-    return slot.corner(padded, suffix, rank)
+    return slot.corner(padded, suffix, max(rank, at_least))
