@@ -89,7 +89,9 @@ class OpFault(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self.where = self.steps[-1]
         if self.when == "amid" and "_foreach" in self.where:
-            half = [arg[: len(arg) // 2] if isinstance(arg, list | tuple) else arg for arg in args]
+            half = [
+                arg[: (len(arg) + 1) // 2] if isinstance(arg, list | tuple) else arg for arg in args
+            ]  # one at least
             func(*half, **(kwargs or {}))
         elif self.when == "amid":
             func(*args, **(kwargs or {}))

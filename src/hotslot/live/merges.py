@@ -92,9 +92,11 @@ class ByPeft:
 
     def held(self) -> Iterable[torch.Tensor]:
         """See Merge; what layers share, each of them has."""
+        base = base_of(self._layer)
+        lent = {id(base.get_parameter(name)) for name in (*self._names, *self._others)}  # the model's, for a merge
         for module in self._layer.modules():
             for holder in (module._parameters, module._buffers, vars(module)):
-                yield from _tensors_in(holder)
+                yield from (tensor for tensor in _tensors_in(holder) if id(tensor) not in lent)
 
     def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
         """See Merge."""
