@@ -54,7 +54,10 @@ def attach(
     Swapper.make_way(model, adapter_name)
     if _is_of_another_method(model, adapter_name):
         return _attach_resident(model, adapters or {}, adapter_name, route, plan)
-    entries = [Entry(name, read(model, source), route=route) for name, source in (adapters or {}).items()]
+    pin = live.is_on_gpu(model)
+    entries = [
+        Entry(name, read(model, source, pin_memory=pin), route=route) for name, source in (adapters or {}).items()
+    ]
     compiled = live.is_compiled(model)
     slots = live.find_slots(model, adapter_name)
     if slots:
@@ -157,7 +160,8 @@ def _attach_resident(
             expected=f"adapters of {method} alone, which take its place",
             hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
         )
-    entries = [Entry(name, read(model, source), route="resident") for name, source in adapters.items()]
+    pin = live.is_on_gpu(model)
+    entries = [Entry(name, read(model, source, pin_memory=pin), route="resident") for name, source in adapters.items()]
     arena = not live.is_compiled(model)
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None

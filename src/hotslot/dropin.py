@@ -70,7 +70,8 @@ def hotswap_adapter(
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if kwargs.get(key) is not None}
     if "token" not in hub and kwargs.get("use_auth_token"):
         hub["token"] = kwargs["use_auth_token"]
-    checkpoint = live.converted(model, checkpoints.read(model_name_or_path, **hub))
+    checkpoint = checkpoints.read(model_name_or_path, pin_memory=live.is_on_gpu(model), **hub)
+    checkpoint = live.converted(model, checkpoint)
     _refuse_other_method(_config_on(model, adapter_name), checkpoint.config.get("peft_type"))
     swap(model, adapter_name, checkpoint)
 
@@ -117,7 +118,8 @@ def hotswap_adapter_from_state_dict(
             renamed[plain] = tensor
     if foreign:
         raise _unexpected(foreign)
-    swap(model, adapter_name, checkpoints.from_tensors(renamed, config, origin="the state_dict"))
+    pin = live.is_on_gpu(model)
+    swap(model, adapter_name, checkpoints.from_tensors(renamed, config, origin="the state_dict", pin_memory=pin))
 
 
 def prepare_model_for_compiled_hotswap(

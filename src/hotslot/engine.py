@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -189,7 +189,7 @@ class Entry:
         """What is to be written where `since` is live, untouched, or anything if None; and its bytes of adapter."""
         compiled = self.compile(binding)
         if since is not None and since.contents == self.contents:
-            return replace(compiled.writes, staged=[], targets=[], sources=[], unused=()), 0
+            return compiled.writes.without_values(), 0
         return compiled.writes, compiled.nbytes
 
 
@@ -325,8 +325,16 @@ class Engine:
             ModelError: the slot's layers or parameters were taken from the model.
         """
         started = time.perf_counter()
-        binding, previous = self.binding, self.live
         self.refuse_if_merged()
+        if not self.binding.on_gpu:
+            return self._swap(target, started)
+        live.refuse_while_capturing()
+        self._bring(target)
+        with live.ordered(self.gate, self.binding.memory.devices):
+            return self._swap(target, started)
+
+    def _swap(self, target: State, started: float) -> SwapReport:
+        binding, previous = self.binding, self.live
         moved, touched = binding.put_right()
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
@@ -480,6 +488,12 @@ class Engine:
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
+    def _bring(self, target: State) -> None:
+        """Set the bytes of `target` on their way to a GPU, while all is looked at that decides whether they go in."""
+        if target.entry is not None and target.image is None and not self._is_live(target):
+            since = self.live.entry if self.live.image is None else None
+            self.binding.memory.bring(target.entry.writes(self.binding, since)[0])
+
     def _write(
         self,
         target: State,
@@ -497,7 +511,8 @@ class Engine:
         if records is None:
             assert target.entry is not None
             records = target.entry.compile(binding).records
-        binding.apply(records, said)  # before the copy, which takes all else out of the cache
+        if not binding.on_gpu:
+            binding.apply(records, said)  # before the copy, which takes all else out of the cache
         if target.image is not None:
             binding.restore(target.image)
         elif target.entry is not None:
@@ -508,10 +523,12 @@ class Engine:
         else:
             nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
             binding.write(nothing, {}, (), occupied, clean=clean)
+        if binding.on_gpu:
+            binding.apply(records, said)  # while the device copies
         return nbytes
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
-        tier = "host" if nbytes else "none"
+        tier = self.binding.memory.came_from if nbytes else "none"
         route, error = "side", None
         if target.entry is not None:
             compiled = target.entry.compile(self.binding)

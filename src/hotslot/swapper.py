@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -381,6 +381,7 @@ class Swapper:
                 report = self._swap_to(choose())
                 before = engine.previous if report.changed else engine.live
             assert before is not None
+            live.note_stream(engine.gate)
             try:
                 yield report
             finally:
@@ -415,16 +416,21 @@ class Swapper:
             engine = self._bound()
             live.guard(engine.model, engine.gate, engine.adapter_name)
 
-    def lease(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lease(self) -> Iterator[None]:
         """For a block: no swap begins before it has ended, but with `in_flight="now"`.
 
             with swapper.lease():
                 model.generate(…)
 
         It goes with the context: tasks and `asyncio.to_thread` calls that the block starts, and waits for, share it.
-        Other threads' forward passes do not; if they are guarded, the block must not wait for them.
+        Other threads' forward passes do not; if they are guarded, the block must not wait for them. On a GPU swaps
+        wait for what the current CUDA stream was given, too, and it for them.
         """
-        return self._bound().gate.lease()
+        gate = self._bound().gate
+        with gate.lease():
+            live.note_stream(gate)
+            yield
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -553,7 +559,7 @@ class Swapper:
 
     @property
     def _pins(self) -> bool:
-        return any(device.type == "cuda" for device in self._bound().binding.memory.devices)
+        return live.is_on_gpu(self._bound().model)
 
 
 def _previous(engine: Engine) -> State:

@@ -8,7 +8,7 @@ from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .conversion import converted
-from .discover import adapter_names, count_slots, innermost, is_compiled, model_of, roots, unwrap
+from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .memory import Image, Memory, Writes
@@ -19,7 +19,9 @@ from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .skeleton import hollow
 from .slots import Slot, find_slots
+from .staging import Stagings
 from .state import Records, build_config, refuse_unsupported_resident
+from .streams import note_stream, ordered, refuse_while_capturing
 from .targets import matching_targets
 from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
 from .tying import as_loaded
@@ -37,6 +39,7 @@ __all__ = [
     "Merges",
     "Records",
     "Slot",
+    "Stagings",
     "Wrapping",
     "Writes",
     "adapter_names",
@@ -53,8 +56,11 @@ __all__ = [
     "inject",
     "innermost",
     "is_compiled",
+    "is_on_gpu",
     "matching_targets",
     "model_of",
+    "note_stream",
+    "ordered",
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",
@@ -62,6 +68,7 @@ __all__ = [
     "refuse_other_parameters",
     "refuse_unsupported_resident",
     "refuse_untied",
+    "refuse_while_capturing",
     "remove",
     "residents",
     "roots",

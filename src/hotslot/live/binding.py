@@ -24,6 +24,7 @@ from .merging import Merger
 from .resident import Resident
 from .scaling import ScalingMap
 from .slots import Slot, compact
+from .staging import Stagings
 from .state import Records, adapter_records, neutral_records
 from .state_dict import TrueRank
 from .tokens import refuse_compiled_tokens
@@ -69,6 +70,7 @@ class Binding:
         self._prefixes = tuple(roots(model))
         self.slots = slots
         self.arena = arena
+        self.stagings = Stagings()
         self.hooks: dict[str, TrueRank] = {}
         self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()
         self._originals = {
@@ -97,7 +99,7 @@ class Binding:
                 compact(slots)
             self._install_dora(slots)
             self._add_parts(extra)
-            self.memory = bind(slots, self._ranks, ranks, arena=arena)
+            self.memory = bind(slots, self._ranks, ranks, self.stagings, arena=arena)
             self._install(slots, compiled=is_compiled(model))
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
@@ -121,6 +123,11 @@ class Binding:
         """
         values, records = resident.fit_neutral()
         return self.memory.image()._replace(absolutes=self.absolutes.image()._replace(values=values)), records
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the slots are where copies go on by themselves."""
+        return self.memory.on_gpu
 
     # -- what PEFT's records say -------------------------------------------------------------------------------------
 
@@ -249,7 +256,7 @@ class Binding:
                     compact(self.slots)
                 self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=True)
             self._add_parts(extra)
-            self.memory = bind(self.slots, self.live_ranks, ranks, arena=arena)
+            self.memory = bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena)
             self.arena = arena
             self._records.clear()
             if dirty:
@@ -268,7 +275,7 @@ class Binding:
         self.slots.update(slots)
         self._install(slots, compiled=False)  # what is new to compiled code is guarded by none
         self._add_parts(extra)
-        self.memory = bind(self.slots, self.live_ranks, ranks, arena=self.arena)
+        self.memory = bind(self.slots, self.live_ranks, ranks, self.stagings, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
         self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
         self._records.clear()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..leases import Gate, Lease, Turn
 from .discover import callable_roots
+from .streams import note_stream
 
 # nn.Module.__call__ looks both up on the instance: the first where `module.compile()` has set it, else the second.
 _COMPILED, _PLAIN = "_compiled_call_impl", "_call_impl"
@@ -54,6 +55,7 @@ class _Guard:
         if torch.compiler.is_compiling() or not self.owners:
             return self._call(*args, **kwargs)
         lease = self._gate.enter()
+        note_stream(self._gate)
         try:
             return self._call(*args, **kwargs)
         finally:
@@ -67,7 +69,7 @@ class _Guard:
 _Guard.__code__ = _Guard.__call__.__code__
 
 # Dynamo goes past these frames to those that they call, and compiles what it would without them.
-for _function in (_Guard.__call__, *vars(Gate).values(), Lease.__init__, Turn.__init__):
+for _function in (_Guard.__call__, note_stream, *vars(Gate).values(), Lease.__init__, Turn.__init__):
     if isinstance(_function, FunctionType):
         torch._dynamo.eval_frame.skip_code(_function.__code__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,8 +122,7 @@ class Ledger:
         columns = self._widened(records.columns)
         for (holders, keys), old, new in zip(self._columns, said, columns, strict=True):
             if old != new:
-                for holder, key, value in zip(holders, keys, new, strict=True):
-                    dict.__setitem__(holder, key, value)
+                deque(map(dict.__setitem__, holders, keys, new), maxlen=0)  # for their effect, in C
         if model is not None:
             self._apply_configs(records.configs, model)
         self._said = columns

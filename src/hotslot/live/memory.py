@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,15 @@ from ..errors import ModelError
 from ..methods import PARTS
 from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
+from .scatter import Scatter, scatters
 from .slots import Slot
+from .staging import Stagings
 from .training import refuse_padding_while_training
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 _SCALING_BYTES = 16  # inductor assumes this alignment of what it was compiled with
 _CHUNK = 32  # tensors whose Python and C++ objects fit the first-level cache
-_version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+_version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 # A device is reached by one copy of the adapter's bytes and a scatter on the device; only if they go to this few
 # places at most are they copied straight there.
@@ -52,7 +54,9 @@ class Writes:
     """A block compiled for one Memory: what remains to be done at a swap.
 
     Attributes:
-        staged: (buffer on the device, the block's bytes) to be copied before anything else.
+        block: whose bytes the scatters take; None if they only clear.
+        scatters: what puts the bytes into each device's arena, and clears what is not written.
+        staged: where there is no scatter, (buffer on the device, the block's bytes) to be copied before anything else.
         targets, sources: views to be copied one onto the other.
         scalings: fqn → scaling, for each slot.
         dora: fqn of the slots that are used for DoRA.
@@ -62,6 +66,8 @@ class Writes:
         through_arena: whether all targets are views of an arena, and none of a part.
     """
 
+    block: Block | None
+    scatters: Sequence[tuple[torch.device, Scatter]]
     staged: list[Copy]
     targets: list[torch.Tensor]
     sources: list[torch.Tensor]
@@ -72,6 +78,10 @@ class Writes:
     unused: tuple[tuple[str, str], ...]
     through_arena: bool
 
+    def without_values(self) -> Writes:
+        """The scalings alone, for slots that hold the values already."""
+        return replace(self, block=None, scatters=(), staged=[], targets=[], sources=[], unused=())
+
 
 class Memory:
     """Where the parts of `slots` live, and the only code that writes there.
@@ -80,20 +90,26 @@ class Memory:
     each write increments: a backward pass over values that a swap has overwritten raises, and is not wrong in silence.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], layout: Layout, arenas: Sequence[torch.Tensor | None]) -> None:
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        layout: Layout,
+        arenas: Sequence[torch.Tensor | None],
+        stagings: Stagings | None = None,
+    ) -> None:
         self.slots = slots
         self.layout = layout
         self.arenas = arenas
         # The fields of all parts' Held as lists: a swap looks at each of hundreds.
         held = [entry for slot in slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
-        self._parents = [slot.siblings for slot in slots.values()], [slot.child for slot in slots.values()]
         self._doras = {fqn: slot.dora for fqn, slot in slots.items() if slot.dora is not None}
-        self._layers: list[Any] = [slot.layer for slot in slots.values()]
-        # One of each slot: PEFT puts in and takes out an adapter's A and B together.
+        # The dicts of modules that hold the layers, and what they hold. One container of each layer: PEFT puts in and
+        # takes out an adapter's A and B together.
         firsts = [next(iter(slot.held.values())) for slot in slots.values()]
-        self._owners = [entry.owner for entry in firsts], [entry.owner_key for entry in firsts]
-        self._holders = [entry.holder for entry in firsts]
+        self._holders = list({id(h): h for slot in slots.values() for h in [slot.siblings]}.values())
+        self._holders += [entry.owner for entry in firsts if entry.owner is not entry.params]
+        self._held = list(map(dict, self._holders))
         self._dicts = [entry.params for entry in held], [entry.key for entry in held]
         self._pointers = [param.data_ptr() for param in self._params]
         self._views = {
@@ -104,10 +120,17 @@ class Memory:
             _scaling_column(arena, slots, i, layout) for i, arena in enumerate(arenas) if arena is not None
         ]
         self.devices = {view.device for view in self._views.values()}
+        self.on_gpu = any(device.type == "cuda" for device in self.devices)
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
         self._chunks = [self._params[i : i + _CHUNK] for i in range(0, len(self._params), _CHUNK)]
         self._arenas = [arena for arena in arenas if arena is not None]  # scalings share their counters
+        self.stagings = stagings if stagings is not None else Stagings()
+        self.came_from = "host"  # the bytes of the last swap
+        self._scatters: weakref.WeakKeyDictionary[Schema, list[tuple[torch.device, Scatter]]]
+        self._scatters = weakref.WeakKeyDictionary()
+        self._clearing = self._scatters_of(None)
+        self._brought: tuple[Writes, dict[torch.device, torch.Tensor]] | None = None
         # The layers' __dict__, "scaling", the map that is to be there, the adapter's name, its view.
         self._scaling_views: tuple[list[Any], ...] = [], [], [], [], []
         self._versions: list[int] = []
@@ -117,21 +140,19 @@ class Memory:
 
     def refuse_if_replaced(self) -> None:
         """Raise if the model no longer has one of the parameters."""
-        get: Any = dict.get
-        owned, registered = map(get, *self._owners), map(get, *self._dicts)
-        placed = map(get, *self._parents)
-        if all(map(is_, placed, self._layers)) or self._only_compiled():
-            if all(map(is_, owned, self._holders)) and all(map(is_, registered, self._params)):
-                return
-        else:
-            slot = next(s for s in self.slots.values() if not s.in_place())
-            raise ModelError(
-                f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, merge_and_unload).",
-                where=slot.fqn,
-                expected="the LoRA layer that was there at attach",
-                hint="attach again",
-            )
+        registered = map(dict.get, *self._dicts)
+        # To compare dicts of modules looks at identities, and needs a third of the time of a look-up in each.
+        if self._holders == self._held and all(map(is_, registered, self._params)):
+            return
         for slot in self.slots.values():
+            if not slot.in_place():
+                raise ModelError(
+                    f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, "
+                    "merge_and_unload).",
+                    where=slot.fqn,
+                    expected="the LoRA layer that was there at attach",
+                    hint="attach again",
+                )
             for suffix, entry in slot.held.items():
                 if not entry.in_place():
                     raise ModelError(
@@ -140,13 +161,7 @@ class Memory:
                         expected="the Parameter that was there at attach",
                         hint="attach again",
                     )
-
-    def _only_compiled(self) -> bool:
-        """Whether all layers are where they were, if some within a `torch.compile(layer)` of their own by now."""
-        if not all(slot.in_place() for slot in self.slots.values()):
-            return False
-        self._layers = [slot.siblings[slot.child] for slot in self.slots.values()]
-        return True
+        self._held = list(map(dict, self._holders))  # something else has come, or a layer was compiled by itself
 
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others have written it since `mark_clean`.
@@ -199,36 +214,59 @@ class Memory:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def compile(self, block: Block | None, scalings: Mapping[str, float], *, stage: bool | None = None) -> Writes:
+    def compile(self, block: Block | None, scalings: Mapping[str, float]) -> Writes:
         """The copies that put `block` in place; good as long as this memory is.
 
         Args:
             block: made for this memory's layout; None for nothing, with the slots neutral.
             scalings: fqn → scaling, for each slot.
-            stage: copy the bytes to the device in one piece first; by default where that is faster.
         """
         with torch.inference_mode(False), torch.no_grad():
             dora = block.dora if block is not None else frozenset()
             columns = [
-                (column, torch.tensor([(scalings[fqn], fqn in dora) for fqn in fqns], dtype=column.dtype))
+                (column, _column_values([(scalings[fqn], fqn in dora) for fqn in fqns], like=column))
                 for column, fqns in self._scalings
             ]
+            unused, through_arena = self.layout.rankless, bool(self._arenas)
             if block is None:
-                return Writes([], [], [], scalings, dora, columns, {}, self.layout.rankless, bool(self._arenas))
+                clearing = self._clearing or ()
+                return Writes(None, clearing, [], [], [], scalings, dora, columns, {}, unused, through_arena)
             assert block.layout is self.layout
-            if stage is None:
-                many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
-                stage = many and any(device.type != "cpu" for device in self.devices)
-            staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
             schema = block.adapter.checkpoint.schema
+            if schema not in self._scatters:
+                self._scatters[schema] = self._scatters_of(block)
+            found = self._scatters[schema]
+            if found:
+                told = scalings, dora, columns, block.ranks, block.unused
+                return Writes(block, found, [], [], [], *told, through_arena)
+            many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
+            stage = many and any(device.type != "cpu" for device in self.devices)
+            staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
             if schema not in self._targets:
-                found = [self._run_target(run) for run in block.runs]
-                self._targets[schema] = found + [self._tile_target(block, tile) for tile in block.tiles]
+                regions = [self._run_target(run) for run in block.runs]
+                self._targets[schema] = regions + [self._tile_target(block, tile) for tile in block.tiles]
             targets = self._targets[schema]
             sources = _sources(block, targets, staging)
             staged = [(buffer, block.data) for buffer in staging.values()]
-            through_arena = bool(self._arenas) and not block.tiles
-            return Writes(staged, targets, sources, scalings, dora, columns, block.ranks, block.unused, through_arena)
+            through_arena = through_arena and not block.tiles
+            told = scalings, dora, columns, block.ranks, block.unused
+            return Writes(None, (), staged, targets, sources, *told, through_arena)
+
+    def _scatters_of(self, block: Block | None) -> list[tuple[torch.device, Scatter]]:
+        """One for each device, if all parts are in arenas that a kernel can write."""
+        if not self._arenas or not all(scatters(device) for device in self.devices):
+            return []
+        found = [
+            (arena.device, Scatter(block, self.slots, self.layout, region, arena))
+            for region, arena in enumerate(self.arenas)
+            if arena is not None
+        ]
+        if not all(scatter.is_possible for _, scatter in found):
+            return []
+        occupied = tuple(slot.rank for slot in self.slots.values())
+        for _, scatter in found:
+            scatter.prepare(occupied)
+        return found
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
         """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
@@ -261,9 +299,11 @@ class Memory:
             occupied: fqn → rank up to which the slot may hold values; what is not written of them is cleared.
             clean: whether it is known that nobody else has written since `mark_clean`.
         """
-        clear = self._leftovers(occupied, writes)
+        clear = self._leftovers(occupied, writes) if not writes.scatters else []
         ones = [self._views[key] for key in writes.unused if PARTS[key[1]].neutral]
         with torch.inference_mode(False), torch.no_grad():
+            if writes.scatters:
+                self._scatter(writes, occupied)
             # Before the copy, which takes all else out of the cache.
             torch.autograd.graph.increment_version(self._params)
             if clear:
@@ -278,7 +318,7 @@ class Memory:
             elif writes.targets:
                 torch._foreach_copy_(writes.targets, writes.sources, non_blocking=True)
             for column, values in writes.columns:
-                column.copy_(values)
+                column.copy_(values, non_blocking=True)
             if not writes.columns:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
@@ -288,6 +328,23 @@ class Memory:
                 self._versions = [*counted, *map(_version_of, self._arenas)]
             else:
                 self.mark_clean()
+
+    def bring(self, writes: Writes) -> None:
+        """Set the bytes of `writes` on their way to the device, if they go there: what is live is not touched."""
+        if writes.block is not None and not (self._brought and self._brought[0] is writes):
+            data, key = writes.block.data, writes.block.version
+            sources = {}
+            for device, _ in writes.scatters:
+                sources[device], self.came_from = self.stagings.of(device).bring(data, key)
+            self._brought = writes, sources
+
+    def _scatter(self, writes: Writes, occupied: Mapping[str, int]) -> None:
+        self.bring(writes)
+        ranks = tuple(map(occupied.__getitem__, self.slots))
+        sources = self._brought[1] if self._brought is not None else {}
+        self._brought = None
+        for device, scatter in writes.scatters:
+            scatter.run(sources.get(device), ranks)
 
     def _use_dora(self, fqns: frozenset[str]) -> None:
         for fqn, module in self._doras.items():
@@ -375,13 +432,21 @@ class Homes:
                     dora.in_use = in_use
 
 
-def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mapping[str, int], *, arena: bool) -> Memory:
+def bind(
+    slots: Mapping[str, Slot],
+    live_ranks: Mapping[str, int],
+    ranks: Mapping[str, int],
+    stagings: Stagings | None = None,
+    *,
+    arena: bool,
+) -> Memory:
     """Give every part of every slot room for `ranks`, its values kept. The Parameter objects stay the same.
 
     Args:
         slots: all slots of one adapter name.
         live_ranks: fqn → rank up to which the slot holds values.
         ranks: fqn → rank to make room for.
+        stagings: through which bytes come to devices; they outlive the memory.
         arena: move all parts into one allocation per device; else a part moves only if its shape changes.
 
     Raises:
@@ -408,7 +473,7 @@ def bind(slots: Mapping[str, Slot], live_ranks: Mapping[str, int], ranks: Mappin
         homes = _homes(slots, live_ranks, shapes, layout, arenas)
         for param, home in homes:
             param.data = home
-        memory = Memory(slots, layout, arenas)
+        memory = Memory(slots, layout, arenas, stagings)
         if arena:
             memory.bind_scalings()
     note_sizes(slots)
@@ -456,13 +521,20 @@ def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
 def _scaling_column(
     arena: torch.Tensor, slots: Mapping[str, Slot], region: int, layout: Layout
 ) -> tuple[torch.Tensor, list[str]]:
-    """Scaling, and use of DoRA, in each 16 bytes of the arena's tail as one view [slots, 2]; and whose they are."""
+    """The arena's tail as [slots, 2 or 4], 16 bytes a slot: scaling, use of DoRA, nothing; and whose they are."""
     fqns = [
         fqn for fqn, slot in slots.items() if any(layout.places[fqn, suffix].region == region for suffix in slot.held)
     ]
     dtype = _scaling_dtype(slots)
     tail = arena[arena.numel() - len(slots) * _SCALING_BYTES :].view(dtype)
-    return tail.view(len(slots), -1)[: len(fqns), :2], fqns
+    return tail.view(len(slots), -1)[: len(fqns)], fqns
+
+
+def _column_values(values: Sequence[tuple[float, bool]], *, like: torch.Tensor) -> torch.Tensor:
+    """As a column holds them; page-locked for a GPU, since a copy of anything else would wait for it."""
+    found = torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+    found[:, :2] = torch.tensor(values, dtype=like.dtype).view(-1, 2)
+    return found
 
 
 def _sources(
