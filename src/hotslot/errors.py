@@ -16,6 +16,8 @@
     ├── ModelError                  (also RuntimeError)       the model is not in a state to be swapped
     │   ├── MergedError             (also ValueError)         the slot's adapter is merged into the base weights
     │   └── InFlightError           (also TimeoutError)       work in flight did not end in time
+    ├── CacheError                  (also RuntimeError)       a cache cannot do what it is asked for
+    │   └── CacheFullError                                    no room within the limit beside what may not go
     └── UnknownAdapterError         (also KeyError)           a name that was never loaded
 
 Each says where it happened, what was found, what was expected and by whose word, and what to do next; the four are
@@ -28,6 +30,8 @@ from typing import Any
 
 __all__ = [
     "AdapterNotFoundError",
+    "CacheError",
+    "CacheFullError",
     "CheckpointError",
     "ConfigError",
     "CorruptFileError",
@@ -171,6 +175,14 @@ class MergedError(ModelError, ValueError):
 
 class InFlightError(ModelError, TimeoutError):
     """Forward passes or other leases did not end within the time that a swap was given to wait for them."""
+
+
+class CacheError(HotslotError, RuntimeError):
+    """A cache's folder cannot be used, or a cache cannot do what it is asked for."""
+
+
+class CacheFullError(CacheError):
+    """There is no room within a cache's limit beside what is pinned, in use, or has no other place."""
 
 
 class UnknownAdapterError(HotslotError, KeyError):

@@ -1,8 +1,9 @@
-"""Where checkpoints wait to be activated: in host memory, page-locked where a GPU will read them.
+"""Where checkpoints wait to be activated: on the device, in host memory, page-locked where a GPU will read it.
 
 Takes names and bytes; gives them back. Knows nothing of LoRA, layouts or models.
 """
 
 from .host import HostTier
+from .tier import Sized, Tier
 
-__all__ = ["HostTier"]
+__all__ = ["HostTier", "Sized", "Tier"]
