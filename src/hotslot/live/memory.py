@@ -214,12 +214,13 @@ class Memory:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def compile(self, block: Block | None, scalings: Mapping[str, float]) -> Writes:
+    def compile(self, block: Block | None, scalings: Mapping[str, float], *, stage: bool | None = None) -> Writes:
         """The copies that put `block` in place; good as long as this memory is.
 
         Args:
             block: made for this memory's layout; None for nothing, with the slots neutral.
             scalings: fqn → scaling, for each slot.
+            stage: by torch's copies, from the device if True; by default by the kernel, where it runs.
         """
         with torch.inference_mode(False), torch.no_grad():
             dora = block.dora if block is not None else frozenset()
@@ -236,11 +237,12 @@ class Memory:
             if schema not in self._scatters:
                 self._scatters[schema] = self._scatters_of(block)
             found = self._scatters[schema]
-            if found:
+            if found and stage is None:
                 told = scalings, dora, columns, block.ranks, block.unused
                 return Writes(block, found, [], [], [], *told, through_arena)
-            many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
-            stage = many and any(device.type != "cpu" for device in self.devices)
+            if stage is None:
+                many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
+                stage = many and any(device.type != "cpu" for device in self.devices)
             staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
             if schema not in self._targets:
                 regions = [self._run_target(run) for run in block.runs]
@@ -340,7 +342,7 @@ class Memory:
 
     def _scatter(self, writes: Writes, occupied: Mapping[str, int]) -> None:
         self.bring(writes)
-        ranks = tuple(map(occupied.__getitem__, self.slots))
+        ranks = tuple([occupied.get(fqn, 0) for fqn in self.slots])
         sources = self._brought[1] if self._brought is not None else {}
         self._brought = None
         for device, scatter in writes.scatters:
