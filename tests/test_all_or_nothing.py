@@ -30,7 +30,7 @@ from oracle import Snapshot, TensorFacts, assert_same_output, assert_unchanged, 
 from zoo import ZOO, Entry
 
 SOURCES = Path(hotslot.__file__).parent
-EXHAUSTIVE = 450  # up to so many steps each of them; above, a fifth of the first and last times that each line runs
+EXHAUSTIVE = 450  # up to so many steps each of them; above, a tenth of the first and last times that each line runs
 RENEWED = 7  # after every seventh failure the next swap must succeed
 
 
@@ -116,7 +116,7 @@ def chosen(steps: list[str]) -> list[int]:
         return numbers
     first = {steps[k - 1]: k for k in reversed(numbers)}
     last = {steps[k - 1]: k for k in numbers}
-    return sorted({*first.values(), *last.values()})[::5]
+    return sorted({*first.values(), *last.values()})[::10]
 
 
 Folders = dict[str, dict[str, Path]]

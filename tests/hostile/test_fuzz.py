@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -31,6 +32,7 @@ from zoo import ZOO
 
 # Entry → cases. A fresh load of PEFT's for each that is taken costs 11 ms on the first, 77 on the last.
 CASES = {"mlp": 5000, "embedding": 2800, "conv2d": 1000, "attention": 800, "llama": 400}
+EVERY = int(os.environ.get("HOTSLOT_FUZZ_EVERY", "3"))  # of the many each third is tried; 1 tries all
 CPU_SECONDS = 2.0  # of one case; the slowest takes a quarter of it
 HANG_SECONDS = 15.0
 GROWTH_BYTES = 500 << 20
@@ -191,7 +193,8 @@ def test_ten_thousand_malformed_adapters(
     passed = 0
     started, memory = time.process_time(), _peak_bytes()
     slowest, slowest_case = 0.0, ""
-    for number in range(CASES[entry]):
+    numbers = range(0, CASES[entry], EVERY if CASES[entry] > 1000 else 1)
+    for number in numbers:
         shutil.rmtree(subject.folder, ignore_errors=True)
         subject.folder.mkdir()
         case = make_case(entry, number, subject.folder)
@@ -208,14 +211,14 @@ def test_ten_thousand_malformed_adapters(
             slowest, slowest_case = time.process_time() - began, str(case)
     assert_unchanged(subject.seen, snapshot(subject.model))
     grown = _peak_bytes() - memory
-    record_property("fuzz", {"cases": CASES[entry], "past the header": passed, **counts})
+    record_property("fuzz", {"cases": len(numbers), "past the header": passed, **counts})
     record_property(
         "fuzz cost",
         f"{entry}: {time.process_time() - started:.0f} s of processor time, memory grew by {grown >> 20} MB; "
         f"slowest {slowest:.2f} s, {slowest_case}",
     )
-    assert passed * 3 >= CASES[entry]
-    assert counts["taken"] * 8 >= CASES[entry], "too few that can be right or wrong"
+    assert passed * 3 >= len(numbers)
+    assert counts["taken"] * 8 >= len(numbers), "too few that can be right or wrong"
     assert not [name for name in OF_EVERY_ENTRY if not counts[name]], counts
     assert grown < GROWTH_BYTES
 
