@@ -5,6 +5,9 @@
 All contenders swap the same two adapters of a method by turns, in an order drawn anew for each round; a row's time is
 the median over the rounds. Before and after, hotslot's weights are compared bit for bit with those of a fresh
 `merge_and_unload`. Forward passes follow: of the compiled base, the same with an adapter merged, and PEFT's branch.
+
+`--size 14GB --device cuda` is another benchmark, `large_merges.py`: the linears of Llama-3-8B, merged with fewer
+roundings than PEFT's, as is the default on a GPU, and compared with a merge in 64 bits.
 """
 
 from __future__ import annotations
@@ -35,22 +38,25 @@ from .report import bars, describe, place
 from .running import chosen_device, command_line, only_own_garbage, refuse_unknown, timed, torch_threads
 
 HOTSLOT, PEFT, COPY = "hotslot Swapper.activate", "PEFT unmerge_adapter + merge_adapter", "plain copy"
+ADDMM = "torch.addmm, layer by layer"
 BASE, MERGED, BRANCH = "plain base model", "hotslot, merged", "PEFT, LoRA branch"
 DEFAULT_SIZES = ("50MB",)  # at 440MB PEFT takes half a minute for each swap of OFT
 DEFAULT_ROUNDS = 10
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY_FACTORS = {"fp32": 3.0, "bf16": 6.0}  # times the plain copy's time that LoRA may take
+LARGE_COPY_FACTOR = 16 / 12.5  # of a GPU's memory: with fewer roundings than PEFT's
 TOKENS = (1, 64)  # of a forward pass
 LORA = "LoRA r=16"
 
 # Name → hidden size and layers; every layer has weights of its own. The name tells what the weights are in float32.
-SIZES = {"tiny": (64, 2), "50MB": (512, 4), "440MB": (1024, 8)}
-_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"tiny": (64, 2), "50MB": (512, 4), "440MB": (1024, 8), "14GB": (4096, 32)}
+LARGE = ("14GB",)  # in bfloat16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 METHODS: dict[str, Callable[[], Any]] = {
-    LORA: lambda: LoraConfig(r=16, lora_alpha=32, target_modules=_TARGETS),
-    "LoHa r=16": lambda: LoHaConfig(r=16, alpha=32, target_modules=_TARGETS),
-    "IA3": lambda: IA3Config(target_modules=_TARGETS, feedforward_modules=["down_proj"]),
-    "OFT, blocks of 16": lambda: OFTConfig(r=0, oft_block_size=16, target_modules=_TARGETS),
+    LORA: lambda: LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS),
+    "LoHa r=16": lambda: LoHaConfig(r=16, alpha=32, target_modules=TARGETS),
+    "IA3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "OFT, blocks of 16": lambda: OFTConfig(r=0, oft_block_size=16, target_modules=TARGETS),
 }
 
 
@@ -66,7 +72,8 @@ class Row:
         cpu_ms: median of the CPU time of all threads.
         times_copy: in times of the plain copy's, of the base's where it is a forward pass.
         nbytes: of the weights that are written.
-        error: largest difference of the weights to a fresh `merge_and_unload`; 0 is bit for bit.
+        error: largest difference of the weights to a fresh `merge_and_unload`; 0 is bit for bit. Of `LARGE`: their
+            distance from a merge in 64 bits, as a part of what the adapter changes.
     """
 
     size: str
@@ -100,6 +107,11 @@ def run(
     chosen, rows = chosen_device(device), list[Row]()
     with torch_threads(threads), quiet():
         for size in sizes:
+            if size in LARGE:
+                from . import large_merges
+
+                rows += large_merges.run(size, *SIZES[size], rounds=rounds, device=chosen, progress=progress)
+                continue
             for dtype in dtypes:
                 for method in METHODS:
                     progress(f"{size}, {dtype}: {method}")
@@ -155,7 +167,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: module.weight.detach()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in (*_TARGETS, "base_layer")
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in (*TARGETS, "base_layer")
     }
 
 
@@ -171,7 +183,8 @@ class Contender:
 def _contenders(subject: Subject) -> Iterator[Contender]:
     model = subject.base()
     names = [str(i) for i in range(len(subject.folders))]
-    swapper = hotslot.attach(model, dict(zip(names, map(str, subject.folders), strict=True)), route="merged")
+    sources = dict(zip(names, map(str, subject.folders), strict=True))
+    swapper = hotslot.attach(model, sources, route="merged", plan=hotslot.plan(model, merge="peft"))
     yield Contender(HOTSLOT, lambda adapter: swapper.activate(names[adapter]), model)
 
     peft: Any = subject.peft_model(subject.folders[0])
@@ -183,11 +196,11 @@ def _contenders(subject: Subject) -> Iterator[Contender]:
         peft.merge_adapter([names[adapter]])
 
     yield Contender(PEFT, unmerge_and_merge, peft)
-    sources = subject.expected
-    targets = [torch.empty_like(weight) for weight in sources[0].values()]
+    expected = subject.expected
+    targets = [torch.empty_like(weight) for weight in expected[0].values()]
 
     def plain_copy(adapter: int) -> None:
-        for target, source in zip(targets, sources[adapter].values(), strict=True):
+        for target, source in zip(targets, expected[adapter].values(), strict=True):
             target.copy_(source)
 
     yield Contender(COPY, plain_copy, None)
@@ -201,16 +214,14 @@ def _swaps(subject: Subject, rounds: int) -> list[Row]:
         for contender in contenders:
             contender.swap(i)
             _check(subject, contender, i, errors)
-    times = _time(swaps, rounds, subject.device)
+    times = time_all(swaps, rounds, subject.device)
     for contender in contenders:
         contender.swap(0)
         _check(subject, contender, 0, errors)
     nbytes = sum(weight.nbytes for weight in subject.expected[0].values())
     copied = next(statistics.median(wall for wall, _ in taken) for one, taken in times.items() if one.name == COPY)
-    return [
-        _row(subject, subject.method, contender.name, taken, copied, nbytes, errors[contender])
-        for contender, taken in times.items()
-    ]
+    of = subject.size, subject.dtype, subject.method
+    return [row_of(of, contender.name, taken, copied, nbytes, errors[contender]) for contender, taken in times.items()]
 
 
 def _swap_to_other(contender: Contender, live: list[int]) -> None:
@@ -245,17 +256,17 @@ def _forwards(subject: Subject, tokens: int, rounds: int) -> list[Row]:
         for _ in range(3):
             for call in calls.values():
                 call()
-        times = _time(calls, 5 * rounds, subject.device)
+        times = time_all(calls, 5 * rounds, subject.device)
     difference = (outputs[MERGED].double() - outputs[BRANCH].double()).abs().max() / outputs[BRANCH].abs().max()
     if difference > (1e-3 if subject.dtype == "fp32" else 0.1):
         raise HotslotError("The merged model computes something else than PEFT's branch.", found=float(difference))
     copied = statistics.median(wall for wall, _ in times[BASE])
     nbytes = sum(weight.nbytes for weight in weights(base).values())
-    job = f"forward pass, {tokens} token{'s' * (tokens > 1)}, compiled"
-    return [_row(subject, job, name, taken, copied, nbytes, 0.0) for name, taken in times.items()]
+    of = subject.size, subject.dtype, f"forward pass, {tokens} token{'s' * (tokens > 1)}, compiled"
+    return [row_of(of, name, taken, copied, nbytes, 0.0) for name, taken in times.items()]
 
 
-def _time(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device) -> dict[Any, list[Any]]:
+def time_all(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device) -> dict[Any, list[Any]]:
     """Of each call the (wall, CPU) seconds of each round."""
     times: dict[Any, list[Any]] = {name: [] for name in calls}
     order, shuffled = Random(0), list(calls)
@@ -267,11 +278,12 @@ def _time(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.dev
     return times
 
 
-def _row(subject: Subject, job: str, contender: str, times: list[Any], unit: float, nbytes: int, error: float) -> Row:
+def row_of(of: tuple[str, str, str], contender: str, times: list[Any], unit: float, nbytes: int, error: float) -> Row:
+    """Of a size, a dtype and a job."""
     walls, cpus = zip(*times, strict=True)
     median = statistics.median(walls)
     milliseconds = median * 1e3, min(walls) * 1e3, statistics.median(cpus) * 1e3
-    return Row(subject.size, subject.dtype, job, contender, *milliseconds, median / unit, nbytes, error)
+    return Row(*of, contender, *milliseconds, median / unit, nbytes, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +307,8 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         ours = ms[size, dtype, LORA, HOTSLOT]
         name = f"{size}, {dtype}, {LORA}: time of a swap in"
         found.append(Goal(f"{name} PEFT's", ours / ms[size, dtype, LORA, PEFT], 1.0))
-        found.append(Goal(f"{name} the copy's", ours / ms[size, dtype, LORA, COPY], COPY_FACTORS[dtype]))
+        most = LARGE_COPY_FACTOR if size in LARGE else COPY_FACTORS[dtype]
+        found.append(Goal(f"{name} the copy's", ours / ms[size, dtype, LORA, COPY], most))
     return found
 
 
@@ -320,8 +333,10 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
 
 
 def _weights(row: Row) -> str:
-    if row.contender not in (HOTSLOT, PEFT):
+    if row.contender not in (HOTSLOT, PEFT, ADDMM):
         return ""
+    if row.size in LARGE:
+        return f"{row.error:.2%} lost"
     return "as merged anew" if row.error == 0 else f"drifted by {row.error:.0e}"
 
 

@@ -114,15 +114,25 @@ def _shapes(hidden: int) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
-def llama_of_own_weights(hidden: int, layers: int, heads: int) -> Llama:
-    """A model whose layers do not share weights: a merge writes all of them. The values are the same each time."""
+def llama_of_own_weights(
+    hidden: int,
+    layers: int,
+    heads: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Llama:
+    """A model whose layers do not share weights: a merge writes all of them. The values are the same each time.
+
+    They are made where they are to be: the generator of a CPU would take minutes for 14 GB.
+    """
     none = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in _shapes(hidden).items()}
     model = Llama(none, layers, heads).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
-            values = torch.randn(linear.weight.shape, generator=generator) / linear.in_features**0.5
-            linear.weight = nn.Parameter(values, requires_grad=False)
+            values = torch.randn(linear.weight.shape, generator=generator, device=device, dtype=dtype)
+            linear.weight = nn.Parameter(values.div_(linear.in_features**0.5), requires_grad=False)
     return model
 
 

@@ -142,6 +142,20 @@ def test_a_merge_that_is_not_pefts_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         merged.run(**OPTIONS, dtypes=["fp32"], tokens=())
 
 
+def test_a_gpus_benchmark_of_merges_compares_what_it_times(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU, in small."""
+    large = import_module("hotslot_benchmarks.large_merges")
+    size = merged.LARGE[0]
+    rows = large.run(size, 64, 1, rounds=1, device=torch.device("cpu"), tokens=())
+    of_lora = {row.contender: row for row in rows if row.job == merged.LORA}
+    assert of_lora.keys() == {merged.HOTSLOT, merged.PEFT, merged.ADDMM, merged.COPY}
+    assert 0 < of_lora[merged.HOTSLOT].error <= of_lora[merged.PEFT].error < 0.1
+    assert of_lora[merged.COPY].times_copy == 1
+    assert merged.goals(rows)[1].most == merged.LARGE_COPY_FACTOR
+    merged.render(rows, report.describe("cpu", rounds=1), swap.Console(width=200))
+    assert "% lost" in capsys.readouterr().out
+
+
 def test_merging_in_table_and_plot(merged_rows: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conditions = report.describe("cpu", rounds=1)
     merged.render(merged_rows, conditions, swap.Console(width=200))

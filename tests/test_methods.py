@@ -17,7 +17,8 @@ import hotslot
 from adapters import make_adapter
 from compiling import Backend
 from hotslot.errors import ConfigError, HotslotError, ModelError, NonFiniteError, UnsupportedError
-from hotslot.live.merges import LowRank, Rotated, Scaled
+from hotslot.live.low_rank import LowRank
+from hotslot.live.merges import Rotated, Scaled
 from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of

@@ -519,7 +519,7 @@ class Engine:
             writes, nbytes = target.entry.writes(binding, since)
             compiled = target.entry.compile(binding)
             nbytes += compiled.merges.nbytes
-            binding.write(writes, compiled.values, compiled.merges.all, occupied, clean=clean)
+            binding.write(writes, compiled.values, compiled.merges.steps, occupied, clean=clean)
         else:
             nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
             binding.write(nothing, {}, (), occupied, clean=clean)

@@ -261,7 +261,7 @@ class Swapper:
         if entry.adapter.targets:
             plan = self._larger(entry)
         nbytes = merges.nbytes + compiled.nbytes
-        pristine = self._bound().binding.merger.keeping(merges.all)
+        pristine = self._bound().binding.merger.keeping(merges.steps)
         return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error, pristine)
 
     def grow(self, plan: Plan) -> None:

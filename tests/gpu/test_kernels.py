@@ -16,7 +16,7 @@ pytestmark = [
 ]
 pytest.importorskip("triton")
 
-from hotslot.live.kernels import add_low_rank  # noqa: E402
+from hotslot.live.kernels import Sums, Term  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(70, 130, 4), (1, 1, 1), (33, 257, 24), (128, 64, 100)]
@@ -50,7 +50,7 @@ def test_a_sum_is_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype, 
     if magnitude is not None:
         exact *= (magnitude.double() / exact.norm(dim=1))[:, None]
     target = torch.full_like(own, torch.nan)
-    add_low_rank(own, left, right, scaling, target, magnitude)
+    Sums([Term(left, right, scaling, magnitude)]).write([target], [own])
 
     if DEVICE == "cuda" or dtype != torch.bfloat16:  # which the interpreter cuts off, where a GPU rounds
         peft = in_peft_s_way(own, left, right, scaling, magnitude)
@@ -59,10 +59,39 @@ def test_a_sum_is_rounded_once(shape: tuple[int, int, int], dtype: torch.dtype, 
     assert torch.allclose(target, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
 
 
+NARROW = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]  # the interpreter takes bfloat16 for integers
+
+
+@pytest.mark.parametrize("narrow", NARROW)
+def test_many_weights_at_once_each_as_if_alone(narrow: torch.dtype) -> None:
+    """Of other sizes, ranks and dtypes, whole vectors or not, with norms and without; and again, at other places."""
+    jobs = [
+        (drawn(*shape, dtype), factors, scaling, dora)
+        for scaling, (shape, dtype, factors, dora) in enumerate([
+            ((40, 64, 8), narrow, narrow, False), ((70, 200, 24), narrow, narrow, False),
+            ((9, 33, 3), narrow, narrow, False), ((40, 48, 16), narrow, torch.float32, False),
+            ((16, 40, 8), torch.float32, torch.float32, False), ((40, 64, 8), narrow, narrow, True),
+            ((70, 136, 16), narrow, narrow, True),
+        ], 1)
+    ]  # fmt: skip
+    terms, exact = [], []
+    for (own, left, right, norms), factors, scaling, dora in jobs:
+        terms.append(Term(left.to(factors), right.to(factors), scaling, norms if dora else None))
+        exact.append(own.double() + scaling * terms[-1].left.double() @ terms[-1].right.double())
+        if dora:
+            exact[-1] *= (norms.double() / exact[-1].norm(dim=1))[:, None]
+    sums, owns = Sums(terms), [own for (own, *_), *_ in jobs]
+    for _ in range(2):
+        targets = [torch.full_like(own, torch.nan) for own in owns]
+        sums.write(targets, owns)
+        for target, wanted in zip(targets, exact, strict=True):
+            assert torch.allclose(target, wanted.to(target.dtype), rtol=2 * torch.finfo(target.dtype).eps, atol=2e-4)
+
+
 def test_rows_may_lie_apart_and_nothing_beside_them_is_written() -> None:
     own, left, right, _ = drawn(40, 30, 8, torch.float32)
     wide = torch.full((40, 50), 7.0, device=DEVICE)
-    add_low_rank(own, left, right, 2.0, wide[:, 10:40])
+    Sums([Term(left, right, 2.0)]).write([wide[:, 10:40]], [own])
     assert torch.allclose(wide[:, 10:40], own + 2.0 * left @ right, rtol=1e-5, atol=1e-5)
     assert (wide[:, :10] == 7).all()
     assert (wide[:, 40:] == 7).all()
@@ -73,5 +102,5 @@ def test_a_write_counts_as_one() -> None:
     own, left, right, _ = drawn(16, 16, 4, torch.float32)
     target = torch.empty_like(own)
     before = target._version
-    add_low_rank(own, left, right, 1.0, target)
+    Sums([Term(left, right, 1.0)]).write([target], [own])
     assert target._version == before + 1

@@ -11,8 +11,9 @@ from .conversion import converted
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
+from .low_rank import blended
 from .memory import Image, Memory, Writes
-from .merges import NO_MERGES, Merges, blended, host_bytes
+from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents

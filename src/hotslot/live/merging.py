@@ -22,7 +22,8 @@ from ..checkpoint import PEFT_PREFIX, Checkpoint
 from ..errors import ModelError, NonFiniteError, ShapeError, UnexpectedTargetError, UnsupportedError
 from .absolutes import Absolutes, Key, Merge
 from .discover import roots, unwrap
-from .merges import ByPeft, Constant, Keeping, LowRank, Merges, Rotated, Scaled, merge_once
+from .low_rank import LowRank, narrowed, together
+from .merges import ByPeft, Constant, Keeping, Merges, Rotated, Scaled, merge_once
 from .pristine import PRISTINE, Stores, stores
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
@@ -111,7 +112,8 @@ class Merger:
         errors = [_rounding(merge, self._own) for merge in merges]
         seconds = time.perf_counter() - started
         nbytes = sum(self._own(path).nbytes for merge in merges for _, path in merge.keys)
-        return Merges(tuple(merges), nbytes, seconds, max((one for one in errors if one is not None), default=None))
+        error = max((one for one in errors if one is not None), default=None)
+        return Merges(tuple(merges), together(merges), nbytes, seconds, error)
 
     def _own(self, path: str) -> torch.Tensor:
         site = self._absolutes.sites["", path]
@@ -193,7 +195,7 @@ def _prepare(
             )
     pristine = [own(key[1]) for key in keys]
     if fused or (fused is None and pristine[0].is_cuda):
-        once = _fused(keys, unit, names)
+        once = _fused(keys, unit, names, pristine[0])
         if once is not None:
             return once
     for merge in _candidates(keys, unit, names, values, own):
@@ -226,7 +228,7 @@ def _stated(checkpoint: Checkpoint, prefix: str, fqns: Collection[str], places: 
         yield Constant((("", path),), [values.to(holder[key])])
 
 
-def _fused(keys: tuple[Key, ...], unit: Unit, names: list[str]) -> Merge | None:
+def _fused(keys: tuple[Key, ...], unit: Unit, names: list[str], own: torch.Tensor) -> Merge | None:
     """Of a LoRA or DoRA of a linear layer; None of anything else."""
     from peft.tuners.lora.layer import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
@@ -241,11 +243,11 @@ def _fused(keys: tuple[Key, ...], unit: Unit, names: list[str]) -> Merge | None:
         magnitude = learnt.float()
     elif variant is not None:
         return None
-    down: Any = layer.lora_A[SKELETON].weight
-    up: Any = layer.lora_B[SKELETON].weight
+    factors: list[Any] = [layer.lora_A[SKELETON].weight, layer.lora_B[SKELETON].weight]
+    down, up = narrowed([factor.detach() for factor in factors], own)
     transposed = bool(layer.fan_in_fan_out)
     scaling: float = layer.scaling[SKELETON]
-    return LowRank(keys[0], down.float(), up.float(), scaling, transposed=transposed, fused=True, magnitude=magnitude)
+    return LowRank(keys[0], down, up, scaling, transposed=transposed, fused=True, magnitude=magnitude)
 
 
 def _candidates(

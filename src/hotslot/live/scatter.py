@@ -73,7 +73,7 @@ class _Part:
         return word, word
 
     def in_words(self, kind: tuple[torch.dtype, torch.dtype], width: int) -> tuple[int, int, int, int, int, int]:
-        """As `kernels.tabulate` takes it."""
+        """As `row_kernel.tabulate` takes it."""
         source, target = kind
         given, wide, stride = (
             n * self.target.itemsize // target.itemsize if source == target else n
@@ -113,7 +113,7 @@ class Scatter:
             source: 1-D uint8 on the arena's device, the block's bytes and up to 7 others; None to clear.
             occupied: of each slot the rank up to which it may hold values.
         """
-        from .kernels import copy_rows
+        from .row_kernel import copy_rows
 
         given = self._arena if source is None else source
         for read, written, table, part_of_tile in self.prepare(occupied):
@@ -129,7 +129,7 @@ class Scatter:
         return found
 
     def _tabulate(self, occupied: tuple[int, ...]) -> list[Table]:
-        from .kernels import tabulate
+        from .row_kernel import tabulate
 
         kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, int, int, int, int, int]]] = {}
         for part in self._parts:
