@@ -216,6 +216,44 @@ def test_files_of_every_trainer(name: str, tmp_path: Path, monkeypatch: pytest.M
             assert_same(dialect.kind.outputs(pipe), fresh(dialect.kind, sources[i]), exact=True)
 
 
+def test_files_like_one_before_are_read_without_the_converter(
+    tmp_path: Path, loras: dict[str, Path], wanted: dict[str | None, Outputs]
+) -> None:
+    """Where it changes no byte and no alpha is among them; what is checked of the first is checked of all."""
+    import diffusers
+
+    asked: list[Any] = []
+
+    class Counting(diffusers.StableDiffusionPipeline):  # type: ignore[misc,name-defined]
+        @classmethod
+        def lora_state_dict(cls, source: Any, **options: Any) -> Any:
+            asked.append(source)
+            return super().lora_state_dict(source, **options)
+
+    pipe = Counting(**SD.build().components, requires_safety_checker=False)
+    swapper = hotslot.attach(pipe, adapters=loras)
+    del asked[:]
+    both, other = (loras["both"] / FILE).read_bytes(), tmp_path / "other"
+    begin = 8 + int.from_bytes(both[:8], "little")
+    values = torch.frombuffer(bytearray(both[begin:]), dtype=torch.float32)
+    other.mkdir()  # not by save_file, which writes metadata in an order of the moment
+    (other / FILE).write_bytes(both[:begin] + (-0.5 * values).numpy().tobytes())
+    (tmp_path / "nan.safetensors").write_bytes(both[:begin] + (values / 0).numpy().tobytes())
+    (tmp_path / "cut.safetensors").write_bytes(both[:-1])
+    for name, source in (("other", other), ("other", other / FILE), ("both", str(loras["both"] / FILE))):
+        swapper.load(name, source)
+        assert not asked
+        swapper.activate(name)
+        assert_same(SD.outputs(pipe), wanted[name] if name in wanted else fresh(SD, source), exact=True)
+    for name, kind in (("nan", NonFiniteError), ("cut", CorruptFileError)):
+        with pytest.raises(kind):
+            swapper.load("other", tmp_path / f"{name}.safetensors")
+    assert not asked
+    for seed in range(2):  # the control: of other alphas each time
+        swapper.load("kohya", DIALECTS["sd: kohya_sd"].save(tmp_path / f"{seed}.safetensors", seed=seed))
+        assert len(asked) > seed
+
+
 def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the base's own weights, and nobody's delta."""
     pipe = FLUX.build()
@@ -666,6 +704,11 @@ def test_one_slot_has_one_writer(loras: dict[str, Path]) -> None:
     hotslot.attach(pipe.unet, route="merged")
     with pytest.raises(ModelError, match="attached"):
         hotslot.attach(pipe, adapters=loras)
+
+
+def test_a_plan_of_a_pipeline_that_nobody_holds(loras: dict[str, Path]) -> None:
+    planned = hotslot.plan(SD.build(), loras)
+    hotslot.attach(SD.build(), loras, plan=planned)
 
 
 def test_a_model_that_is_none() -> None:
