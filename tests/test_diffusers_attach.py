@@ -25,6 +25,7 @@ from hotslot.errors import (
     AdapterNotFoundError,
     CorruptFileError,
     HotslotError,
+    MergedError,
     ModelError,
     NonFiniteError,
     PickleRefusedError,
@@ -494,6 +495,24 @@ def test_another_adapter_beside_it_does_not_change(loras: dict[str, Path]) -> No
     found = dict(components(SD, pipe).named_parameters())
     assert own
     assert all(torch.equal(value, found[key]) for key, value in own.items())
+
+
+def test_fused_then_swapped_is_refused_and_the_base_survives(
+    loras: dict[str, Path], wanted: dict[str | None, Outputs]
+) -> None:
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, adapters=loras)
+    swapper.activate("both")
+    pipe.fuse_lora(components=["unet", "text_encoder"])
+    before = facts(SD, pipe)
+    with pytest.raises(MergedError):
+        swapper.activate("unet")
+    assert_nothing_changed(before, facts(SD, pipe))
+    pipe.unfuse_lora(components=["unet", "text_encoder"])
+    swapper.activate("unet")
+    assert_same(SD.outputs(pipe), wanted["unet"])
+    swapper.deactivate()
+    assert_same(SD.outputs(pipe), wanted[None])
 
 
 # -- compiled --------------------------------------------------------------------------------------------------------
