@@ -36,7 +36,20 @@ from hotslot.errors import (
     UnsupportedError,
 )
 from oracle import Snapshot, assert_same_output, assert_unchanged, snapshot
-from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, lora_tensors, make_lora, save_lora
+from pipelines import (
+    _WAN,
+    ATTENTION,
+    CLIP,
+    PIPELINES,
+    Kind,
+    _denoiser,
+    _model,
+    _wan_inputs,
+    load_plain,
+    lora_tensors,
+    make_lora,
+    save_lora,
+)
 from test_all_or_nothing import Fault, LineFault, OpFault, chosen
 
 SD, FLUX = PIPELINES["sd"], PIPELINES["flux"]
@@ -262,6 +275,20 @@ def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest
     with sizes_of_the_tiny_flux(monkeypatch), pytest.raises(UnsupportedError, match=r"norm_q\.weight"):
         hotslot.attach(pipe, adapters={"a": DIALECTS["flux: bfl_control"].save(tmp_path / "a.safetensors", seed=1)})
     assert_nothing_changed(before, facts(FLUX, pipe))
+
+
+def test_a_wan_lora_of_text_to_video_on_image_to_video(tmp_path: Path) -> None:
+    """diffusers adds pairs of zeros for the layers of images."""
+    model = _model("WanTransformer3DModel", **_WAN, added_kv_proj_dim=24, image_dim=16)
+    image = {"encoder_hidden_states_image": torch.ones(1, 2, 16)}
+    kind = _denoiser("wan-i2v", "WanImageToVideoPipeline", model, lambda: _wan_inputs() | image)
+    source = make_lora(PIPELINES["wan"], tmp_path, seed=1, r=3)
+    pipe = kind.build()
+    hotslot.attach(pipe, adapters={"a": source}).activate("a")
+    assert_same(kind.outputs(pipe), fresh(kind, source))
+    halves = {key: value for key, value in load_file(source / FILE).items() if "lora_A" in key}
+    with pytest.raises(HotslotError):
+        hotslot.attach(kind.build(), adapters={"a": halves})
 
 
 def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:

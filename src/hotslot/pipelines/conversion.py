@@ -54,12 +54,14 @@ class Place(NamedTuple):
     """
 
     name: str
-    source: str
+    source: str | None
     shape: tuple[int, ...]
     box: tuple[slice, ...] | None
 
     def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The tensor, of what the converter gives."""
+        if self.source is None:
+            return next(iter(tensors.values())).new_zeros(self.shape)
         values = tensors[self.source]
         if self.box is None:
             return values
@@ -195,7 +197,10 @@ class Conversion:
             stated.update({option: _number(value) for option, value in stated.items()})
             configs[name] = config_dict(copy.peft_config[_NAME]) | whole_paths
             for key, tensor in made.items():
-                places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
+                if _is_of_zero_pair(key, made):
+                    places.append(Place(f"{name}.{key}", None, tuple(tensor.shape), None))
+                else:
+                    places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
         self._refuse_base_weights(copies)
         found = {place.source for place in places}
         lost = [source for source in sources if source not in found]
@@ -272,6 +277,14 @@ def _number(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _number(part) for key, part in value.items()}
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _is_of_zero_pair(key: str, made: Mapping[str, Tensor]) -> bool:
+    """Whether diffusers has made up both matrices: Wan's loader does, of a text-to-video LoRA on image-to-video."""
+    pair = [
+        made.get(key.replace(".lora_A.", f".{part}.").replace(".lora_B.", f".{part}.")) for part in ("lora_A", "lora_B")
+    ]
+    return ".lora_" in key and all(tensor is not None and not tensor.any() for tensor in pair)
 
 
 def _place(name: str, tensor: Tensor, sources: list[str], origin: str) -> Place:

@@ -91,9 +91,11 @@ def _pieces(
     pieces: list[Piece] = []
     for spec in converted.tensors.values():
         place = sources[spec.name]
+        if place.source is None or place.box is not None:
+            return None
         found = tensors[place.source]
         own = found.untyped_storage()._cdata == memory.untyped_storage()._cdata
-        if place.box is not None or not own or not found.is_contiguous() or found.dtype != spec.dtype:
+        if not own or not found.is_contiguous() or found.dtype != spec.dtype:
             return None
         piece = Piece(spec.start, spec.stop, int(found.storage_offset()) * found.itemsize)
         last = pieces[-1] if pieces else None
