@@ -25,6 +25,7 @@ from hotslot.errors import (
     AdapterNotFoundError,
     CorruptFileError,
     HotslotError,
+    MergedError,
     ModelError,
     NonFiniteError,
     PickleRefusedError,
@@ -35,7 +36,20 @@ from hotslot.errors import (
     UnsupportedError,
 )
 from oracle import Snapshot, assert_same_output, assert_unchanged, snapshot
-from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, lora_tensors, make_lora, save_lora
+from pipelines import (
+    _WAN,
+    ATTENTION,
+    CLIP,
+    PIPELINES,
+    Kind,
+    _denoiser,
+    _model,
+    _wan_inputs,
+    load_plain,
+    lora_tensors,
+    make_lora,
+    save_lora,
+)
 from test_all_or_nothing import Fault, LineFault, OpFault, chosen
 
 SD, FLUX = PIPELINES["sd"], PIPELINES["flux"]
@@ -216,6 +230,44 @@ def test_files_of_every_trainer(name: str, tmp_path: Path, monkeypatch: pytest.M
             assert_same(dialect.kind.outputs(pipe), fresh(dialect.kind, sources[i]), exact=True)
 
 
+def test_files_like_one_before_are_read_without_the_converter(
+    tmp_path: Path, loras: dict[str, Path], wanted: dict[str | None, Outputs]
+) -> None:
+    """Where it changes no byte and no alpha is among them; what is checked of the first is checked of all."""
+    import diffusers
+
+    asked: list[Any] = []
+
+    class Counting(diffusers.StableDiffusionPipeline):  # type: ignore[misc,name-defined]
+        @classmethod
+        def lora_state_dict(cls, source: Any, **options: Any) -> Any:
+            asked.append(source)
+            return super().lora_state_dict(source, **options)
+
+    pipe = Counting(**SD.build().components, requires_safety_checker=False)
+    swapper = hotslot.attach(pipe, adapters=loras)
+    del asked[:]
+    both, other = (loras["both"] / FILE).read_bytes(), tmp_path / "other"
+    begin = 8 + int.from_bytes(both[:8], "little")
+    values = torch.frombuffer(bytearray(both[begin:]), dtype=torch.float32)
+    other.mkdir()  # not by save_file, which writes metadata in an order of the moment
+    (other / FILE).write_bytes(both[:begin] + (-0.5 * values).numpy().tobytes())
+    (tmp_path / "nan.safetensors").write_bytes(both[:begin] + (values / 0).numpy().tobytes())
+    (tmp_path / "cut.safetensors").write_bytes(both[:-1])
+    for name, source in (("other", other), ("other", other / FILE), ("both", str(loras["both"] / FILE))):
+        swapper.load(name, source)
+        assert not asked
+        swapper.activate(name)
+        assert_same(SD.outputs(pipe), wanted[name] if name in wanted else fresh(SD, source), exact=True)
+    for name, kind in (("nan", NonFiniteError), ("cut", CorruptFileError)):
+        with pytest.raises(kind):
+            swapper.load("other", tmp_path / f"{name}.safetensors")
+    assert not asked
+    for seed in range(2):  # the control: of other alphas each time
+        swapper.load("kohya", DIALECTS["sd: kohya_sd"].save(tmp_path / f"{seed}.safetensors", seed=seed))
+        assert len(asked) > seed
+
+
 def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the base's own weights, and nobody's delta."""
     pipe = FLUX.build()
@@ -223,6 +275,20 @@ def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest
     with sizes_of_the_tiny_flux(monkeypatch), pytest.raises(UnsupportedError, match=r"norm_q\.weight"):
         hotslot.attach(pipe, adapters={"a": DIALECTS["flux: bfl_control"].save(tmp_path / "a.safetensors", seed=1)})
     assert_nothing_changed(before, facts(FLUX, pipe))
+
+
+def test_a_wan_lora_of_text_to_video_on_image_to_video(tmp_path: Path) -> None:
+    """diffusers adds pairs of zeros for the layers of images."""
+    model = _model("WanTransformer3DModel", **_WAN, added_kv_proj_dim=24, image_dim=16)
+    image = {"encoder_hidden_states_image": torch.ones(1, 2, 16)}
+    kind = _denoiser("wan-i2v", "WanImageToVideoPipeline", model, lambda: _wan_inputs() | image)
+    source = make_lora(PIPELINES["wan"], tmp_path, seed=1, r=3)
+    pipe = kind.build()
+    hotslot.attach(pipe, adapters={"a": source}).activate("a")
+    assert_same(kind.outputs(pipe), fresh(kind, source))
+    halves = {key: value for key, value in load_file(source / FILE).items() if "lora_A" in key}
+    with pytest.raises(HotslotError):
+        hotslot.attach(kind.build(), adapters={"a": halves})
 
 
 def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
@@ -458,6 +524,24 @@ def test_another_adapter_beside_it_does_not_change(loras: dict[str, Path]) -> No
     assert all(torch.equal(value, found[key]) for key, value in own.items())
 
 
+def test_fused_then_swapped_is_refused_and_the_base_survives(
+    loras: dict[str, Path], wanted: dict[str | None, Outputs]
+) -> None:
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, adapters=loras)
+    swapper.activate("both")
+    pipe.fuse_lora(components=["unet", "text_encoder"])
+    before = facts(SD, pipe)
+    with pytest.raises(MergedError):
+        swapper.activate("unet")
+    assert_nothing_changed(before, facts(SD, pipe))
+    pipe.unfuse_lora(components=["unet", "text_encoder"])
+    swapper.activate("unet")
+    assert_same(SD.outputs(pipe), wanted["unet"])
+    swapper.deactivate()
+    assert_same(SD.outputs(pipe), wanted[None])
+
+
 # -- compiled --------------------------------------------------------------------------------------------------------
 
 
@@ -666,6 +750,11 @@ def test_one_slot_has_one_writer(loras: dict[str, Path]) -> None:
     hotslot.attach(pipe.unet, route="merged")
     with pytest.raises(ModelError, match="attached"):
         hotslot.attach(pipe, adapters=loras)
+
+
+def test_a_plan_of_a_pipeline_that_nobody_holds(loras: dict[str, Path]) -> None:
+    planned = hotslot.plan(SD.build(), loras)
+    hotslot.attach(SD.build(), loras, plan=planned)
 
 
 def test_a_model_that_is_none() -> None:

@@ -531,10 +531,11 @@ def expected_of(kind: Kind, source: Path) -> Outputs:
         ({}, {"use_dora": True}),
         ({"use_dora": True}, {}),
         ({"lora_bias": True}, {"lora_bias": True}),
+        ({}, {"lora_bias": True}),
     ],
     ids=[
         "more targets", "disjoint targets", "overlapping targets", "mixed ranks", "other alphas", "rsLoRA and dropout",
-        "from dropout", "to DoRA", "from DoRA", "lora_bias",
+        "from dropout", "to DoRA", "from DoRA", "lora_bias", "to lora_bias",
     ],
 )  # fmt: skip
 def test_what_another_lora_may_have(first: Any, second: Any, lora: Callable[..., Path]) -> None:
@@ -552,6 +553,24 @@ def test_some_of_that_goes_wrong_today(lora: Callable[..., Path]) -> None:
     one = lora(seed=1)
     for second in ({"targets": {"transformer": (*ATTENTION, "ff.net.2")}}, {"use_dora": True}, {"use_rslora": True}):
         assert today(FLUX, one, lora(seed=2, **second)) is None
+
+
+def test_lora_bias_after_none_goes_wrong_today(lora: Callable[..., Path]) -> None:
+    """From one with biases to another is right."""
+    with pytest.raises(KeyError, match="bias"):
+        today(FLUX, lora(seed=1), lora(seed=2, lora_bias=True))
+
+
+def test_set_adapters_after_a_swap_compiles_again_today(lora: Callable[..., Path]) -> None:
+    """The control of `test_compiled_pipelines`."""
+    pipe, backend = loaded(FLUX, lora(seed=1), rank=8), Backend()
+    _blocks(pipe, backend)
+    swap(pipe, lora(seed=2))
+    FLUX.outputs(pipe)
+    graphs = backend.graphs
+    pipe.set_adapters("style", 0.5)
+    FLUX.outputs(pipe)
+    assert backend.graphs > graphs
 
 
 def test_mixed_ranks_and_prepared_go_wrong_today(lora: Callable[..., Path]) -> None:
@@ -579,6 +598,10 @@ def test_a_lora_for_another_width_is_refused_by_name(tmp_path: Path, lora: Calla
 def test_a_file_in_which_nothing_matches_is_refused(name: str, lora: Callable[..., Path]) -> None:
     """Today it is logged, and the old one stays active."""
     tensors = {f"{name}.lora_A.weight": torch.ones(3, 16), f"{name}.lora_B.weight": torch.ones(16, 3)}
+    if name == "unet.to_q":  # the control
+        pipe = loaded(FLUX, lora(seed=1))
+        swap(pipe, dict(tensors))
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, lora(seed=1)))
     with patched():
         pipe = loaded(FLUX, lora(seed=1))
         with pytest.raises(errors.HotslotError, match=name.rpartition(".")[2]):
@@ -589,6 +612,11 @@ def test_a_file_in_which_nothing_matches_is_refused(name: str, lora: Callable[..
 def test_dicts_are_neither_changed_nor_kept(lora: Callable[..., Path]) -> None:
     """Today they become the parameters, and the next swap writes into them."""
     first, second = tensors_of(lora(seed=1, metadata=False)), tensors_of(lora(seed=2, metadata=False))
+    given = dict(first)
+    pipe = loaded(FLUX, given)  # the control
+    swap(pipe, second)
+    assert not all(torch.equal(given[key], value) for key, value in tensors_of(lora(seed=1, metadata=False)).items())
+    first = tensors_of(lora(seed=1, metadata=False))
     with patched():
         pipe = loaded(FLUX, lora(seed=3, metadata=False))
         copies = [{key: value.clone() for key, value in tensors.items()} for tensors in (first, second)]
@@ -621,6 +649,13 @@ def test_saving_after_a_swap_reloads_to_the_same_outputs(tmp_path: Path, lora: C
     from peft import get_peft_model_state_dict
 
     second = lora(seed=2, r=2, lora_alpha=7, rank_pattern={"(to_q|q_proj)": 4}, components=BOTH)
+    plain = lora(seed=2, r=2, lora_alpha=7)
+    pipe = loaded(FLUX, lora(seed=1), rank=8)  # the control
+    swap(pipe, plain)
+    pipe.transformer.save_lora_adapter(tmp_path / "today", adapter_name="style")
+    again = FLUX.build()
+    again.transformer.load_lora_adapter(tmp_path / "today", prefix=None, use_safetensors=True)
+    assert differ(FLUX.outputs(again), expected(FLUX, plain))
     with patched():
         pipe = loaded(FLUX, lora(seed=1), rank=8)
         swap(pipe, second)

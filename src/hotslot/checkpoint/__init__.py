@@ -4,9 +4,11 @@ Takes whatever a user calls an adapter; gives names, shapes, dtypes and values t
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
 """
 
-from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config
+from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
-from .sources import WEIGHTS_NAME, Source, config_dict, from_tensors, read, read_file
+from .recent import Recent
+from .safetensors_file import Piece, parse_header, read_header
+from .sources import WEIGHTS_NAME, FileFamily, Source, config_dict, from_tensors, read, read_file
 
 __all__ = [
     "MAX_CONFIG_BYTES",
@@ -16,12 +18,18 @@ __all__ = [
     "PEFT_PREFIX",
     "WEIGHTS_NAME",
     "Checkpoint",
+    "FileFamily",
+    "Piece",
+    "Recent",
     "Schema",
     "Source",
     "TensorSpec",
     "config_dict",
     "each_config",
     "from_tensors",
+    "parse_header",
     "read",
     "read_file",
+    "read_header",
+    "view",
 ]

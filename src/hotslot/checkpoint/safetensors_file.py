@@ -11,11 +11,12 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,11 +63,26 @@ def read_header(path: Path) -> bytes:
         return bytes(file.read(length))
 
 
+class Piece(NamedTuple):
+    """Bytes `start` to `stop` in memory; in the file they begin at `place` behind the header."""
+
+    start: int
+    stop: int
+    place: int
+
+
 @contextmanager
 def open_data(
-    path: Path, header: bytes, specs: list[TensorSpec], *, pin_memory: bool = False
+    path: Path, header: bytes, nbytes: int, *, pieces: Sequence[Piece] | None = None, pin_memory: bool = False
 ) -> Iterator[tuple[torch.Tensor, Fill]]:
-    """Memory for the bytes behind `header`, each tensor's at its spec's place, and what reads them into it.
+    """Memory for the bytes behind `header`, and what reads them into it.
+
+    Args:
+        path: of the file.
+        header: as `read_header` gave it.
+        nbytes: how many there are by the header.
+        pieces: what of them is wanted and in which order, without holes in memory; by default all, as they stand there.
+        pin_memory: page-locked memory.
 
     Yields:
         A 1-D uint8 tensor with anything in it, and a function that fills its bytes from start to stop. It may be called
@@ -76,22 +92,27 @@ def open_data(
         CorruptFileError: the file is longer or shorter than its header says, or has another header by now.
     """
     begin = 8 + len(header)
-    size = begin + sum(spec.stop - spec.start for spec in specs)
+    size = begin + nbytes
+    pieces = [Piece(0, nbytes, 0)] if pieces is None else pieces
+    starts = [piece.start for piece in pieces]
     with open_regular(path) as file:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
         if file.read(begin)[8:] != header:
             raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
-        _refuse_beyond_memory(size - begin, path)
-        data = host_buffer(size - begin, pin_memory=pin_memory)
+        wanted = pieces[-1].stop if pieces else 0
+        _refuse_beyond_memory(wanted, path)
+        data = host_buffer(wanted, pin_memory=pin_memory)
         target = data.numpy().data
 
         def fill(start: int, stop: int) -> None:
             while start < stop:
-                count = os.preadv(file.fileno(), [target[start:stop]], begin + start)
+                piece = pieces[bisect_right(starts, start) - 1]
+                place = begin + piece.place + start - piece.start
+                count = os.preadv(file.fileno(), [target[start : min(stop, piece.stop)]], place)
                 if count == 0:
-                    raise _corrupt(path, f"an end after {begin + start:,} bytes", f"{size:,} bytes by its header")
+                    raise _corrupt(path, f"an end after {place:,} bytes", f"{size:,} bytes by its header")
                 start += count
 
         yield data, fill

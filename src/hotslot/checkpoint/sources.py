@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
@@ -18,8 +17,10 @@ from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorErro
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec
 from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
+from .recent import Recent
 from .safetensors_file import (
     DTYPES,
+    Piece,
     aligned,
     is_aligned,
     open_data,
@@ -120,13 +121,44 @@ def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
     try:
         header = read_header(path)
         specs = parse_header(header, path)
-        with open_data(path, header, specs) as (data, fill):
+        with open_data(path, header, _nbytes(specs)) as (data, fill):
             fill(0, data.numel())
     except OSError as error:
         raise _not_found(str(path), "a file that can be read", _said(error)) from error
     metadata: dict[str, str] = json.loads(header).get("__metadata__") or {}
     specs, data = aligned(specs, data)
     return Checkpoint.checked(Schema({}, specs), data, str(path)), metadata
+
+
+@dataclass(frozen=True)
+class FileFamily:
+    """Files of equal headers, whose bytes are the adapter's as they stand, if in another order.
+
+    Attributes:
+        header: of each of them.
+        nbytes: behind it.
+        schema: of the adapters.
+        pieces: where the schema's bytes are in the file.
+    """
+
+    header: bytes
+    nbytes: int
+    schema: Schema
+    pieces: tuple[Piece, ...]
+
+    def read(self, path: Path, *, origin: str, pin_memory: bool = False) -> Checkpoint:
+        """One of them.
+
+        Raises:
+            CheckpointError: one of its kinds, see `hotslot.errors`.
+        """
+        try:
+            with open_data(path, self.header, self.nbytes, pieces=self.pieces, pin_memory=pin_memory) as (data, fill):
+                return Checkpoint.checked(self.schema, data, origin, fill)
+        except HotslotError:
+            raise
+        except OSError as error:
+            raise _not_found(str(path), "a file that can be read", _said(error)) from error
 
 
 def _refuse_escape(subfolder: str | None) -> None:
@@ -146,12 +178,12 @@ def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) ->
     weights = _local_weights(folder)
     text = _config_text(folder / CONFIG_NAME) if config is None else json.dumps(config_dict(config)).encode()
     header = read_header(weights)
-    schema = _schemas.get(header, text)
+    schema = _schemas.get((header, text))
     specs = list(schema.tensors.values()) if schema is not None else parse_header(header, weights)
     if schema is None and is_aligned(specs):
         schema = Schema(_parse_config(text, folder / CONFIG_NAME), specs)
-        _schemas.put(header, text, schema)
-    with open_data(weights, header, specs, pin_memory=pin_memory) as (data, fill):
+        _schemas.put((header, text), schema)
+    with open_data(weights, header, _nbytes(specs), pin_memory=pin_memory) as (data, fill):
         if schema is not None:
             return Checkpoint.checked(schema, data, origin, fill)
         fill(0, data.numel())
@@ -159,30 +191,8 @@ def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) ->
     return Checkpoint.checked(Schema(_parse_config(text, folder / CONFIG_NAME), specs), data, origin)
 
 
-class _Schemas:
-    """The schemas of the last few families: (header, or names, dtypes and shapes; config) → Schema."""
-
-    KEPT = 16
-
-    def __init__(self) -> None:
-        self._schemas: OrderedDict[tuple[Any, bytes], Schema] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, tensors: Any, config: bytes) -> Schema | None:
-        with self._lock:
-            schema = self._schemas.get((tensors, config))
-            if schema is not None:
-                self._schemas.move_to_end((tensors, config))
-            return schema
-
-    def put(self, tensors: Any, config: bytes, schema: Schema) -> None:
-        with self._lock:
-            self._schemas[tensors, config] = schema
-            if len(self._schemas) > self.KEPT:
-                self._schemas.popitem(last=False)
-
-
-_schemas = _Schemas()
+# (header, or names, dtypes and shapes; config) → what adapters of this family share
+_schemas: Recent[tuple[Any, bytes], Schema] = Recent()
 
 
 def from_tensors(
@@ -227,10 +237,10 @@ def from_tensors(
     stated = config_dict(config)
     family = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
     text = json.dumps(stated, default=str).encode()
-    schema = _schemas.get(family, text)
+    schema = _schemas.get((family, text))
     if schema is None:
         schema = Schema(stated, _in_file_order(tensors))
-        _schemas.put(family, text, schema)
+        _schemas.put((family, text), schema)
     with torch.inference_mode(False), torch.no_grad():
         data = host_buffer(schema.nbytes, pin_memory=pin_memory)
         # In one call: one for each of hundreds of tensors takes longer than the copying.
@@ -252,6 +262,10 @@ def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         specs.append(TensorSpec(name, tensor.dtype, tuple(tensor.shape), start, end))
     return specs
+
+
+def _nbytes(specs: list[TensorSpec]) -> int:
+    return max((spec.stop for spec in specs), default=0)
 
 
 def _local_weights(folder: Path) -> Path:

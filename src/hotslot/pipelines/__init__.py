@@ -1,0 +1,104 @@
+"""A diffusers pipeline as one model: the components that carry LoRA, and how diffusers reads a LoRA file for them.
+
+Takes a pipeline, or any model, and whatever `load_lora_weights` takes; gives one module and a Checkpoint. Which tensor
+of a file goes where is known to diffusers alone (`conversion`); a file like one that it has read is then read without
+it (`straight`). Nothing here is written to the live model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .. import checkpoint as checkpoints
+from .. import live
+from ..checkpoint import Checkpoint, Source, config_dict
+from ..errors import ConfigError, ModelError, UnexpectedTargetError
+from .components import Components
+from .conversion import configuration
+
+__all__ = ["read", "whole"]
+
+
+def whole(model: Any) -> nn.Module:
+    """The model itself, or what has one: of a diffusers pipeline its components that carry LoRA, as one.
+
+    Of a pipeline of transformers, or of a SentenceTransformer, its model.
+
+    Raises:
+        ModelError: it is neither, or none of the pipeline's components carries LoRA.
+    """
+    names = getattr(model, "_lora_loadable_modules", None)
+    if names is None or isinstance(model, nn.Module):
+        held = live.model_of(model)
+        if isinstance(held, nn.Module):
+            return held
+        raise ModelError(
+            "There is nothing to attach to.",
+            found=type(model).__name__,
+            expected="an nn.Module, or a diffusers pipeline whose class loads LoRA",
+        )
+    found = {name: getattr(model, name, None) for name in names}
+    members = {name: member for name, member in found.items() if isinstance(member, nn.Module)}
+    if not members:
+        raise ModelError(
+            "The pipeline has none of its components that carry LoRA.",
+            found=type(model).__name__,
+            expected=f"one or more of {', '.join(names)}",
+            hint="load them first",
+        )
+    for member in members.values():
+        known = live.Assembly.of(member)
+        if isinstance(known, Components) and known.are(members):
+            known.follow(model)
+            return known
+    return Components(model, members)
+
+
+def read(
+    model: nn.Module, source: Source, *, config: Any = None, pin_memory: bool = False, **options: Any
+) -> Checkpoint:
+    """An adapter for the model: `hotslot.checkpoint.read`, or for a pipeline as diffusers reads it.
+
+    Args:
+        model: of `whole`.
+        source: of a pipeline whatever `load_lora_weights` takes. A dict is neither kept nor changed.
+        config: of a pipeline: name of a component → its peft config; with a dict of tensors that are named as
+            `save_lora_weights` names them.
+        pin_memory: read into page-locked memory.
+        **options: as `hotslot.checkpoint.read` takes them, or as `load_lora_weights` does: weight_name, subfolder, …
+
+    Raises:
+        CheckpointError: one of its kinds, see `hotslot.errors`.
+        DoesNotFitError, UnsupportedError: diffusers finds no place for all of it in the pipeline.
+    """
+    if not isinstance(model, Components) or isinstance(source, Checkpoint):
+        checkpoint = checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
+        return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
+    if config is not None:
+        return _of_a_trainer(source, config, pin_memory=pin_memory)
+    return model.read(source, pin_memory=pin_memory, **options)
+
+
+def _of_a_trainer(source: Any, config: Any, *, pin_memory: bool) -> Checkpoint:
+    if not isinstance(source, Mapping) or not isinstance(config, Mapping):
+        raise ConfigError(
+            "A config was given for a pipeline that is not one for each of its components.",
+            where="config",
+            found=f"{type(config).__name__}, for a {type(source).__name__}",
+            expected="a dict of tensors, and a dict of peft configs by component: {'unet': LoraConfig(…), …}",
+            hint="leave config out: a file that diffusers wrote says what it needs",
+        )
+    stated = {str(name): config_dict(part) for name, part in config.items()}
+    stray = [name for name in source if str(name).partition(".")[0] not in stated]
+    if stray:
+        raise UnexpectedTargetError(
+            "The dict of tensors has some of a component without a config.",
+            where=str(stray[0]),
+            found=f"configs of {', '.join(stated) or 'none'}",
+            expected="names that begin with one of these components",
+            hint="give the config of each component",
+        )
+    return checkpoints.from_tensors(source, configuration(stated), pin_memory=pin_memory)

@@ -1,0 +1,109 @@
+"""The components of a pipeline that carry LoRA, as one model that is swapped as one."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .. import checkpoint as checkpoints
+from .. import live
+from ..checkpoint import Checkpoint, FileFamily, Recent
+from ..errors import AdapterNotFoundError, PickleRefusedError
+from .conversion import Answer, Conversion, Family, Shell
+from .straight import family_of_files, header_here
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class _Seen(NamedTuple):
+    """Whether files with a header may be read without diffusers, and how."""
+
+    family: FileFamily | None
+
+
+class Components(live.Assembly):
+    """The components of a pipeline that carry LoRA, under the names that diffusers gives them.
+
+    It outlives the pipeline if it has to: what reading LoRA files takes of that is kept.
+    """
+
+    def __init__(self, pipe: Any, members: Mapping[str, nn.Module]) -> None:
+        super().__init__(members)
+        self._pipe = weakref.ref(pipe)
+        self._shell = Shell.of(pipe)
+        self._families: Recent[Any, Family] = Recent()
+        self._files: Recent[Any, _Seen] = Recent()
+
+    def are(self, members: Mapping[str, nn.Module]) -> bool:
+        """Whether these are its members, compiled or not."""
+        own = {name: live.unwrap(member) for name, member in self.named_children()}
+        return own == {name: live.unwrap(member) for name, member in members.items()}
+
+    def follow(self, pipe: Any) -> None:
+        """Go on with another pipeline of the same components, or with the same one, compiled since."""
+        self._pipe = weakref.ref(pipe)
+        self._shell = Shell.of(pipe)
+        for name in list(self._modules):
+            self.add_module(name, getattr(pipe, name))
+
+    def current(self) -> dict[str, Any]:
+        """See Assembly."""
+        pipe = self._pipe()
+        return {} if pipe is None else {name: getattr(pipe, name, None) for name in self._modules}
+
+    def read(self, source: Any, *, pin_memory: bool = False, **options: Any) -> Checkpoint:
+        """See `hotslot.pipelines.read`."""
+        origin = "the dict of tensors" if isinstance(source, Mapping) else os.fspath(source)
+        options = {key: value for key, value in options.items() if value is not None}
+        _refuse_path(source, options)
+        asked = repr(sorted(options.items()))
+        header = header_here(source, options)
+        seen = self._files.get((header.content, asked)) if header is not None else None
+        if header is not None and seen is not None and seen.family is not None:
+            return seen.family.read(header.path, origin=origin, pin_memory=pin_memory)
+        models = {prefix.removesuffix("."): model for prefix, model in live.roots(self).items()}
+        conversion = Conversion(self._shell, models, origin)
+        answer = conversion.ask(dict(source) if isinstance(source, Mapping) else source, options)
+        places, config = self._family(conversion, answer, options)
+        taken = {place.name: place.take(answer.tensors) for place in places}
+        checkpoint = checkpoints.from_tensors(taken, config, origin=origin, pin_memory=pin_memory)
+        if header is not None and seen is None:
+            ask = functools.partial(conversion.ask, options=options)
+            family = family_of_files(header, answer, places, checkpoint, ask)
+            self._files.put((header.content, asked), _Seen(family))
+        return checkpoint
+
+    def _family(self, conversion: Conversion, answer: Answer, options: Mapping[str, Any]) -> Family:
+        key = answer.key, repr(sorted(options.items()))
+        family = self._families.get(key)
+        if family is None:
+            family = conversion.load(answer, options)
+            self._families.put(key, family)
+        return family
+
+
+def _refuse_path(source: Any, options: Mapping[str, Any]) -> None:
+    """Raise if it is a pickle, or a path of nothing."""
+    names = [os.fspath(name) for name in (source, options.get("weight_name")) if isinstance(name, (str, os.PathLike))]
+    for name in names:
+        if name.endswith(_PICKLES):
+            raise PickleRefusedError(
+                "A pickle is not read, for reading one can run code.",
+                where=name,
+                found="a pickle",
+                expected="a safetensors file",
+                hint="convert it where that is safe: safetensors.torch.save_file(torch.load(…, weights_only=True), …)",
+            )
+    if names and not os.path.exists(names[0]) and (os.path.isabs(names[0]) or names[0].startswith((".", "~"))):
+        raise AdapterNotFoundError(
+            f"No LoRA at {names[0]:.200}.",
+            where=f"{names[0]:.200}",
+            found="nothing",
+            expected="a safetensors file, a folder with one, or a repository of the Hub",
+            hint="check the path; ~ is not expanded",
+        )

@@ -1,0 +1,106 @@
+"""LoRA files that need no diffusers: those with the header of one that it has read, and whose bytes it leaves alone.
+
+A converter that is given tensors without values cannot look at any. If it takes them, and what it gives are pieces of
+the very memory that they were said to be in, then any file with this header may be read piece by piece, in one sweep.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, FileFamily, Piece, parse_header, read_header, view
+from ..errors import HotslotError
+from .conversion import Answer, Place
+
+_WEIGHTS = "pytorch_lora_weights.safetensors"  # as `save_lora_weights` names it
+
+
+class Header(NamedTuple):
+    """A safetensors file, and its header as it stands there."""
+
+    path: Path
+    content: bytes
+
+
+def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
+    """Of the file on this machine that diffusers reads for the source; None where only diffusers can tell which.
+
+    Raises:
+        CorruptFileError, PickleRefusedError: the file is none of safetensors.
+    """
+    if isinstance(source, Mapping) or options.keys() - {"weight_name"}:
+        return None
+    path = Path(source)
+    with suppress(OSError):  # which diffusers meets too
+        if path.is_dir():
+            names = [name for name in os.listdir(path) if name.endswith(".safetensors")]
+            path /= options.get("weight_name") or (_WEIGHTS if names == [_WEIGHTS] else "")
+        if path.is_file():
+            return Header(path, read_header(path))
+    return None
+
+
+def family_of_files(
+    header: Header,
+    answer: Answer,
+    places: Iterable[Place],
+    converted: Checkpoint,
+    ask: Callable[[dict[str, Tensor]], Answer],
+) -> FileFamily | None:
+    """What files with this header have in common; None if their bytes have to go through the converter.
+
+    Args:
+        header: of a file.
+        answer: what the converter gave for it.
+        places: of its tensors.
+        converted: the file, as the converter and diffusers have made it.
+        ask: the converter.
+    """
+    try:
+        specs = parse_header(header.content, header.path)
+        nbytes = max((spec.stop for spec in specs), default=0)
+        memory = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        blind = ask({spec.name: view(memory, spec) for spec in specs})
+        if repr(blind.more[:-1]) != repr(answer.more[:-1]):  # alphas among the tensors
+            return None
+        pieces = _pieces(blind.tensors, places, converted, memory)
+        if pieces is None:
+            return None
+        family = FileFamily(header.content, nbytes, converted.schema, pieces)
+        # The proof: the same bytes. A file that is another by now has others.
+        same = family.read(header.path, origin=converted.origin).version == converted.version
+    except (HotslotError, RuntimeError, KeyError):  # torch's for values that are not there
+        return None
+    return family if same else None
+
+
+def _pieces(
+    tensors: Mapping[str, Tensor], places: Iterable[Place], converted: Checkpoint, memory: Tensor
+) -> tuple[Piece, ...] | None:
+    """Where the converted bytes are in `memory`, of which the tensors are views; None if they are not all in it."""
+    sources = {place.name: place for place in places}
+    if memory._version:  # written into
+        return None
+    pieces: list[Piece] = []
+    for spec in converted.tensors.values():
+        place = sources[spec.name]
+        if place.source is None or place.box is not None:
+            return None
+        found = tensors[place.source]
+        own = found.untyped_storage()._cdata == memory.untyped_storage()._cdata
+        if not own or not found.is_contiguous() or found.dtype != spec.dtype:
+            return None
+        piece = Piece(spec.start, spec.stop, int(found.storage_offset()) * found.itemsize)
+        last = pieces[-1] if pieces else None
+        if last is not None and last.stop == piece.start and last.place + last.stop - last.start == piece.place:
+            pieces[-1] = last._replace(stop=piece.stop)
+        else:
+            pieces.append(piece)
+    return tuple(pieces)
