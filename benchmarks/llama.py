@@ -62,7 +62,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            self.add_module(name, _linear(weights[name]))
+            self.add_module(name, linear_of(weights[name]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         k, v = (p(x).unflatten(-1, (self.heads // 4, 1, -1)) for p in (self.k_proj, self.v_proj))
@@ -75,7 +75,7 @@ class MLP(nn.Module):
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         super().__init__()
         for name in ("gate_proj", "up_proj", "down_proj"):
-            self.add_module(name, _linear(weights[name]))
+            self.add_module(name, linear_of(weights[name]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -104,7 +104,7 @@ class Llama(nn.Module):
         return x
 
 
-def _shapes(hidden: int) -> dict[str, tuple[int, int]]:
+def shapes(hidden: int) -> dict[str, tuple[int, int]]:
     """Name → (out, in) of a layer's linears."""
     narrow, wide = hidden // 4, hidden * 7 // 2
     return {
@@ -126,7 +126,7 @@ def llama_of_own_weights(
 
     They are made where they are to be: the generator of a CPU would take minutes for 14 GB.
     """
-    none = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in _shapes(hidden).items()}
+    none = {name: nn.Parameter(torch.empty(shape, device="meta")) for name, shape in shapes(hidden).items()}
     model = Llama(none, layers, heads).eval()
     generator = torch.Generator(device).manual_seed(0)
     for linear in model.modules():
@@ -136,7 +136,8 @@ def llama_of_own_weights(
     return model
 
 
-def _linear(weight: nn.Parameter) -> nn.Linear:
+def linear_of(weight: nn.Parameter) -> nn.Linear:
+    """A linear layer that has `weight`, and no memory of its own."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     return linear
@@ -156,7 +157,7 @@ class Bench:
             name: nn.Parameter(
                 (torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(device, size.dtype), requires_grad=False
             )
-            for name, shape in _shapes(size.hidden).items()
+            for name, shape in shapes(size.hidden).items()
         }
         self.inputs = torch.randn(1, size.hidden, generator=generator).to(device, size.dtype)
         self.folders = tuple(folder / f"{size.name}-{i}" for i in range(2))

@@ -112,6 +112,16 @@ def test_what_slots_cost_is_timed_and_compared() -> None:
         slots.run(["7MB"])
 
 
+def test_ways_to_compute_a_forward_pass_are_timed_and_compared() -> None:
+    forward = bench.load("forward")
+    rows = forward.run(["tiny"], rounds=1, device="cpu", modes=["eager"], tokens=[1, 3])
+    without_triton = {name for name, design in forward.DESIGNS.items() if design not in forward.NEED_TRITON}
+    assert {row.contender for row in rows} == {forward.BASE, forward.PEFT} | without_triton
+    for row in rows:
+        assert 0 < row.min_ms <= row.ms
+        assert row.error < 1e-4 or row.contender == forward.BASE
+
+
 @pytest.fixture(scope="module")
 def merged_rows() -> Any:
     return merged.run(**OPTIONS, tokens=())
@@ -225,7 +235,7 @@ def test_a_swap_in_a_pipeline_that_does_nothing_is_noticed(monkeypatch: pytest.M
 
 def test_what_is_not_there() -> None:
     with pytest.raises(
-        HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, diffusers, merged, slots, soak, swap"
+        HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, diffusers, forward, merged, slots, soak, swap"
     ):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):

@@ -23,6 +23,7 @@ def attach(
     adapter_name: str = "default",
     route: str = "auto",
     plan: Plan | None = None,
+    fused: bool = False,
 ) -> Swapper:
     """Make a model ready for swaps, in place; nothing is activated.
 
@@ -43,6 +44,9 @@ def attach(
             merged into the base's weights, in place, and a forward pass costs what the base's does; "auto": in slots
             what they can hold, the rest merged.
         plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
+        fused: whether slots on linear layers compute with fewer passes than PEFT's forward does, where one plain LoRA
+            is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
+            to the bit; after `deactivate` they are the base's to the bit in eager mode.
 
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
@@ -59,6 +63,13 @@ def attach(
         Entry(name, read(model, source, pin_memory=pin), route=route) for name, source in (adapters or {}).items()
     ]
     compiled = live.is_compiled(model)
+    if fused and compiled:
+        raise ModelError(
+            "The model is compiled already, with PEFT's forward.",
+            where="fused=True",
+            expected="a model that is not compiled yet",
+            hint="attach before torch.compile; or attach without fused=True",
+        )
     slots = live.find_slots(model, adapter_name)
     if slots:
         live.refuse_unsupported_resident(model, adapter_name)
@@ -109,6 +120,7 @@ def attach(
             tokens=plan.tokens,
             pristine=plan.pristine,
             fused=None if plan.merge is None else plan.merge == "fused",
+            fused_forward=fused,
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:

@@ -17,6 +17,7 @@ from ..errors import HotslotError
 CASES = {
     "concurrency": "bench_concurrency",
     "diffusers": "bench_diffusers",
+    "forward": "bench_forward",
     "merged": "bench_merged",
     "slots": "bench_slots",
     "soak": "soak",

@@ -44,6 +44,7 @@ class Binding:
         wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
         tokens: path of a module → for how many tokens it is to have places.
         resident: whether the adapter on the model is of a method that has no slots, and others take its place.
+        fused_forward: whether linear layers compute by `FusedLinear`.
 
     Raises:
         ModelError: the slots cannot be resized.
@@ -65,12 +66,14 @@ class Binding:
         fused: bool | None = None,
         tokens: Mapping[str, int] = MappingProxyType({}),
         resident: bool = False,
+        fused_forward: bool = False,
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self._prefixes = tuple(roots(model))
         self.slots = slots
         self.arena = arena
         self.stagings = Stagings()
+        self._fused_forward = fused_forward
         self.hooks: dict[str, TrueRank] = {}
         self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()
         self._originals = {
@@ -337,6 +340,7 @@ class Binding:
             if not compiled:  # compiled code guards which modules there are, and their types
                 self._install_dropout(slot)
                 self._install_attention(slot)
+                self._install_fused_forward(slot)
 
     def _install_dropout(self, slot: Slot) -> None:
         dropouts = slot.layer.lora_dropout
@@ -355,6 +359,15 @@ class Binding:
 
             self._swapped_parts.append((slot.layer, "__class__", MultiheadAttention))
             use_slot_attention(slot.layer)
+
+    def _install_fused_forward(self, slot: Slot) -> None:
+        from peft.tuners.lora.layer import Linear
+
+        if self._fused_forward and type(slot.layer) is Linear:
+            from .fused import FusedLinear
+
+            self._swapped_parts.append((slot.layer, "__class__", Linear))
+            slot.layer.__class__ = FusedLinear
 
     def _install_dora(self, slots: Mapping[str, Slot]) -> None:
         for slot in slots.values():
