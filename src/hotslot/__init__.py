@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import errors, testing
     from .attaching import attach
+    from .cache import Cache
     from .dropin import (
         check_hotswap_configs_compatible,
         hotswap_adapter,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .swapper import Swapper
 
 _HOMES = {
+    "Cache": ".cache",
     "Fit": ".report",
     "HotslotError": ".errors",
     "Plan": ".planning",
@@ -48,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Cache",
     "Fit",
     "HotslotError",
     "Plan",

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from . import live
+from .cache import Cache
 from .checkpoint import Source
 from .engine import Engine, Entry
 from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
@@ -24,6 +25,7 @@ def attach(
     route: str = "auto",
     plan: Plan | None = None,
     fused: bool = False,
+    cache: Cache = Cache(),  # noqa: B008  it is frozen
 ) -> Swapper:
     """Make a model ready for swaps, in place; nothing is activated.
 
@@ -47,6 +49,7 @@ def attach(
         fused: whether slots on linear layers compute with fewer passes than PEFT's forward does, where one plain LoRA
             is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
             to the bit; after `deactivate` they are the base's to the bit in eager mode.
+        cache: budgets, such as `hotslot.Cache(device_bytes=1 << 30)`.
 
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
@@ -121,6 +124,7 @@ def attach(
             pristine=plan.pristine,
             fused=None if plan.merge is None else plan.merge == "fused",
             fused_forward=fused,
+            device_bytes=cache.device_bytes,
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)
         for entry in entries:

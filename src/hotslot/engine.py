@@ -488,6 +488,10 @@ class Engine:
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
+    def prefetch(self, entry: Entry) -> bool:
+        """Let the entry's bytes stay on the devices. Says whether there was room, and use, for them on all."""
+        return self.binding.memory.prefetch(entry.compile(self.binding).writes)
+
     def _bring(self, target: State) -> None:
         """Set the bytes of `target` on their way to a GPU, while all is looked at that decides whether they go in."""
         if target.entry is not None and target.image is None and not self._is_live(target):

@@ -153,6 +153,11 @@ class Swapper:
         return self._tier.nbytes + self._blender.nbytes
 
     @property
+    def device_bytes(self) -> int:
+        """Bytes of GPU memory that adapters hold beside the slots, within `Cache.device_bytes`."""
+        return self._bound().binding.stagings.nbytes
+
+    @property
     def pristine_bytes(self) -> int:
         """Bytes of the base's own values that are kept beside the weights that adapters are merged into.
 
@@ -238,6 +243,21 @@ class Swapper:
             self._blender.forget(name)
             self._tier.remove(name)
             self._bound().let_go(self._tier.values())
+            self._bound().binding.stagings.forget(entry.version)
+
+    def prefetch(self, name: str) -> bool:
+        """Bring a loaded adapter to the GPUs ahead of its swap, on a stream of its own: nothing waits for it.
+
+        What was not used for longest goes for it, within `Cache.device_bytes`.
+
+        Returns:
+            Whether it is there, or on its way; False where it does not fit, and for what is merged or not on a GPU.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+        """
+        with self._lock:
+            return self._bound().prefetch(self._entry(name))
 
     def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""

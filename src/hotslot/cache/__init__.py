@@ -3,7 +3,8 @@
 Takes names and bytes; gives them back. Knows nothing of LoRA, layouts or models.
 """
 
+from .budget import Cache
 from .host import HostTier
 from .tier import Sized, Tier
 
-__all__ = ["HostTier", "Sized", "Tier"]
+__all__ = ["Cache", "HostTier", "Sized", "Tier"]

@@ -44,6 +44,7 @@ class Binding:
         wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
         tokens: path of a module → for how many tokens it is to have places.
         resident: whether the adapter on the model is of a method that has no slots, and others take its place.
+        device_bytes: of each GPU, for adapters that stay there.
         fused_forward: whether linear layers compute by `FusedLinear`.
 
     Raises:
@@ -66,13 +67,14 @@ class Binding:
         fused: bool | None = None,
         tokens: Mapping[str, int] = MappingProxyType({}),
         resident: bool = False,
+        device_bytes: int | None = 0,
         fused_forward: bool = False,
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self._prefixes = tuple(roots(model))
         self.slots = slots
         self.arena = arena
-        self.stagings = Stagings()
+        self.stagings = Stagings(device_bytes)
         self._fused_forward = fused_forward
         self.hooks: dict[str, TrueRank] = {}
         self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()

@@ -340,6 +340,14 @@ class Memory:
                 sources[device], self.came_from = self.stagings.of(device).bring(data, key)
             self._brought = writes, sources
 
+    def prefetch(self, writes: Writes) -> bool:
+        """Let the bytes of `writes` stay on their devices. Says whether there was room for them on all, and use."""
+        block = writes.block
+        if block is None:
+            return False
+        stay = [self.stagings.of(device).prefetch(block.data, block.version) for device, _ in writes.scatters]
+        return bool(stay) and all(stay)
+
     def _scatter(self, writes: Writes, occupied: Mapping[str, int]) -> None:
         self.bring(writes)
         ranks = tuple([occupied.get(fqn, 0) for fqn in self.slots])

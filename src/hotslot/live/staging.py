@@ -122,11 +122,21 @@ class Stagings:
         self.limit_bytes = limit_bytes
         self._by_device: dict[torch.device, Staging] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tiers."""
+        return sum(staging.tier.nbytes for staging in self._by_device.values())
+
     def of(self, device: torch.device) -> Staging:
         """The one of this device."""
         if device not in self._by_device:
             self._by_device[device] = Staging(device, self.limit_bytes)
         return self._by_device[device]
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the bytes that are accounted are those that are held, and within the limit."""
+        for staging in self._by_device.values():
+            staging.tier.check_integrity()
 
     def forget(self, key: str) -> None:
         """Keep these bytes nowhere any more."""
