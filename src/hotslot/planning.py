@@ -214,8 +214,8 @@ def plan(
             a loaded adapter is merged into. "device", beside them; "host", in page-locked memory; "file", in the
             model's own safetensors files, which are mapped and compared with what the model holds.
         merge: of LoRA and DoRA on linear layers: "peft" for the bits of PEFT's `merge_and_unload`; "fused" for one pass
-            that rounds to the weight's dtype once; None for "fused" on a GPU and "peft" elsewhere. Blends are fused,
-            other methods PEFT's.
+            that rounds to the weight's dtype once; None for "fused" where a GPU holds weights of 16 bits, and "peft"
+            elsewhere. Blends are fused, other methods PEFT's.
 
     Raises:
         ValueError: an option that is none of these.

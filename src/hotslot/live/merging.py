@@ -38,7 +38,8 @@ class Merger:
     Args:
         model: the live model; only read.
         absolutes: knows the model's own values where an adapter's are live.
-        fused: whether LoRA and DoRA of linear layers are merged with fewer roundings than PEFT's; None: on a GPU.
+        fused: whether LoRA and DoRA of linear layers are merged with fewer roundings than PEFT's; None: where a GPU
+            holds weights of 16 bits.
     """
 
     def __init__(self, model: nn.Module, absolutes: Absolutes, *, fused: bool | None = None) -> None:
@@ -194,7 +195,8 @@ def _prepare(
                 hint="the adapter is damaged, or its scaling too large",
             )
     pristine = [own(key[1]) for key in keys]
-    if fused or (fused is None and pristine[0].is_cuda):
+    # In float32 the kernel's sums were further from the exact ones than PEFT's on an H100, and never in 16 bits.
+    if fused or (fused is None and pristine[0].is_cuda and pristine[0].element_size() == 2):
         once = _fused(keys, unit, names, pristine[0])
         if once is not None:
             return once
