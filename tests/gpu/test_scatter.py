@@ -29,9 +29,12 @@ import hotslot  # noqa: E402
 from adapters import make_adapter  # noqa: E402
 from hotslot.live import memory  # noqa: E402
 from oracle import assert_same_output, fresh_output  # noqa: E402
+from test_experts import build  # noqa: E402
+from test_experts import folders as of_experts  # noqa: E402, F401  a fixture
 from zoo import ZOO, Entry  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENTRIES = ("mlp", "gpt2", "embedding", "conv1d", "conv2d", "conv3d", "attention")  # each kind of layer
 ORDER = ("dense", "small", "other", None, "small", "dense", None, "other")
 
 
@@ -71,7 +74,7 @@ def attached(entry: Entry, sources: Mapping[str, Path], device: str, **more: Any
     return model, hotslot.attach(model, adapters=sources, **more)
 
 
-@pytest.mark.parametrize("entry", ZOO.values(), ids=list(ZOO))
+@pytest.mark.parametrize("entry", [ZOO[name] for name in ENTRIES], ids=ENTRIES)
 def test_the_kernel_writes_and_clears_what_copies_do(entry: Entry, tmp_path: Path) -> None:
     sources = adapters(tmp_path, entry)
     _, ours = attached(entry, sources, DEVICE)
@@ -82,6 +85,17 @@ def test_the_kernel_writes_and_clears_what_copies_do(entry: Entry, tmp_path: Pat
     for name in ORDER:
         for swapper in (ours, theirs):
             swapper.activate(name) if name else swapper.deactivate()
+        assert torch.equal(arena(ours), arena(theirs)), name
+
+
+def test_experts(of_experts: dict[str, Path]) -> None:  # noqa: F811
+    ours = hotslot.attach(build().to(DEVICE), of_experts)
+    with torchs_copies():
+        theirs = hotslot.attach(build(), of_experts)
+    assert kernels(ours, "both") == 1
+    for name in [*of_experts, *reversed(of_experts), "both", "experts"]:
+        ours.activate(name)
+        theirs.activate(name)
         assert torch.equal(arena(ours), arena(theirs)), name
 
 
@@ -115,7 +129,7 @@ def test_values_of_another_dtype_are_rounded_as_torch_rounds(tmp_path: Path) -> 
 
 
 def test_what_was_live_last_stays_on_the_device(tmp_path: Path) -> None:
-    entry = ZOO["llama"]
+    entry = ZOO["mlp"]
     sources = adapters(tmp_path, entry)
     limit = sum(
         tensor.nbytes
