@@ -333,12 +333,12 @@ class Memory:
 
     def bring(self, writes: Writes) -> None:
         """Set the bytes of `writes` on their way to the device, if they go there: what is live is not touched."""
-        if writes.block is not None and not (self._brought and self._brought[0] is writes):
+        sources = {}
+        if writes.block is not None:
             data, key = writes.block.data, writes.block.version
-            sources = {}
             for device, _ in writes.scatters:
                 sources[device], self.came_from = self.stagings.of(device).bring(data, key)
-            self._brought = writes, sources
+        self._brought = writes, sources
 
     def prefetch(self, writes: Writes) -> bool:
         """Let the bytes of `writes` stay on their devices. Says whether there was room for them on all, and use."""
@@ -349,10 +349,11 @@ class Memory:
         return bool(stay) and all(stay)
 
     def _scatter(self, writes: Writes, occupied: Mapping[str, int]) -> None:
-        self.bring(writes)
+        if self._brought is None or self._brought[0] is not writes:
+            self.bring(writes)
+        assert self._brought is not None
+        (_, sources), self._brought = self._brought, None
         ranks = tuple([occupied.get(fqn, 0) for fqn in self.slots])
-        sources = self._brought[1] if self._brought is not None else {}
-        self._brought = None
         for device, scatter in writes.scatters:
             scatter.run(sources.get(device), ranks)
 
