@@ -198,6 +198,8 @@ class Sample:
 
 def _calls(model: Any, device: torch.device, tokens: tuple[int, ...]) -> dict[int, Callable[[], torch.Tensor]]:
     """Number of tokens → a compiled forward pass of so many through the first layers."""
+    if not tokens:
+        return {}
     first = Llama({}, 0, HEADS)
     first.layers = nn.ModuleList(list(model.layers)[:COMPILED_LAYERS])
     torch._dynamo.reset()  # it compiles one function so many times, and no more

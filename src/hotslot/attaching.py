@@ -103,9 +103,10 @@ def attach(
     known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
     if known is not None:
         known.release()
-    injection = live.inject(model, adapter_name, missing) if missing else None
-    engine = binding = wrapping = None
+    injection = engine = binding = wrapping = None
     try:
+        if missing:
+            injection = live.inject(model, adapter_name, missing)
         wrapping = live.wrap(model, adapter_name, plan.saved, plan.tokens, plan.tied)
         found = live.find_slots(model, adapter_name)
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}

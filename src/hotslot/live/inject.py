@@ -226,20 +226,22 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
     takes seconds (9 s for 840 modules). `bind` gives them their ranks.
     """
     injection = Injection([])
-    for prefix, root in roots(model).items():
-        own = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
-        if not own:
-            continue
-        get_base_model: Any = getattr(root, "get_base_model", None)
-        inner: nn.Module = get_base_model() if get_base_model is not None else root
-        photo = Photo(inner)
-        try:
-            injection.roots.append(_inject(root, inner, adapter_name, own, photo))
-        except BaseException:
-            photo.put_back()
-            remove(injection)
-            raise
-    return injection
+    photos: list[Photo] = []
+    try:
+        for prefix, root in roots(model).items():
+            own = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
+            if not own:
+                continue
+            get_base_model: Any = getattr(root, "get_base_model", None)
+            inner: nn.Module = get_base_model() if get_base_model is not None else root
+            photos.append(Photo(inner))
+            injection.roots.append(_inject(root, inner, adapter_name, own, photos[-1]))
+        return injection
+    except BaseException:
+        if len(photos) > len(injection.roots):  # amid the last one
+            photos[-1].put_back()
+        remove(injection)
+        raise
 
 
 def _inject(
