@@ -424,6 +424,38 @@ def test_merged_weights_are_those_that_fuse_lora_makes(tmp_path: Path) -> None:
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+def test_merged_weights_in_bfloat16_come_back_to_the_bit(tmp_path: Path) -> None:
+    """After 1,000 swaps, where `unfuse_lora` leaves what rounding has lost; and merged they are rounded once."""
+    kind, dtype = PIPELINES["qwen-image"], torch.bfloat16
+    sources = {
+        "a": make_lora(kind, tmp_path / "a", seed=1, targets={"transformer": ("to_q", "to_v")}, r=4, lora_alpha=6),
+        "b": make_lora(kind, tmp_path / "b", seed=2, targets={"transformer": ("to_q",)}, r=2, use_rslora=True),
+    }
+    exact, control = kind.build(dtype=dtype), loaded(kind, sources["a"], dtype=dtype)
+    exact.transformer.float()  # the same values
+    load_plain(exact, sources["a"])
+    exact.fuse_lora()
+    fused = state(kind, exact)
+    own = state(kind, control)
+    control.fuse_lora()
+    control.unfuse_lora()
+    assert not all(torch.equal(value, own[key]) for key, value in state(kind, control).items())
+    pipe = kind.build(dtype=dtype)
+    before = state(kind, pipe)
+    swapper = hotslot.attach(pipe, adapters=sources, route="merged")
+    for i in range(1_000):
+        swapper.activate(("b", "a")[i % 2])
+    merged = state(kind, pipe)
+    assert not all(torch.equal(merged[key], before[key]) for key in before)
+    for key, value in merged.items():
+        module, _, leaf = key.rpartition(".")
+        want = fused[key] if key in fused else fused[f"{module}.base_layer.{leaf}"]
+        assert torch.equal(value, want.to(dtype))
+    swapper.deactivate()
+    after = state(kind, pipe)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
 # -- honest state ----------------------------------------------------------------------------------------------------
 
 
