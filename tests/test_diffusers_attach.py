@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoKrConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -47,8 +47,8 @@ from pipelines import (
     _wan_inputs,
     load_plain,
     lora_tensors,
+    make_lokr,
     make_lora,
-    save_lora,
 )
 from test_all_or_nothing import Fault, LineFault, OpFault, chosen
 
@@ -293,15 +293,7 @@ def test_a_wan_lora_of_text_to_video_on_image_to_video(tmp_path: Path) -> None:
 
 def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
     kind = PIPELINES["flux2"]
-    model, config = kind.component("transformer"), LoKrConfig(r=2, alpha=3, target_modules=["to_q"], init_weights=False)
-    inject_adapter_in_model(config, model, "default")
-    noise = torch.Generator().manual_seed(1)
-    tensors = {
-        key: torch.randn(value.shape, generator=noise)
-        for key, value in get_peft_model_state_dict(model, adapter_name="default").items()
-    }
-    save_lora(kind, tmp_path / "lokr", {"transformer": tensors}, {"transformer": config})
-    sources = {"lokr": tmp_path / "lokr", "lora": make_lora(kind, tmp_path / "lora", seed=1, r=4)}
+    sources = {"lokr": make_lokr(tmp_path / "lokr", seed=1), "lora": make_lora(kind, tmp_path / "lora", seed=1, r=4)}
     pipe = kind.build()
     base = kind.outputs(pipe)
     swapper = hotslot.attach(pipe, adapters=sources)
@@ -312,6 +304,25 @@ def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
         assert float((want["transformer"] - base["transformer"]).abs().max()) > 1e-3
     swapper.deactivate()
     assert_same(kind.outputs(pipe), base, exact=True)
+
+
+def test_lokr_follows_lokr(tmp_path: Path) -> None:
+    """Of other factors, alpha and targets: nothing of the one before stays in the base."""
+    kind = PIPELINES["flux2"]
+    sources = {
+        "first": make_lokr(tmp_path / "first", seed=1, target_modules=["to_q", "to_out.0"]),
+        "second": make_lokr(tmp_path / "second", seed=2, r=1, alpha=5, target_modules=["to_q", "to_k"]),
+    }
+    pipe = kind.build()
+    before = state(kind, pipe)
+    swapper = hotslot.attach(pipe, adapters=sources)
+    for name in ("first", "second", "first"):
+        assert swapper.activate(name).route == "merged"
+        assert_same(kind.outputs(pipe), fresh(kind, sources[name]))
+    swapper.deactivate()
+    after = state(kind, pipe)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_half_precision_is_that_of_a_fresh_load(tmp_path: Path) -> None:
