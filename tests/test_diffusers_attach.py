@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -742,6 +742,16 @@ def test_what_does_not_belong_is_refused_and_the_running_one_lives(
     assert_same(SD.outputs(pipe), wanted["both"], exact=True)
 
 
+def test_a_component_that_carries_lokr_is_attached_to_by_itself(tmp_path: Path) -> None:
+    kind = PIPELINES["flux2"]
+    first, second = make_lokr(tmp_path / "first", seed=1), make_lokr(tmp_path / "second", seed=2)
+    pipe = loaded(kind, first, name="style")
+    before = facts(kind, pipe)
+    with pytest.raises(UnsupportedError, match=r"transformer"):
+        hotslot.attach(pipe, adapters={"second": second}, adapter_name="style")
+    assert_nothing_changed(before, facts(kind, pipe))
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     pipe = SD.build()
     swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules=["to_q"], max_rank=2))
@@ -770,6 +780,21 @@ def test_a_files_own_config_cannot_make_peft_do_more(option: str, tmp_path: Path
     with pytest.raises(UnsupportedError, match=option):
         hotslot.attach(pipe, adapters={"a": path})
     assert hotslot.Swapper.of(pipe) is None
+
+
+def test_pefts_own_folder_is_for_a_component(tmp_path: Path) -> None:
+    """diffusers loads nothing of it into a pipeline, in silence; the component takes it as any model does."""
+    model = get_peft_model(SD.component("unet"), LoraConfig(r=3, target_modules=["to_q"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    pipe = SD.build()
+    before = facts(SD, pipe)
+    with pytest.raises(UnexpectedTargetError, match=r"attach\(pipe\.unet"):
+        hotslot.attach(pipe, adapters={"a": tmp_path})
+    assert_nothing_changed(before, facts(SD, pipe))
+    hotslot.attach(pipe.unet, {"a": tmp_path}).activate("a")
+    want = SD.build()
+    want.unet = PeftModel.from_pretrained(want.unet, tmp_path).eval()
+    assert_same(SD.outputs(pipe), SD.outputs(want), exact=True)
 
 
 def test_a_replaced_component_is_noticed(loras: dict[str, Path]) -> None:
