@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import Tensor, nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -657,8 +657,28 @@ def make_lora(
     return folder
 
 
+def make_lokr(folder: Path, *, seed: int, **config: Any) -> Path:
+    """Save a random LoKr for Flux 2, the one pipeline into which diffusers loads them, as diffusers saves a LoRA.
+
+    Args:
+        folder: to save into, made if need be.
+        seed: equal seeds make equal values.
+        **config: of `peft.LoKrConfig`.
+    """
+    kind = PIPELINES["flux2"]
+    model, stated = kind.component("transformer"), {"r": 2, "alpha": 3, "target_modules": ["to_q"], **config}
+    inject_adapter_in_model(LoKrConfig(**stated, init_weights=False), model, "default")
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {
+        key: torch.randn(value.shape, generator=noise)
+        for key, value in get_peft_model_state_dict(model, adapter_name="default").items()
+    }
+    save_lora(kind, folder, {"transformer": tensors}, {"transformer": LoKrConfig(**stated)})
+    return folder
+
+
 def save_lora(
-    kind: Kind, folder: Path, states: Mapping[str, dict[str, Tensor]], configs: Mapping[str, LoraConfig]
+    kind: Kind, folder: Path, states: Mapping[str, dict[str, Tensor]], configs: Mapping[str, PeftConfig]
 ) -> None:
     """Save state dicts by component, by what all of diffusers' `save_lora_weights` call.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoKrConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -47,8 +47,8 @@ from pipelines import (
     _wan_inputs,
     load_plain,
     lora_tensors,
+    make_lokr,
     make_lora,
-    save_lora,
 )
 from test_all_or_nothing import Fault, LineFault, OpFault, chosen
 
@@ -293,15 +293,7 @@ def test_a_wan_lora_of_text_to_video_on_image_to_video(tmp_path: Path) -> None:
 
 def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
     kind = PIPELINES["flux2"]
-    model, config = kind.component("transformer"), LoKrConfig(r=2, alpha=3, target_modules=["to_q"], init_weights=False)
-    inject_adapter_in_model(config, model, "default")
-    noise = torch.Generator().manual_seed(1)
-    tensors = {
-        key: torch.randn(value.shape, generator=noise)
-        for key, value in get_peft_model_state_dict(model, adapter_name="default").items()
-    }
-    save_lora(kind, tmp_path / "lokr", {"transformer": tensors}, {"transformer": config})
-    sources = {"lokr": tmp_path / "lokr", "lora": make_lora(kind, tmp_path / "lora", seed=1, r=4)}
+    sources = {"lokr": make_lokr(tmp_path / "lokr", seed=1), "lora": make_lora(kind, tmp_path / "lora", seed=1, r=4)}
     pipe = kind.build()
     base = kind.outputs(pipe)
     swapper = hotslot.attach(pipe, adapters=sources)
@@ -312,6 +304,25 @@ def test_lokr_is_merged_between_loras(tmp_path: Path) -> None:
         assert float((want["transformer"] - base["transformer"]).abs().max()) > 1e-3
     swapper.deactivate()
     assert_same(kind.outputs(pipe), base, exact=True)
+
+
+def test_lokr_follows_lokr(tmp_path: Path) -> None:
+    """Of other factors, alpha and targets: nothing of the one before stays in the base."""
+    kind = PIPELINES["flux2"]
+    sources = {
+        "first": make_lokr(tmp_path / "first", seed=1, target_modules=["to_q", "to_out.0"]),
+        "second": make_lokr(tmp_path / "second", seed=2, r=1, alpha=5, target_modules=["to_q", "to_k"]),
+    }
+    pipe = kind.build()
+    before = state(kind, pipe)
+    swapper = hotslot.attach(pipe, adapters=sources)
+    for name in ("first", "second", "first"):
+        assert swapper.activate(name).route == "merged"
+        assert_same(kind.outputs(pipe), fresh(kind, sources[name]))
+    swapper.deactivate()
+    after = state(kind, pipe)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_half_precision_is_that_of_a_fresh_load(tmp_path: Path) -> None:
@@ -421,6 +432,38 @@ def test_merged_weights_are_those_that_fuse_lora_makes(tmp_path: Path) -> None:
         swapper.activate(("both", "one")[i % 2])
     swapper.deactivate()
     after = state(FLUX, pipe)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_merged_weights_in_bfloat16_come_back_to_the_bit(tmp_path: Path) -> None:
+    """After 1,000 swaps, where `unfuse_lora` leaves what rounding has lost; and merged they are rounded once."""
+    kind, dtype = PIPELINES["qwen-image"], torch.bfloat16
+    sources = {
+        "a": make_lora(kind, tmp_path / "a", seed=1, targets={"transformer": ("to_q", "to_v")}, r=4, lora_alpha=6),
+        "b": make_lora(kind, tmp_path / "b", seed=2, targets={"transformer": ("to_q",)}, r=2, use_rslora=True),
+    }
+    exact, control = kind.build(dtype=dtype), loaded(kind, sources["a"], dtype=dtype)
+    exact.transformer.float()  # the same values
+    load_plain(exact, sources["a"])
+    exact.fuse_lora()
+    fused = state(kind, exact)
+    own = state(kind, control)
+    control.fuse_lora()
+    control.unfuse_lora()
+    assert not all(torch.equal(value, own[key]) for key, value in state(kind, control).items())
+    pipe = kind.build(dtype=dtype)
+    before = state(kind, pipe)
+    swapper = hotslot.attach(pipe, adapters=sources, route="merged")
+    for i in range(1_000):
+        swapper.activate(("b", "a")[i % 2])
+    merged = state(kind, pipe)
+    assert not all(torch.equal(merged[key], before[key]) for key in before)
+    for key, value in merged.items():
+        module, _, leaf = key.rpartition(".")
+        want = fused[key] if key in fused else fused[f"{module}.base_layer.{leaf}"]
+        assert torch.equal(value, want.to(dtype))
+    swapper.deactivate()
+    after = state(kind, pipe)
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
@@ -699,6 +742,16 @@ def test_what_does_not_belong_is_refused_and_the_running_one_lives(
     assert_same(SD.outputs(pipe), wanted["both"], exact=True)
 
 
+def test_a_component_that_carries_lokr_is_attached_to_by_itself(tmp_path: Path) -> None:
+    kind = PIPELINES["flux2"]
+    first, second = make_lokr(tmp_path / "first", seed=1), make_lokr(tmp_path / "second", seed=2)
+    pipe = loaded(kind, first, name="style")
+    before = facts(kind, pipe)
+    with pytest.raises(UnsupportedError, match=r"transformer"):
+        hotslot.attach(pipe, adapters={"second": second}, adapter_name="style")
+    assert_nothing_changed(before, facts(kind, pipe))
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     pipe = SD.build()
     swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules=["to_q"], max_rank=2))
@@ -727,6 +780,21 @@ def test_a_files_own_config_cannot_make_peft_do_more(option: str, tmp_path: Path
     with pytest.raises(UnsupportedError, match=option):
         hotslot.attach(pipe, adapters={"a": path})
     assert hotslot.Swapper.of(pipe) is None
+
+
+def test_pefts_own_folder_is_for_a_component(tmp_path: Path) -> None:
+    """diffusers loads nothing of it into a pipeline, in silence; the component takes it as any model does."""
+    model = get_peft_model(SD.component("unet"), LoraConfig(r=3, target_modules=["to_q"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    pipe = SD.build()
+    before = facts(SD, pipe)
+    with pytest.raises(UnexpectedTargetError, match=r"attach\(pipe\.unet"):
+        hotslot.attach(pipe, adapters={"a": tmp_path})
+    assert_nothing_changed(before, facts(SD, pipe))
+    hotslot.attach(pipe.unet, {"a": tmp_path}).activate("a")
+    want = SD.build()
+    want.unet = PeftModel.from_pretrained(want.unet, tmp_path).eval()
+    assert_same(SD.outputs(pipe), SD.outputs(want), exact=True)
 
 
 def test_a_replaced_component_is_noticed(loras: dict[str, Path]) -> None:

@@ -23,7 +23,7 @@ from hotslot import errors
 from hotslot.integrations import diffusers as patched_calls
 from hotslot.testing import no_recompile, same_addresses
 from oracle import assert_same_output, assert_unchanged, error, snapshot
-from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, make_lora
+from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, make_lokr, make_lora
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Adapter .* have invalid shape",  # as PEFT sees a bias
 )
 
-FLUX, WAN = PIPELINES["flux"], PIPELINES["wan22"]
+FLUX, FLUX_2, WAN = PIPELINES["flux"], PIPELINES["flux2"], PIPELINES["wan22"]
 BOTH = ("transformer", "text_encoder")
 FEED_FORWARD = {"transformer": ("ff.net.2",)}
 Outputs = dict[str, Tensor]
@@ -630,18 +630,60 @@ def test_dicts_are_neither_changed_nor_kept(lora: Callable[..., Path]) -> None:
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, lora(seed=1, metadata=False)))
 
 
-def test_lokr_is_refused_with_nothing_touched(lora: Callable[..., Path]) -> None:
-    """Merged it would not follow `set_adapters`: `hotslot.attach(pipe, …)` takes it."""
-    tensors = {}
-    for name, module in FLUX.component("transformer").named_modules():
-        if name.endswith("to_q"):
-            tensors[f"transformer.{name}.lokr_w1"] = torch.ones(4, 4) / 4
-            tensors[f"transformer.{name}.lokr_w2"] = torch.ones(module.out_features // 4, module.in_features // 4)
+def test_lokr_in_the_place_of_a_lora_is_refused_with_nothing_touched(lora: Callable[..., Path], tmp_path: Path) -> None:
+    """No slot holds it, and merged it would not follow `disable_lora` and `set_adapters`: the control."""
+    first, second = lora(FLUX_2, seed=1), make_lokr(tmp_path, seed=2)
+    pipe = loaded(FLUX_2, first)
+    hotslot.attach(pipe, adapters={"lokr": second}, adapter_name="style").activate("lokr")
+    assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, second))
+    pipe.disable_lora()
+    assert differ(FLUX_2.outputs(pipe), expected(FLUX_2, None))
     with patched():
-        pipe = loaded(FLUX, lora(seed=1))
-        with pytest.raises(errors.HotslotError):
-            swap(pipe, tensors)
-        assert_outputs(FLUX.outputs(pipe), expected(FLUX, lora(seed=1)))
+        pipe = loaded(FLUX_2, first)
+        before = snapshot(pipe.transformer)
+        with pytest.raises(errors.UnsupportedError, match="LOKR"):
+            swap(pipe, second)
+        assert_unchanged(before, snapshot(pipe.transformer))
+        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, first))
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_lokr_in_the_place_of_lokr(rank: int | None, lora: Callable[..., Path], tmp_path: Path) -> None:
+    """In PEFT's own layers, so that all calls reach it; of other factors it is refused, as a LoRA is."""
+    first, second = make_lokr(tmp_path / "first", seed=1), make_lokr(tmp_path / "second", seed=2, alpha=5)
+    other = make_lokr(tmp_path / "other", seed=3, target_modules=["to_q", "to_k"])
+    halved, base = fresh(FLUX_2, second), expected(FLUX_2, None)
+    halved.set_adapters("style", 0.5)
+    with patched():
+        pipe = loaded(FLUX_2, first, rank=rank)
+        with same_addresses(pipe.transformer):
+            for file in (second, first, second):
+                swap(pipe, file)
+                assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, file))
+                assert differ(FLUX_2.outputs(pipe), base)
+        before = snapshot(pipe.transformer)
+        for file, kind in ((other, errors.UnexpectedTargetError), (lora(FLUX_2, seed=1), errors.UnsupportedError)):
+            with pytest.raises(kind):
+                swap(pipe, file)
+        assert_unchanged(before, snapshot(pipe.transformer))
+        assert pipe.get_list_adapters() == {"transformer": ["style"]}
+        pipe.set_adapters("style", 0.5)
+        assert_outputs(FLUX_2.outputs(pipe), FLUX_2.outputs(halved))
+        pipe.set_adapters("style", 1.0)
+        pipe.disable_lora()
+        assert_outputs(FLUX_2.outputs(pipe), base)
+        pipe.enable_lora()
+        pipe.fuse_lora()
+        with pytest.raises(errors.MergedError):
+            swap(pipe, first)
+        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, second))
+        pipe.unfuse_lora()
+        pipe.delete_adapters("style")
+        pipe.load_lora_weights(other, adapter_name="style")
+        swap(pipe, other)
+        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, other))
+        pipe.unload_lora_weights()
+        assert_outputs(FLUX_2.outputs(pipe), base)
 
 
 def test_saving_after_a_swap_reloads_to_the_same_outputs(tmp_path: Path, lora: Callable[..., Path]) -> None:

@@ -169,6 +169,16 @@ def _attach_resident(
 ) -> Swapper:
     """`attach` where the adapter on the model is of a method without slots: others of that method take its place."""
     method = live.residents(model)[adapter_name]
+    if isinstance(model, live.Assembly):
+        raise UnsupportedError(
+            f"A component of the pipeline carries an adapter of {method}, which would stay active beside others.",
+            where=next(
+                name.rstrip(".") for name, part in live.roots(model).items() if live.residents(part).get(adapter_name)
+            ),
+            found=f"{adapter_name!r}, an adapter of {method}",
+            expected="LoRA adapters, or no adapter",
+            hint="attach to that component swaps adapters of the method; pipe.delete_adapters(…) first for any other",
+        )
     if route == "merged" or (plan is not None and plan.slots):
         raise UnsupportedError(
             f"The model carries an adapter of {method}, which would stay active beside what is swapped in.",

@@ -312,6 +312,7 @@ def _swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection
     model = whole(pipe)
     if kept:
         checkpoint = _beside(model, checkpoint, adapter_name, kept)
+    model, checkpoint = _of_one_method(model, checkpoint, adapter_name)
     swapper = Swapper.of(model, adapter_name)
     made = None
     if swapper is None:
@@ -325,6 +326,15 @@ def _swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection
         if made is not None:
             made.detach()
         raise
+
+
+def _of_one_method(model: nn.Module, checkpoint: Checkpoint, adapter_name: str) -> tuple[nn.Module, Checkpoint]:
+    """The same, or where the adapter is none of LoRA's (LoKr) the one component that has it, and what is for that."""
+    parts = checkpoint.components
+    for prefix, member in live.roots(model).items():
+        if live.residents(member).get(adapter_name, "LORA") != "LORA" and parts.keys() == {prefix}:
+            return member, parts[prefix]
+    return model, checkpoint
 
 
 def _load_growing(swapper: Swapper, adapter_name: str, checkpoint: Checkpoint) -> None:
@@ -360,6 +370,8 @@ def _make_room(pipe: Any, adapter_name: str, room: _Room | None) -> None:
         return
     for component in live.roots(model).values():
         _rooms[component] = room._replace(check_compiled="ignore")  # diffusers asks at the first adapter alone
+    if not live.count_slots(model, adapter_name):  # of another method, such as LoKr
+        return
     planned = plan(model, max_rank=room.target_rank, adapter_name=adapter_name)
     if not live.is_compiled(model):
         attach(model, adapter_name=adapter_name, route="side", plan=planned)
@@ -411,9 +423,10 @@ def _forget(pipe: Any, names: Iterable[str]) -> None:
     """Let go of the slots of adapters that diffusers has taken off the components."""
     model = whole(pipe)
     for name in names:
-        swapper = Swapper.of(model, name)
-        if swapper is not None and not swapper.engine.is_current():
-            Swapper.make_way(model, name)
+        for part in (model, *live.roots(model).values()):
+            swapper = Swapper.of(part, name)
+            if swapper is not None and not swapper.engine.is_current():
+                Swapper.make_way(part, name)
         for component in live.roots(model).values():
             _apart.get(component, set()).discard(name)
 

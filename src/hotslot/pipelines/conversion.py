@@ -31,6 +31,7 @@ from ..methods import Rules, refuse_endless, refuse_unsupported_options
 
 logger = logging.getLogger(__name__)
 
+_OF_PEFT = "base_model.model."  # begins the tensors' names in PEFT's own folders
 _NAME = "hotslot"  # of the adapter on the copy
 _WIDENED = "x_embedder"  # of Flux: its control variants have more inputs there, and take LoRAs of those that have not
 _TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # options that narrow target_modules
@@ -205,12 +206,16 @@ class Conversion:
         found = {place.source for place in places}
         lost = [source for source in sources if source not in found]
         if lost or not places:
+            whose = "this LoRA was made for another pipeline"
+            if any(key.startswith(_OF_PEFT) for key in lost):
+                one = next(iter(self._models))
+                whose = f"PEFT saved it, for one component: hotslot.attach(pipe.{one}, …) takes it, if it is for that"
             raise UnexpectedTargetError(
                 f"{self._origin} has tensors that diffusers finds no place for in this pipeline.",
                 where=", ".join(lost[:8]) or self._origin,
                 found=f"{len(lost)} of {len(sources)} tensors, as diffusers names them",
                 expected=f"modules of {', '.join(self._models)} of a {self._shell.cls.__name__}",
-                hint="this LoRA was made for another pipeline",
+                hint=whose,
             )
         return Family(places, configuration(configs))
 
