@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .errors import HotslotError
     from .integrations import patch_peft, unpatch_peft
+    from .metrics import Metrics
     from .planning import Plan, plan
     from .report import Fit, SwapReport
     from .swapper import Swapper
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Fit": ".report",
     "HotslotError": ".errors",
+    "Metrics": ".metrics",
     "Plan": ".planning",
     "SwapReport": ".report",
     "Swapper": ".swapper",
@@ -50,6 +52,7 @@ _HOMES = {
 __all__ = [
     "Fit",
     "HotslotError",
+    "Metrics",
     "Plan",
     "SwapReport",
     "Swapper",
