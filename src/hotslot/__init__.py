@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .errors import HotslotError
     from .integrations import patch_peft, unpatch_peft
+    from .metrics import Metrics
     from .planning import Plan, plan
     from .report import Fit, SwapReport
     from .swapper import Swapper
@@ -34,6 +35,7 @@ _HOMES = {
     "Cache": ".cache",
     "Fit": ".report",
     "HotslotError": ".errors",
+    "Metrics": ".metrics",
     "Plan": ".planning",
     "SwapReport": ".report",
     "Swapper": ".swapper",
@@ -53,6 +55,7 @@ __all__ = [
     "Cache",
     "Fit",
     "HotslotError",
+    "Metrics",
     "Plan",
     "SwapReport",
     "Swapper",

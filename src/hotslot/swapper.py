@@ -34,6 +34,7 @@ from .errors import (
     UnsupportedError,
 )
 from .leases import InFlight, check_in_flight
+from .metrics import Metrics, Recorder, log_fields
 from .pipelines import read, whole
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit, SwapReport
@@ -74,6 +75,7 @@ class Swapper:
         self._route = route
         self._tier: HostTier[Entry] = HostTier()
         self._blender = Blender()
+        self._recorder = Recorder()
         self._lock = engine.lock
         self._detaching = self._detached = False
         for entry in entries:
@@ -164,6 +166,13 @@ class Swapper:
         None before the first such swap, nor with `pristine="file"`; let go when no loaded adapter needs them.
         """
         return self._bound().binding.absolutes.pristine_bytes
+
+    def metrics(self) -> Metrics:
+        """Counts of swaps, bytes, seconds by tier and recompilations since attach; still there after `detach`."""
+        host_bytes = self.host_bytes  # takes long for thousands of adapters: without the lock
+        with self._lock:
+            slot, adapters = self._engine.adapter_name, len(self._tier)
+            return self._recorder.metrics(slot=slot, adapters=adapters, host_bytes=host_bytes)
 
     # -- loading: off the hot path ----------------------------------------------------------------------------------
 
@@ -406,7 +415,7 @@ class Swapper:
                 yield report
             finally:
                 with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
-                    self._bound().swap(before)
+                    self._recorded_swap(before)
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
@@ -464,7 +473,7 @@ class Swapper:
                 engine = self._bound()
                 target = choose(engine)
                 if engine.finds_live(target):
-                    return engine.swap(target)
+                    return self._recorded_swap(target)
         with gate.swap(in_flight, timeout_seconds), self._lock:
             return self._swap_to(choose(self._bound()))
 
@@ -558,9 +567,20 @@ class Swapper:
         return State(mixed)
 
     def _swap_to(self, target: State) -> SwapReport:
-        report = self._bound().swap(target)
+        report = self._recorded_swap(target)
         if isinstance(target.entry, Blend):
             self._blender.hold(target.entry)
+        return report
+
+    def _recorded_swap(self, target: State) -> SwapReport:
+        try:
+            report = self._bound().swap(target)
+        except BaseException:
+            self._recorder.add_failure()
+            raise
+        self._recorder.add(report)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%r is live", report.adapter, extra=log_fields(report))
         return report
 
     def _entry(self, name: str) -> Entry:

@@ -127,7 +127,7 @@ class Blender:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory of all blends that are held."""
-        return sum(blend.nbytes for blend in self._blends.values())
+        return sum(blend.nbytes for blend in list(self._blends.values()))  # as HostTier's
 
     def blend(self, ingredients: Sequence[Ingredient], binding: Binding, *, svd: bool = False) -> Blend:
         """The blend of these adapters for the slots of `binding`; one that is held, if it is the same.

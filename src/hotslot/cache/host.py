@@ -26,7 +26,7 @@ class HostTier(Mapping[str, T], Generic[T]):
     @property
     def nbytes(self) -> int:
         """Bytes of all entries, as they are now."""
-        return sum(entry.nbytes for entry in self._entries.values())
+        return sum(entry.nbytes for entry in list(self._entries.values()))  # others may add to it meanwhile
 
     def add(self, name: str, entry: T) -> None:
         """Hold `entry` under `name`, in place of what was there."""

@@ -1,0 +1,137 @@
+"""What a swapper has done so far, counted: a swap adds a few integers, everything else waits until it is asked for.
+
+Takes SwapReports, gives numbers. Knows nothing of models, nor of whoever collects them.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any
+
+from .report import SwapReport
+
+# Upper bounds of the histograms' buckets in seconds, inclusive: 1-2-5 from 10 µs to 10 s. One more bucket has no bound.
+BOUNDS = (*(float(f"{digit}e{power}") for power in range(-5, 1) for digit in (1, 2, 5)), 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How long the swaps of one tier took.
+
+    Attributes:
+        cumulative: how many took at most as long as each of `BOUNDS`; and last, how many there were.
+        sum_seconds: of all of them.
+    """
+
+    cumulative: tuple[int, ...]
+    sum_seconds: float
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return self.cumulative[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """One swapper's counts since attach, taken at one moment.
+
+    A swap is what gives a SwapReport, or would if it had not raised; a block of `using` is two. What is refused before
+    it begins (an unknown name, a blend beyond the plan, work in flight that does not end in time) is none, nor is what
+    attach and detach write.
+
+    Attributes:
+        slot: PEFT's name of the adapter that is swapped.
+        changed: swaps that changed what is live.
+        unchanged: swaps to what was live already, untouched: nothing was written.
+        failed: swaps that raised, and left the model as it was.
+        written_bytes: brought in by swaps, `SwapReport.nbytes` added up.
+        latency: `SwapReport.tier` → the seconds of the swaps that changed something.
+        recompilations: by dynamo, of any code in this process: how often it has compiled, or begun to compile, a frame
+            that it had compiled before (a frame is a function, or the rest of one after a graph break). First
+            compilations do not count, and `torch._dynamo.reset()` makes it begin anew.
+        adapters: loaded now.
+        host_bytes: of host memory that they hold, see `Swapper.host_bytes`.
+    """
+
+    slot: str
+    changed: int
+    unchanged: int
+    failed: int
+    written_bytes: int
+    latency: Mapping[str, Histogram]
+    recompilations: int
+    adapters: int
+    host_bytes: int
+
+
+class Recorder:
+    """Counts the swaps of one swapper. Whoever calls it holds the swapper's lock."""
+
+    def __init__(self) -> None:
+        self._unchanged = self._failed = self._written_bytes = 0
+        self._buckets: dict[str, list[int]] = {}  # tier → swaps in each bucket alone
+        self._seconds: dict[str, float] = {}
+        self._recompilations_before = _recompilations()
+
+    def add(self, report: SwapReport) -> None:
+        """Count a swap that came to its end."""
+        if not report.changed:
+            self._unchanged += 1
+            return
+        if report.tier not in self._buckets:
+            self._buckets[report.tier], self._seconds[report.tier] = [0] * (len(BOUNDS) + 1), 0.0
+        self._buckets[report.tier][bisect_left(BOUNDS, report.seconds)] += 1
+        self._seconds[report.tier] += report.seconds
+        self._written_bytes += report.nbytes
+
+    def add_failure(self) -> None:
+        """Count a swap that raised."""
+        self._failed += 1
+
+    def metrics(self, *, slot: str, adapters: int, host_bytes: int) -> Metrics:
+        """All counts so far, with what the swapper knows itself."""
+        latency = {
+            tier: Histogram(tuple(accumulate(buckets)), self._seconds[tier]) for tier, buckets in self._buckets.items()
+        }
+        recompilations = _recompilations()
+        if recompilations >= self._recompilations_before:  # else dynamo was reset since
+            recompilations -= self._recompilations_before
+        return Metrics(
+            slot=slot,
+            changed=sum(histogram.count for histogram in latency.values()),
+            unchanged=self._unchanged,
+            failed=self._failed,
+            written_bytes=self._written_bytes,
+            latency=MappingProxyType(latency),
+            recompilations=recompilations,
+            adapters=adapters,
+            host_bytes=host_bytes,
+        )
+
+
+def log_fields(report: SwapReport) -> dict[str, Any]:
+    """The fields of a swap's log record."""
+    return {
+        "adapter": report.adapter,
+        "version": report.version,
+        "tier": report.tier,
+        "bytes": report.nbytes,
+        "seconds": report.seconds,
+        "changed": report.changed,
+    }
+
+
+def _recompilations() -> int:
+    """Compilations of frames that dynamo had compiled before; 0 while nobody has imported dynamo, which is slow.
+
+    `torch._dynamo.utils.counters` has no such number: its graphs and frames count first compilations too.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
+    compilations: list[int] = list(dynamo.FRAME_COMPILE_COUNTER.values()) if dynamo is not None else []
+    return sum(compilations) - len(compilations)

@@ -1,0 +1,159 @@
+"""What a swapper says of its own work: counts, Prometheus's text, log records."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import hotslot
+from adapters import make_adapter
+from compiling import Backend
+from hotslot.errors import MergedError, UnknownAdapterError
+from hotslot.metrics import BOUNDS
+from zoo import ZOO
+
+MLP = ZOO["mlp"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("metrics")
+    return {
+        name: make_adapter(place / name, MLP, seed=i, r=4, target_modules=["up"]) for i, name in enumerate(["a", "b"])
+    }
+
+
+@pytest.fixture
+def model(folders: dict[str, Path]) -> Any:
+    return PeftModel.from_pretrained(MLP.build(), folders["a"]).eval()
+
+
+@pytest.fixture
+def swapper(model: Any, folders: dict[str, Path]) -> hotslot.Swapper:
+    return hotslot.attach(model, folders)
+
+
+def swap_all_ways(model: Any, swapper: hotslot.Swapper) -> list[hotslot.SwapReport]:
+    """Six swaps that change something, two that do not, two that fail. Returns the reports that the user gets."""
+    reports = [swapper.activate("a"), swapper.activate("a"), swapper.activate("b")]
+    with swapper.lease(), pytest.raises(hotslot.errors.ModelError):
+        swapper.activate("a")  # refused before it begins
+    with pytest.raises(UnknownAdapterError):
+        swapper.activate("c")
+    model.merge_adapter()
+    for _ in range(2):
+        with pytest.raises(MergedError):
+            swapper.activate("a")
+    model.unmerge_adapter()
+    reports.append(swapper.deactivate())
+    with swapper.using("b") as report:  # two swaps
+        reports.append(report)
+    reports += [swapper.rollback(), swapper.activate("b")]
+    return reports
+
+
+def test_counts_are_those_of_the_reports(model: Any, swapper: hotslot.Swapper) -> None:
+    nothing = swapper.metrics()
+    assert (nothing.changed, nothing.unchanged, nothing.failed, nothing.written_bytes) == (0, 0, 0, 0)
+    assert not nothing.latency
+    reports = swap_all_ways(model, swapper)
+    metrics = swapper.metrics()
+    changed = [report for report in reports if report.changed]
+    assert (metrics.changed, metrics.unchanged, metrics.failed) == (len(changed) + 1, len(reports) - len(changed), 2)
+    assert metrics.unchanged == 2
+    assert metrics.written_bytes == sum(report.nbytes for report in reports)
+    assert (metrics.slot, metrics.adapters, metrics.host_bytes) == ("default", 2, swapper.host_bytes)
+    seconds = [report.seconds for report in changed if report.tier == "host"]
+    histogram = metrics.latency["host"]
+    assert histogram.count == len(seconds)
+    assert histogram.sum_seconds == pytest.approx(sum(seconds))
+    assert histogram.cumulative[:-1] == tuple(sum(second <= bound for second in seconds) for bound in BOUNDS)
+    assert nothing.changed == 0  # a Metrics is of one moment
+    swapper.detach()
+    assert (swapper.metrics().changed, swapper.metrics().adapters) == (metrics.changed, 0)
+
+
+def test_bounds_are_one_two_five() -> None:
+    assert BOUNDS[:4] == (1e-5, 2e-5, 5e-5, 1e-4)
+    assert BOUNDS[-2:] == (5.0, 10.0)
+    assert all(2 <= round(b / a, 6) <= 2.5 for a, b in itertools.pairwise(BOUNDS))
+
+
+def test_recompilations_are_dynamos(model: Any, swapper: hotslot.Swapper) -> None:
+    """First compilations do not count, swaps cause none; another shape, the control, causes some."""
+    torch._dynamo.reset()
+    compiled, inputs = torch.compile(model, backend=Backend(), dynamic=False), MLP.inputs()
+    MLP.output(compiled, inputs)
+    swapper.activate("b")
+    MLP.output(compiled, inputs)
+    assert swapper.metrics().recompilations == 0
+    backend = Backend()
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    for size in (2, 3, 4):
+        compiled(torch.ones(size))
+    assert backend.graphs == 3
+    assert swapper.metrics().recompilations == 2
+
+
+def test_prometheus_reads_the_same(model: Any, swapper: hotslot.Swapper, folders: dict[str, Path]) -> None:
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from hotslot.integrations.prometheus import Collector
+
+    other = hotslot.attach(MLP.build(), {"a": folders["a"]})
+    registry = prometheus_client.CollectorRegistry(auto_describe=True)
+    registry.register(Collector({"first": swapper, "second": other}))
+    swap_all_ways(model, swapper)
+    families = list(text_string_to_metric_families(prometheus_client.generate_latest(registry).decode()))
+    got = {
+        (sample.name, *sorted(sample.labels.items())): sample.value for family in families for sample in family.samples
+    }
+    metrics = {"first": swapper.metrics(), "second": other.metrics()}
+    assert got == dict(itertools.chain.from_iterable(expected(slot, each) for slot, each in metrics.items()))
+    assert {family.name: family.type for family in families} == {
+        "hotslot_swaps": "counter",
+        "hotslot_swap_seconds": "histogram",
+        "hotslot_written_bytes": "counter",
+        "hotslot_adapters_loaded": "gauge",
+        "hotslot_host_bytes": "gauge",
+        "hotslot_recompilations": "counter",
+    }
+    assert next(iter(Collector(other).collect())).samples[0].labels["slot"] == "default"
+
+
+def expected(slot: str, metrics: hotslot.Metrics) -> Iterator[tuple[tuple[Any, ...], float]]:
+    label = ("slot", slot)
+    swaps = {("changed", tier): histogram.count for tier, histogram in metrics.latency.items()}
+    swaps |= {("unchanged", "none"): metrics.unchanged, ("failed", "none"): metrics.failed}
+    for (outcome, tier), count in swaps.items():
+        yield ("hotslot_swaps_total", ("outcome", outcome), label, ("tier", tier)), count
+    for tier, histogram in metrics.latency.items():
+        place = (label, ("tier", tier))
+        for bound, count in zip([*map(str, BOUNDS), "+Inf"], histogram.cumulative, strict=True):
+            yield ("hotslot_swap_seconds_bucket", ("le", bound), *place), count
+        yield ("hotslot_swap_seconds_count", *place), histogram.count
+        yield ("hotslot_swap_seconds_sum", *place), histogram.sum_seconds
+    yield ("hotslot_written_bytes_total", label), metrics.written_bytes
+    yield ("hotslot_adapters_loaded", label), metrics.adapters
+    yield ("hotslot_host_bytes", label), metrics.host_bytes
+    yield ("hotslot_recompilations_total", label), metrics.recompilations
+
+
+def test_a_log_record_for_each_swap(swapper: hotslot.Swapper, caplog: pytest.LogCaptureFixture) -> None:
+    swapper.activate("a")
+    assert not caplog.records  # below WARNING, where nobody asks
+    with caplog.at_level(logging.DEBUG, logger="hotslot.swapper"):
+        reports = [swapper.activate("b"), swapper.activate("b"), swapper.deactivate()]
+    fields = ("adapter", "version", "tier", "bytes", "seconds", "changed")
+    assert [tuple(getattr(record, field) for field in fields) for record in caplog.records] == [
+        (report.adapter, report.version, report.tier, report.nbytes, report.seconds, report.changed)
+        for report in reports
+    ]
