@@ -64,9 +64,15 @@ def make_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(file_dtype)
+    save(model, folder)
+    return folder
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """What `save_pretrained` writes, less the model card: compiling its template takes longer than all the rest."""
+    model.create_or_update_model_card = lambda folder: None
     with expected_peft_warnings():
         model.save_pretrained(folder)
-    return folder
 
 
 def random_peft_model(entry: Entry, *, seed: int, **config: Any) -> PeftModel:

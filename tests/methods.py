@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from adapters import save
 from zoo import ZOO, Entry
 
 
@@ -295,7 +296,7 @@ def make_method_adapter(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-        model.save_pretrained(folder)
+        save(model, folder)
     return folder
 
 
