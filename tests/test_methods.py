@@ -16,13 +16,13 @@ from torch import nn
 import hotslot
 from adapters import make_adapter
 from compiling import Backend
-from hotslot.errors import ConfigError, HotslotError, ModelError, NonFiniteError, UnsupportedError
+from hotslot.errors import ConfigError, HotslotError, MergedError, ModelError, NonFiniteError, UnsupportedError
 from hotslot.live.low_rank import LowRank
 from hotslot.live.merges import Rotated, Scaled
 from hotslot.live.pristine import InFile
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, Method, fresh_merge, make_method_adapter, tensors_of
-from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
+from oracle import assert_same_output, assert_unchanged, fresh, fresh_output, snapshot
 from zoo import ZOO
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -629,3 +629,36 @@ def merged_output(zoo: Any, folder: Path) -> torch.Tensor:
             if path in named:
                 named[path].copy_(values)
     return zoo.output(model, zoo.inputs())
+
+
+def test_a_merged_adapter_is_not_saved_as_empty_slots(tmp_path: Path) -> None:
+    """Contract 4: PEFT would write the slots, which hold nothing, and say that this is the adapter."""
+    entry = ZOO["llama"]
+    targets = list(entry.targets)[:2]
+    lora = make_adapter(tmp_path / "lora", entry, seed=1, r=4, target_modules=targets)
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2)
+    for model in (fresh(entry, lora), entry.build()):
+        swapper = hotslot.attach(model, adapters={"lora": lora, "loha": loha})
+        for _ in range(2):
+            swapper.activate("loha")
+            with pytest.raises(MergedError, match="empty slots"):
+                model.save_pretrained(tmp_path / "saved")
+            assert not (tmp_path / "saved").exists()
+            swapper.activate("lora")
+            model.save_pretrained(tmp_path / "right")
+            assert_same_output(
+                entry.output(fresh(entry, tmp_path / "right"), entry.inputs()), fresh_output(entry, lora)
+            )
+        swapper.activate("loha")
+        swapper.detach()
+        model.save_pretrained(tmp_path / "detached")
+
+
+def test_a_model_without_slots_is_saved_with_what_is_merged(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    model: Any = entry.build()
+    swapper = hotslot.attach(model, {"loha": make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2)})
+    swapper.activate("loha")
+    model.save_pretrained(tmp_path / "whole")
+    again = type(model).from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(entry.output(again, entry.inputs()), entry.output(model, entry.inputs()))

@@ -266,6 +266,7 @@ class Engine:
         self.original: State | None = self._neutral if empty else None
         self.live: State = self._neutral if empty else self._foreign or self._neutral
         self.previous: State | None = None
+        self._merged = False
         if empty:
             self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
         else:
@@ -291,6 +292,7 @@ class Engine:
     def release(self) -> None:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
+        live.allow_saving(self.model)
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
         if isinstance(model, live.Assembly) and not others:
@@ -529,7 +531,18 @@ class Engine:
             binding.write(nothing, {}, (), occupied, clean=clean)
         if binding.on_gpu:
             binding.apply(records, said)  # while the device copies
+        self._note_merged(target)
         return nbytes
+
+    def _note_merged(self, target: State) -> None:
+        """Let nobody save empty slots for an adapter that they do not hold."""
+        entry = target.entry
+        merged = entry is not None and bool(entry.compile(self.binding).merges.all)
+        if merged:
+            live.forbid_saving(self.model, target.name)
+        elif self._merged:
+            live.allow_saving(self.model)
+        self._merged = merged
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
         tier = self.binding.memory.came_from if nbytes else "none"

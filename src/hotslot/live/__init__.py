@@ -18,6 +18,7 @@ from .merging import outline_bytes
 from .pristine import PRISTINE
 from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
+from .saving import allow_saving, forbid_saving
 from .skeleton import hollow
 from .slots import Slot, find_slots
 from .staging import Stagings
@@ -44,6 +45,7 @@ __all__ = [
     "Wrapping",
     "Writes",
     "adapter_names",
+    "allow_saving",
     "as_loaded",
     "base_modules",
     "blended",
@@ -51,6 +53,7 @@ __all__ = [
     "converted",
     "count_slots",
     "find_slots",
+    "forbid_saving",
     "guard",
     "hollow",
     "host_bytes",
