@@ -119,7 +119,7 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         if "config" in attributes:
             attributes["config"] = copy.deepcopy(attributes["config"])
         attributes["_parameters"] = {
-            name: None if tensor is None else nn.Parameter(place(f"{path}{name}", tensor.detach()), False)
+            name: None if tensor is None else _like(tensor, place(f"{path}{name}", tensor.detach()))
             for name, tensor in module._parameters.items()
         }
         attributes["_buffers"] = {
@@ -132,6 +132,13 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         return twin
 
     return copied("", base_of(innermost(model)))
+
+
+def _like(param: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+    """A frozen parameter of other values, with what is noted on `param`: bitsandbytes says there how it quantised."""
+    twin = nn.Parameter(values, requires_grad=False)
+    twin.__dict__.update(param.__dict__)
+    return twin
 
 
 def hollow(model: nn.Module) -> nn.Module:
