@@ -178,11 +178,11 @@ class InFlightError(ModelError, TimeoutError):
 
 
 class CacheError(HotslotError, RuntimeError):
-    """A cache's folder cannot be used, or a cache cannot do what it is asked for."""
+    """A cache cannot do what it is asked for."""
 
 
 class CacheFullError(CacheError):
-    """There is no room within a cache's limit beside what is pinned, in use, or has no other place."""
+    """There is no room within a cache's limit, whatever goes."""
 
 
 class UnknownAdapterError(HotslotError, KeyError):
