@@ -654,6 +654,20 @@ def test_a_merged_adapter_is_not_saved_as_empty_slots(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "detached")
 
 
+def test_one_slot_s_merged_adapter_is_not_saved_because_another_slot_is_let_go(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    lora = make_adapter(tmp_path / "lora", entry, seed=1, r=4, target_modules=list(entry.targets)[:2])
+    loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2)
+    model = entry.build()
+    first = hotslot.attach(model, {"lora": lora, "loha": loha})
+    second = hotslot.attach(model, {"lora": lora}, adapter_name="second")
+    first.activate("loha")
+    second.activate("lora")
+    second.detach()
+    with pytest.raises(MergedError, match="slot 'default'"):
+        model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+
+
 def test_a_model_without_slots_is_saved_with_what_is_merged(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     model: Any = entry.build()

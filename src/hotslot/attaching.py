@@ -48,8 +48,9 @@ def attach(
         plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
         fused: whether slots on linear layers compute with fewer passes than PEFT's forward does, where one plain LoRA
             is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
-            to the bit; after `deactivate` they are the base's to the bit in eager mode.
-        cache: budgets, such as `hotslot.Cache(device_bytes=1 << 30)`.
+            to the bit; after `deactivate` they are the base's to the bit in eager mode. Forward hooks of `lora_A` and
+            `lora_B` are not called.
+        cache: budgets for adapters that slots hold, such as `hotslot.Cache(device_bytes=1 << 30)`.
 
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.

@@ -32,8 +32,6 @@ from .live import NO_MERGES, Binding, Image, Memory, Merges, Records, Writes
 from .methods import Adapter, interpret, opaque, refuse_biased_embeddings
 from .report import SwapReport
 
-NEUTRAL_SCALING = 1.0
-
 # Model → PEFT's adapter name → the one engine that writes this slot. They go when the model goes.
 _engines: weakref.WeakKeyDictionary[nn.Module, dict[str, Engine]] = weakref.WeakKeyDictionary()
 
@@ -120,11 +118,11 @@ class Entry:
         if self._compiled is None or self._compiled.memory is not memory or self._compiled.beside != beside:
             if binding.resident is not None:
                 values, records = binding.resident.fit(self.adapter.checkpoint)
-                nothing, nbytes = memory.compile(None, {}), self.adapter.checkpoint.nbytes
+                nothing, nbytes = memory.neutral, self.adapter.checkpoint.nbytes
                 self._compiled = Compiled(memory, nothing, values, records, nbytes=nbytes, beside=beside)
                 return self._compiled
             sided, block, merges = self._split(binding)
-            scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
+            scalings = dict.fromkeys(binding.slots, live.NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in sided.targets.items())
             values, records = binding.absolutes.compile(sided), binding.records(sided)
             writes, nbytes = memory.compile(block, scalings), self.adapter.checkpoint.nbytes if block else 0
@@ -292,7 +290,7 @@ class Engine:
     def release(self) -> None:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
-        live.allow_saving(self.model)
+        live.allow_saving(self.model, self.adapter_name)
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
         if isinstance(model, live.Assembly) and not others:
@@ -527,8 +525,7 @@ class Engine:
             nbytes += compiled.merges.nbytes
             binding.write(writes, compiled.values, compiled.merges.steps, occupied, clean=clean)
         else:
-            nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
-            binding.write(nothing, {}, (), occupied, clean=clean)
+            binding.write(memory.neutral, {}, (), occupied, clean=clean)
         if binding.on_gpu:
             binding.apply(records, said)  # while the device copies
         self._note_merged(target)
@@ -539,9 +536,9 @@ class Engine:
         entry = target.entry
         merged = entry is not None and bool(entry.compile(self.binding).merges.all)
         if merged:
-            live.forbid_saving(self.model, target.name)
+            live.forbid_saving(self.model, self.adapter_name, target.name)
         elif self._merged:
-            live.allow_saving(self.model)
+            live.allow_saving(self.model, self.adapter_name)
         self._merged = merged
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:

@@ -5,6 +5,7 @@ What it writes is compared, byte for byte, with what torch's copies write on the
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ pytest.importorskip("triton")
 import hotslot  # noqa: E402
 from adapters import make_adapter  # noqa: E402
 from hotslot.live import memory  # noqa: E402
+from hotslot.live.scatter import Scatter  # noqa: E402
 from oracle import assert_same_output, fresh_output  # noqa: E402
 from test_experts import build  # noqa: E402
 from test_experts import folders as of_experts  # noqa: E402, F401  a fixture
@@ -86,6 +88,21 @@ def test_the_kernel_writes_and_clears_what_copies_do(entry: Entry, tmp_path: Pat
         for swapper in (ours, theirs):
             swapper.activate(name) if name else swapper.deactivate()
         assert torch.equal(arena(ours), arena(theirs)), name
+
+
+def test_what_a_swap_takes_is_made_when_an_adapter_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ZOO["mlp"]
+    sources = adapters(tmp_path, entry)
+    _, swapper = attached(entry, sources, DEVICE)
+    swapper.load("late", make_adapter(tmp_path / "late", entry, seed=9, r=3, target_modules=list(entry.targets)))
+
+    def refuse(self: Scatter, occupied: tuple[int, ...]) -> Any:
+        raise AssertionError(f"a table is made by a swap, for {occupied}")
+
+    monkeypatch.setattr(Scatter, "_tabulate", refuse)
+    for before, after in itertools.permutations([*sources, "late", None], 2):
+        for name in (before, after):
+            swapper.activate(name) if name else swapper.deactivate()
 
 
 def test_experts(of_experts: dict[str, Path]) -> None:  # noqa: F811

@@ -13,7 +13,7 @@ import xxhash
 
 from .. import live
 from ..checkpoint import Checkpoint, each_config
-from ..engine import NEUTRAL_SCALING, Compiled, Entry
+from ..engine import Compiled, Entry
 from ..errors import NonFiniteError, RankError, UnsupportedError
 from ..live import Binding, Writes
 from ..methods import Adapter, interpret
@@ -57,7 +57,7 @@ class Blend(Entry):
     def compile(self, binding: Binding) -> Compiled:
         """See `Entry.compile`. One adapter alone is compiled already, but for its scalings."""
         if self._same_bytes is not None and (self._compiled is None or self._compiled.memory is not binding.memory):
-            scalings = dict.fromkeys(binding.slots, NEUTRAL_SCALING)
+            scalings = dict.fromkeys(binding.slots, live.NEUTRAL_SCALING)
             scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
             writes = self._same_bytes.compile(binding).writes
             columns = binding.memory.compile(None, scalings).columns
@@ -112,8 +112,7 @@ class MergedBlend(Blend):
         """See `Entry.compile`."""
         memory = binding.memory
         if self._compiled is None or self._compiled.memory is not memory:
-            nothing = memory.compile(None, dict.fromkeys(binding.slots, NEUTRAL_SCALING))
-            self._compiled = Compiled(memory, nothing, {}, binding.records(self.adapter), self._merges_of_all)
+            self._compiled = Compiled(memory, memory.neutral, {}, binding.records(self.adapter), self._merges_of_all)
         return self._compiled
 
 

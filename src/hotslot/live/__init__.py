@@ -22,7 +22,7 @@ from .saving import allow_saving, forbid_saving
 from .skeleton import hollow
 from .slots import Slot, find_slots
 from .staging import Stagings
-from .state import Records, build_config, refuse_unsupported_resident
+from .state import NEUTRAL_SCALING, Records, build_config, refuse_unsupported_resident
 from .streams import note_stream, ordered, refuse_while_capturing
 from .targets import matching_targets
 from .tokens import own_tokens, refuse_untied, tied_modules, token_rooms
@@ -30,6 +30,7 @@ from .tying import as_loaded
 from .wrap import Wrapping, unwrap_saved, wrap
 
 __all__ = [
+    "NEUTRAL_SCALING",
     "NO_MERGES",
     "OUT_PROJ",
     "PRISTINE",

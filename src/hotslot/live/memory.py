@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ from ..errors import ModelError
 from ..methods import PARTS
 from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
-from .scatter import Scatter, scatters
+from .scatter import KEPT_TABLES, Scatter, scatters
 from .slots import Slot
 from .staging import Stagings
+from .state import NEUTRAL_SCALING
 from .training import refuse_padding_while_training
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -129,7 +131,11 @@ class Memory:
         self.came_from = "host"  # the bytes of the last swap
         self._scatters: weakref.WeakKeyDictionary[Schema, list[tuple[torch.device, Scatter]]]
         self._scatters = weakref.WeakKeyDictionary()
+        # Up to what ranks slots may hold values before a swap: all, those that empty slots state, or an adapter's.
+        bounds = [(slot.rank, slot.neutral_rank) for slot in slots.values()]
+        self._rank_sets: dict[tuple[int, ...], None] = dict.fromkeys(zip(*bounds, strict=True))
         self._clearing = self._scatters_of(None)
+        self._prepare(self._clearing)
         self._brought: tuple[Writes, dict[torch.device, torch.Tensor]] | None = None
         # The layers' __dict__, "scaling", the map that is to be there, the adapter's name, its view.
         self._scaling_views: tuple[list[Any], ...] = [], [], [], [], []
@@ -228,47 +234,62 @@ class Memory:
                 (column, _column_values([(scalings[fqn], fqn in dora) for fqn in fqns], like=column))
                 for column, fqns in self._scalings
             ]
-            unused, through_arena = self.layout.rankless, bool(self._arenas)
             if block is None:
-                clearing = self._clearing or ()
-                return Writes(None, clearing, [], [], [], scalings, dora, columns, {}, unused, through_arena)
+                unused, through_arena = self.layout.rankless, bool(self._arenas)
+                return Writes(None, self._clearing, [], [], [], scalings, dora, columns, {}, unused, through_arena)
             assert block.layout is self.layout
-            schema = block.adapter.checkpoint.schema
-            if schema not in self._scatters:
-                self._scatters[schema] = self._scatters_of(block)
-            found = self._scatters[schema]
-            if found and stage is None:
-                told = scalings, dora, columns, block.ranks, block.unused
-                return Writes(block, found, [], [], [], *told, through_arena)
-            if stage is None:
-                many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
-                stage = many and any(device.type != "cpu" for device in self.devices)
-            staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
-            if schema not in self._targets:
-                regions = [self._run_target(run) for run in block.runs]
-                self._targets[schema] = regions + [self._tile_target(block, tile) for tile in block.tiles]
-            targets = self._targets[schema]
-            sources = _sources(block, targets, staging)
-            staged = [(buffer, block.data) for buffer in staging.values()]
-            through_arena = through_arena and not block.tiles
+            found = self._scatters_for(block) if stage is None else []
+            staged, targets, sources = ([], [], []) if found else self._copies(block, stage)
+            through_arena = bool(self._arenas) and (bool(found) or not block.tiles)
             told = scalings, dora, columns, block.ranks, block.unused
-            return Writes(None, (), staged, targets, sources, *told, through_arena)
+            return Writes(block if found else None, found, staged, targets, sources, *told, through_arena)
+
+    @cached_property
+    def neutral(self) -> Writes:
+        """What leaves the slots as if there were no adapter."""
+        return self.compile(None, dict.fromkeys(self.slots, NEUTRAL_SCALING))
+
+    def _copies(self, block: Block, stage: bool | None) -> tuple[list[Copy], list[torch.Tensor], list[torch.Tensor]]:
+        """`staged`, `targets` and `sources` of the Writes, for torch's own copies."""
+        if stage is None:
+            many = len(block.runs) + len(block.tiles) > _DIRECT_COPIES
+            stage = many and self.on_gpu
+        staging = {device: self._staging(device, block.nbytes) for device in self.devices} if stage else {}
+        schema = block.adapter.checkpoint.schema
+        if schema not in self._targets:
+            regions = [self._run_target(run) for run in block.runs]
+            self._targets[schema] = regions + [self._tile_target(block, tile) for tile in block.tiles]
+        targets = self._targets[schema]
+        sources = _sources(block, targets, staging)
+        return [(buffer, block.data) for buffer in staging.values()], targets, sources
+
+    def _scatters_for(self, block: Block) -> list[tuple[torch.device, Scatter]]:
+        """Those of the block's schema, with tables for whatever may be live before it, and be its successor."""
+        schema = block.adapter.checkpoint.schema
+        if schema not in self._scatters:
+            self._scatters[schema] = self._scatters_of(block)
+            if len(self._rank_sets) < KEPT_TABLES:
+                self._rank_sets[tuple([block.ranks.get(fqn, 0) for fqn in self.slots])] = None
+            for scatters_of_one in (self._clearing, *self._scatters.values()):
+                self._prepare(scatters_of_one)
+        return self._scatters[schema]
 
     def _scatters_of(self, block: Block | None) -> list[tuple[torch.device, Scatter]]:
         """One for each device, if all parts are in arenas that a kernel can write."""
-        if not self._arenas or not all(scatters(device) for device in self.devices):
+        if not self._arenas or not all(map(scatters, self.devices)):
             return []
         found = [
             (arena.device, Scatter(block, self.slots, self.layout, region, arena))
             for region, arena in enumerate(self.arenas)
             if arena is not None
         ]
-        if not all(scatter.is_possible for _, scatter in found):
-            return []
-        occupied = tuple(slot.rank for slot in self.slots.values())
+        return found if all(scatter.is_possible for _, scatter in found) else []
+
+    def _prepare(self, found: Sequence[tuple[torch.device, Scatter]]) -> None:
+        """Make tables when an adapter is loaded, and not when it is swapped in."""
         for _, scatter in found:
-            scatter.prepare(occupied)
-        return found
+            for ranks in self._rank_sets:
+                scatter.prepare(ranks)
 
     def _staging(self, device: torch.device, size: int) -> torch.Tensor:
         """The first `size` bytes of a buffer on `device` that all blocks share, one swap after the other."""
@@ -306,6 +327,8 @@ class Memory:
         with torch.inference_mode(False), torch.no_grad():
             if writes.scatters:
                 self._scatter(writes, occupied)
+            else:
+                self.came_from = "host"
             # Before the copy, which takes all else out of the cache.
             torch.autograd.graph.increment_version(self._params)
             if clear:

@@ -18,7 +18,7 @@ from .slots import Slot
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Table = tuple[torch.dtype, torch.dtype, torch.Tensor, torch.Tensor]
 
-_KEPT_TABLES = 32  # one for each set of ranks that were live before; a rank more or less makes another
+KEPT_TABLES = 32  # one for each set of ranks that were live before; a rank more or less makes another
 _CONVERTED = (torch.float32, torch.bfloat16, torch.float16)  # Triton rounds these as torch does
 
 
@@ -123,13 +123,13 @@ class Scatter:
         """The tables for these ranks, on the device; made once."""
         found = self._tables.get(occupied)
         if found is None:
-            while len(self._tables) >= _KEPT_TABLES:
+            while len(self._tables) >= KEPT_TABLES:
                 del self._tables[next(iter(self._tables))]
             found = self._tables[occupied] = self._tabulate(occupied)
         return found
 
     def _tabulate(self, occupied: tuple[int, ...]) -> list[Table]:
-        from .row_kernel import tabulate
+        from .row_kernel import compile_for, tabulate
 
         kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[int, int, int, int, int, int]]] = {}
         for part in self._parts:
@@ -138,6 +138,8 @@ class Scatter:
                 kind = part.kind(width)
                 kinds.setdefault(kind, []).append(part.in_words(kind, width))
         device = self._arena.device
+        for read, written in kinds:
+            compile_for(self._arena.view(read), self._arena.view(written))
         tables = [(kind, tabulate(parts)) for kind, parts in kinds.items()]
         return [(*kind, table.to(device), tiles.to(device)) for kind, (table, tiles) in tables]
 

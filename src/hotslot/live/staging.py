@@ -57,13 +57,16 @@ class Staging:
         """
         self._follow()
         kept = self.tier.get(key)
-        if kept is None:
-            target = self._keep(data, key)
-            return (self._pass(data) if target is None else target), "host"
-        if kept.ready is not None and self._stream is not None:
-            self._stream.wait_event(kept.ready)
-            kept.data.record_stream(self._stream)
-        return kept.data, "device"
+        if kept is not None:
+            target, tier = kept.data, "device"
+            if kept.ready is not None and self._stream is not None:
+                self._stream.wait_event(kept.ready)
+        else:
+            own = self._keep(data, key)
+            target, tier = self._pass(data) if own is None else own, "host"
+        if self._stream is not None:
+            target.record_stream(self._stream)  # which may be another than the one that it was allocated for
+        return target, tier
 
     def prefetch(self, data: torch.Tensor, key: str) -> bool:
         """Bring the bytes to stay, while the streams that compute go on. Says whether there was room."""
