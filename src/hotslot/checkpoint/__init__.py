@@ -5,12 +5,29 @@ of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` d
 """
 
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
+from .files import Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from .recent import Recent
-from .safetensors_file import Piece, parse_header, read_header
-from .sources import WEIGHTS_NAME, FileFamily, Source, config_dict, from_tensors, read, read_file
+from .safetensors_file import DTYPES, Piece, open_data, parse_header, read_header
+from .sources import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    FileFamily,
+    Source,
+    config_dict,
+    from_tensors,
+    locate,
+    parse_config,
+    read,
+    read_file,
+    read_files,
+    schemas,
+    survey,
+)
 
 __all__ = [
+    "CONFIG_NAME",
+    "DTYPES",
     "MAX_CONFIG_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",
@@ -19,17 +36,25 @@ __all__ = [
     "WEIGHTS_NAME",
     "Checkpoint",
     "FileFamily",
+    "Files",
     "Piece",
     "Recent",
     "Schema",
     "Source",
+    "Stamp",
     "TensorSpec",
     "config_dict",
     "each_config",
     "from_tensors",
+    "locate",
+    "open_data",
+    "parse_config",
     "parse_header",
     "read",
     "read_file",
+    "read_files",
     "read_header",
+    "schemas",
+    "survey",
     "view",
 ]

@@ -151,21 +151,20 @@ class Checkpoint:
         Raises:
             NonFiniteError: naming the first tensor with a NaN or an infinity.
         """
-        whole = data.numpy().data
 
-        def take(start: int) -> tuple[bytes, bool]:
-            stop = min(start + CHUNK_BYTES, len(whole))
-            if fill is not None:
-                fill(start, stop)
-            return xxhash.xxh3_128_digest(whole[start:stop]), _finite_between(schema, data, start, stop)
+        def finite(start: int, stop: int) -> bool:
+            return _finite_between(schema, data, start, stop)
 
-        starts = range(0, len(whole), CHUNK_BYTES)
-        in_threads = len(whole) >= _THREADS_FROM_BYTES
-        taken = list(_pool().map(take, starts) if in_threads else map(take, starts))
-        if not all(finite for _, finite in taken):
+        digests, sound = _sweep(data, fill, finite)
+        if not sound:
             raise _non_finite(schema, data, origin)
-        digests = b"".join(digest for digest, _ in taken)
-        return cls(schema, data, xxhash.xxh3_128_hexdigest(schema.digest + digests), origin)
+        return cls(schema, data, _version(schema, digests), origin)
+
+    @classmethod
+    def known(cls, schema: Schema, data: torch.Tensor, version: str, origin: str, fill: Fill) -> Checkpoint | None:
+        """As `checked`, of bytes that were once found sound and had this version; None if they have another one."""
+        digests, _ = _sweep(data, fill)
+        return cls(schema, data, version, origin) if _version(schema, digests) == version else None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -202,6 +201,28 @@ class Checkpoint:
 def view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     """The values of `spec` as a view of `data`."""
     return data[spec.start : spec.stop].view(spec.dtype).view(spec.shape)
+
+
+def _sweep(
+    data: torch.Tensor, fill: Fill | None, proves: Callable[[int, int], bool] = lambda start, stop: True
+) -> tuple[bytes, bool]:
+    """Bring and digest all bytes, piece by piece. Returns the digests, and whether `proves` held for each piece."""
+    whole = data.numpy().data
+
+    def take(start: int) -> tuple[bytes, bool]:
+        stop = min(start + CHUNK_BYTES, len(whole))
+        if fill is not None:
+            fill(start, stop)
+        return xxhash.xxh3_128_digest(whole[start:stop]), proves(start, stop)
+
+    starts = range(0, len(whole), CHUNK_BYTES)
+    in_threads = len(whole) >= _THREADS_FROM_BYTES
+    taken = list(_pool().map(take, starts) if in_threads else map(take, starts))
+    return b"".join(digest for digest, _ in taken), all(proved for _, proved in taken)
+
+
+def _version(schema: Schema, digests: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(schema.digest + digests)
 
 
 @functools.cache

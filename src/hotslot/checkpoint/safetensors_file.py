@@ -96,9 +96,7 @@ def open_data(
     pieces = [Piece(0, nbytes, 0)] if pieces is None else pieces
     starts = [piece.start for piece in pieces]
     with open_regular(path) as file:
-        found = os.fstat(file.fileno()).st_size
-        if found != size:
-            raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
+        refuse_other_size(path, header, nbytes, os.fstat(file.fileno()).st_size)
         if file.read(begin)[8:] != header:
             raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
         wanted = pieces[-1].stop if pieces else 0
@@ -116,6 +114,14 @@ def open_data(
                 start += count
 
         yield data, fill
+
+
+def refuse_other_size(path: Path, header: bytes, nbytes: int, found: int | None = None) -> None:
+    """Raise unless the file is as long as its header says; `found` is its length, if that is known."""
+    found = path.stat().st_size if found is None else found
+    size = 8 + len(header) + nbytes
+    if found != size:
+        raise _corrupt(path, f"{found:,} bytes", f"{size:,} bytes by its header")
 
 
 def open_regular(path: Path) -> FileIO:

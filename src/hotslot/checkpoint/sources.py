@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePath
@@ -16,6 +17,7 @@ import torch
 from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec
+from .files import Files
 from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
 from .recent import Recent
 from .safetensors_file import (
@@ -28,6 +30,7 @@ from .safetensors_file import (
     parse_header,
     pickle_refused,
     read_header,
+    refuse_other_size,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -95,21 +98,93 @@ def _read(
             )
         return from_tensors(source, config, pin_memory=pin_memory)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
+    return read_files(locate(source, config, **hub), pin_memory=pin_memory)
+
+
+def locate(
+    source: str | os.PathLike[str],
+    config: Any = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> Files:
+    """The files of a folder or a Hub id, whose are downloaded if they are not there; see `read`.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     _refuse_escape(subfolder)
-    folder = Path(source, subfolder or "")
+    folder, given = Path(source, subfolder or ""), None
+    if config is not None:
+        given = json.dumps(config_dict(config)).encode()
     try:
         if folder.is_dir():
-            return _read_folder(folder, config, str(folder), pin_memory=pin_memory)
+            return Files(_local_weights(folder), folder / CONFIG_NAME, given, str(folder))
         if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
             raise _not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
         weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
         if config is None:
             _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
-        return _read_folder(weights.parent, config, str(source), pin_memory=pin_memory)
+        return Files(weights, weights.parent / CONFIG_NAME, given, str(source))
     except HotslotError:
         raise
     except OSError as error:  # no permission, a name too long, a broken disk
         raise _not_found(str(folder), "a folder that can be read", _said(error)) from error
+
+
+def read_files(files: Files, *, pin_memory: bool = False) -> Checkpoint:
+    """Read and check the adapter in these files; see `read`.
+
+    Raises:
+        CheckpointError: one of its kinds, see `hotslot.errors`.
+    """
+    with _mapped_errors(files):
+        header, specs, schema = _survey(files)
+        with open_data(files.weights, header, _nbytes(specs), pin_memory=pin_memory) as (data, fill):
+            if is_aligned(specs):
+                return Checkpoint.checked(schema, data, files.origin, fill)
+            fill(0, data.numel())
+        return Checkpoint.checked(schema, aligned(specs, data)[1], files.origin)
+
+
+def survey(files: Files) -> Schema:
+    """All of the adapter in these files but its values, of which none is read.
+
+    Raises:
+        CheckpointError: as `read_files`, but for what values may be at fault.
+    """
+    with _mapped_errors(files):
+        header, specs, schema = _survey(files)
+        refuse_other_size(files.weights, header, _nbytes(specs))
+        return schema
+
+
+def _survey(files: Files) -> tuple[bytes, list[TensorSpec], Schema]:
+    """The header, the tensors where the file has them, and the schema, in which each is aligned."""
+    text = _config_text(files.config) if files.given is None else files.given
+    header = read_header(files.weights)
+    schema = schemas.get((header, text))
+    if schema is not None:
+        return header, list(schema.tensors.values()), schema
+    specs = parse_header(header, files.weights)
+    moved, _ = aligned(specs, torch.empty(_nbytes(specs), dtype=torch.uint8, device="meta"))
+    schema = Schema(parse_config(text, files.config), moved)
+    if moved is specs:
+        schemas.put((header, text), schema)
+    return header, specs, schema
+
+
+@contextmanager
+def _mapped_errors(files: Files) -> Iterator[None]:
+    try:
+        yield
+    except HotslotError:
+        raise
+    except OSError as error:
+        raise _not_found(str(files.weights.parent), "a folder that can be read", _said(error)) from error
 
 
 def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
@@ -174,25 +249,8 @@ def _refuse_escape(subfolder: str | None) -> None:
         )
 
 
-def _read_folder(folder: Path, config: Any, origin: str, *, pin_memory: bool) -> Checkpoint:
-    weights = _local_weights(folder)
-    text = _config_text(folder / CONFIG_NAME) if config is None else json.dumps(config_dict(config)).encode()
-    header = read_header(weights)
-    schema = _schemas.get((header, text))
-    specs = list(schema.tensors.values()) if schema is not None else parse_header(header, weights)
-    if schema is None and is_aligned(specs):
-        schema = Schema(_parse_config(text, folder / CONFIG_NAME), specs)
-        _schemas.put((header, text), schema)
-    with open_data(weights, header, _nbytes(specs), pin_memory=pin_memory) as (data, fill):
-        if schema is not None:
-            return Checkpoint.checked(schema, data, origin, fill)
-        fill(0, data.numel())
-    specs, data = aligned(specs, data)
-    return Checkpoint.checked(Schema(_parse_config(text, folder / CONFIG_NAME), specs), data, origin)
-
-
 # (header, or names, dtypes and shapes; config) → what adapters of this family share
-_schemas: Recent[tuple[Any, bytes], Schema] = Recent()
+schemas: Recent[tuple[Any, bytes], Schema] = Recent()
 
 
 def from_tensors(
@@ -237,10 +295,10 @@ def from_tensors(
     stated = config_dict(config)
     family = tuple((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
     text = json.dumps(stated, default=str).encode()
-    schema = _schemas.get((family, text))
+    schema = schemas.get((family, text))
     if schema is None:
         schema = Schema(stated, _in_file_order(tensors))
-        _schemas.put((family, text), schema)
+        schemas.put((family, text), schema)
     with torch.inference_mode(False), torch.no_grad():
         data = host_buffer(schema.nbytes, pin_memory=pin_memory)
         # In one call: one for each of hundreds of tensors takes longer than the copying.
@@ -352,7 +410,12 @@ def _config_text(path: Path) -> bytes:
     return text
 
 
-def _parse_config(text: bytes, path: Path) -> dict[str, Any]:
+def parse_config(text: bytes, path: Path) -> dict[str, Any]:
+    """The content of a text like adapter_config.json's; `path` is where it stands.
+
+    Raises:
+        ConfigError: it is no such thing.
+    """
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=lambda pairs: _unique(pairs, path))
     except HotslotError:
