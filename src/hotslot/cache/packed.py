@@ -1,0 +1,269 @@
+"""Packed files: adapters as they were read and proved once, kept on disk so that the next process need not.
+
+One safetensors file each, which any safetensors library reads. Its header begins with hotslot's own metadata:
+
+    {"__metadata__":{"hotslot_seal":"…","hotslot_format":"1","version":"…","config":"…","source":"…","read_ns":"…"},…
+
+| hotslot_seal | xxh3_128 of all of the header that stands behind it, 32 hexadecimal digits |
+| hotslot_format | "1" |
+| version | `Checkpoint.version`: a digest of config, names, shapes, dtypes and values, so of all the data |
+| config | the adapter's config, JSON |
+| source | `Stamp.text`: paths, devices, inodes, sizes and times of the files that it was read from |
+| read_ns | when that stamp was taken, nanoseconds since 1970 |
+
+Who reads one trusts nothing of it: the header is sealed and bounded like any safetensors file's, and the bytes have to
+give the version, in the same sweep that brings them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from ..checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Files,
+    Schema,
+    Stamp,
+    open_data,
+    parse_config,
+    parse_header,
+    read_header,
+    schemas,
+)
+from ..errors import CacheError, HotslotError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "1"
+_PREFIX = f"hotslot-{FORMAT}-"  # another format's files are others' business, and have other names
+_SUFFIX = ".safetensors"
+_OPENING = b'{"__metadata__":{"hotslot_seal":"'  # of each header; then the seal
+_SEAL_END = len(_OPENING) + 32
+_ABANDONED_SECONDS = 3600.0  # a file that is being written is finished by then, or nobody will
+_ATTEMPTS = 5  # at a file that other processes replace meanwhile
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Found(NamedTuple):
+    """What a packed file's header says."""
+
+    version: str
+    source: str
+    read_ns: int
+    schema: Schema
+    header: bytes
+
+
+class PackedFiles:
+    """The packed files of one folder. Any number of processes may share it; any thread may call anything.
+
+    Args:
+        folder: where they are; made for the user alone, if it is not there.
+        limit_bytes: of all of them: what was not used for longest is deleted first. None: no limit.
+
+    Raises:
+        CacheError: the folder cannot be used, or others may write into it.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+        except OSError as error:
+            raise CacheError(
+                "The folder of packed files cannot be used.",
+                where=folder,
+                found=f"{type(error).__name__}: {error}",
+                expected="a folder, or a place for one",
+                hint="give another folder",
+            ) from error
+        if found.st_uid not in (os.getuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CacheError(
+                "Others may write into the folder of packed files: adapters from there could be anybody's.",
+                where=folder,
+                found=f"owner {found.st_uid}, mode {stat.filemode(found.st_mode)}",
+                expected=f"owner {os.getuid()}, and nobody else may write",
+                hint=f"chmod go-w {folder}; or give another folder",
+            )
+
+    def path(self, files: Files) -> Path:
+        """Where the packed file of these is, or would be."""
+        return self.folder / f"{_PREFIX}{hashlib.blake2b(files.key.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
+
+    def read(self, files: Files, *, pin_memory: bool = False) -> Checkpoint | None:
+        """The adapter in these files, from its packed file; None if there is none, or not of what they are now.
+
+        A packed file that is damaged, or something else, is deleted.
+
+        Raises:
+            OSError: `files` are gone.
+        """
+        path, stamp = self.path(files), files.stamp()
+        for _ in range(_ATTEMPTS):
+            try:
+                before = _identity(path)
+                return self._read(path, files, stamp, pin_memory=pin_memory)
+            except FileNotFoundError:
+                return None
+            except (_Damaged, HotslotError) as error:
+                if _identity(path) != before:
+                    continue  # another process has put another one there meanwhile, between two looks at it
+                logger.warning("%s is no sound packed file, and is deleted: %s", path, error)
+                _delete(path)
+                return None
+            except OSError as error:
+                logger.warning("%s cannot be read: %s", path, error)
+                return None
+        return None
+
+    def _read(self, path: Path, files: Files, stamp: Stamp, *, pin_memory: bool) -> Checkpoint | None:
+        found = self._header(path)
+        if found.source != stamp.text or not stamp.settled(found.read_ns):
+            return None  # `write` will put another one in its place
+        with open_data(path, found.header, found.schema.nbytes, pin_memory=pin_memory) as (data, fill):
+            known = Checkpoint.known(found.schema, data, found.version, files.origin, fill)
+        if known is None:
+            raise _Damaged("values that are not those of its version")
+        os.utime(path)  # used now: others' limits go by it
+        return known
+
+    def write(self, files: Files, stamp: Stamp, read_ns: int, checkpoint: Checkpoint) -> bool:
+        """Keep an adapter that was read from `files`; says whether it is kept now.
+
+        Args:
+            files: whence it came.
+            stamp: of them, taken before they were read.
+            read_ns: `time.time_ns()` of when the stamp was taken.
+            checkpoint: what was read.
+        """
+        path = self.path(files)
+        header = pack_header(checkpoint, stamp.text, read_ns)
+        size = 8 + len(header) + checkpoint.nbytes if header is not None else 0
+        if header is None or (self.limit_bytes is not None and size > self.limit_bytes):
+            return False
+        temporary = self.folder / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
+        try:
+            if files.stamp() != stamp:
+                return False  # changed while it was read: what was read may be half of each
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                file.write(checkpoint.data.numpy().data)
+            os.replace(temporary, path)
+        except OSError as error:
+            _delete(temporary)
+            log = logger.warning if error.errno == errno.ENOSPC else logger.info
+            log("%s was not packed: %s", files.origin, error)
+            return False
+        except BaseException:
+            _delete(temporary)
+            raise
+        self._sweep(path)
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all packed files of this format."""
+        return sum(found.st_size for _, found in self._held())
+
+    def _held(self) -> list[tuple[Path, os.stat_result]]:
+        held = []
+        for path in self.folder.iterdir():
+            if path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX):
+                try:
+                    held.append((path, path.stat()))
+                except FileNotFoundError:
+                    continue  # another process was quicker
+        return held
+
+    def _sweep(self, besides: Path) -> None:
+        """Delete what is beyond the limit, and what was never finished."""
+        now = time.time()
+        for path in self.folder.glob(f".{_PREFIX}*.tmp"):
+            try:
+                if now - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    _delete(path)
+            except FileNotFoundError:
+                continue
+        if self.limit_bytes is None:
+            return
+        held = sorted(self._held(), key=lambda pair: (pair[0] == besides, pair[1].st_mtime_ns))
+        excess = sum(found.st_size for _, found in held) - self.limit_bytes
+        for path, found in held:
+            if excess <= 0:
+                break
+            _delete(path)
+            excess -= found.st_size
+
+    def _header(self, path: Path) -> Found:
+        header = read_header(path)
+        seal = xxhash.xxh3_128_hexdigest(header[_SEAL_END:]).encode()
+        if header[:_SEAL_END] != _OPENING + seal:
+            raise _Damaged("a header that is not as it was sealed")
+        metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
+        if metadata.get("hotslot_format") != FORMAT:
+            raise _Damaged("another format than its name says")
+        # Behind the metadata the headers of a family are equal, but for the spaces at their end.
+        tensors, config = header[end:].rstrip(b" "), metadata["config"].encode()
+        schema = schemas.get((tensors, config))
+        if schema is None:
+            schema = Schema(parse_config(config, path), parse_header(header, path))
+            schemas.put((tensors, config), schema)
+        return Found(metadata["version"], metadata["source"], int(metadata["read_ns"]), schema, header)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file is there now, if any."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+class _Damaged(Exception):
+    """What is wrong with a packed file."""
+
+
+def pack_header(checkpoint: Checkpoint, source: str, read_ns: int) -> bytes | None:
+    """The header of its packed file; None if the config has something that JSON does not give back."""
+    schema = checkpoint.schema
+    try:
+        config = json.dumps(dict(schema.config))
+        if Schema(json.loads(config), schema.tensors.values()).digest != schema.digest:
+            return None
+    except (TypeError, ValueError):
+        return None
+    metadata = {"hotslot_format": FORMAT, "version": checkpoint.version, "config": config, "source": source}
+    metadata["read_ns"] = str(read_ns)
+    entries: dict[str, Any] = {
+        name: {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [spec.start, spec.stop]}
+        for name, spec in schema.tensors.items()
+    }
+    compact = (",", ":")
+    told = json.dumps(metadata, separators=compact)[1:]
+    tensors = json.dumps(entries, separators=compact)[1:]
+    sealed = f'",{told}{"," if entries else ""}{tensors}'.encode()
+    sealed += b" " * (-(_SEAL_END + len(sealed)) % 8)
+    seal = xxhash.xxh3_128_hexdigest(sealed)
+    return _OPENING + seal.encode() + sealed
+
+
+def _delete(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            logger.warning("%s cannot be deleted: %s", path, error)
