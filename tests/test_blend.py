@@ -510,7 +510,10 @@ def test_only_the_last_blends_are_held(folders: dict[str, Path]) -> None:
     with pytest.raises(errors.ModelError, match="live"):
         swapper.unload("a")
     swapper.unload("b")
-    assert swapper.host_bytes == swapper._tier["a"].nbytes, "what it was blended into went with it"
+    own = swapper.engine.live.entry.lenders[0].nbytes
+    assert swapper.host_bytes == own + sizes[0], "what it was blended into was live before, and rollback needs it"
+    swapper.activate({"a": 0.4})
+    assert swapper.host_bytes == own
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import hotslot
 from adapters import expected_peft_warnings, make_adapter
 from compiling import Backend
+from hotslot.cache import user_folder
 from hotslot.cli.demo import adapters as casting
 from hotslot.cli.demo import measure, run_demo, show, smollm2
 from hotslot.cli.demo.result import DemoResult
@@ -310,6 +311,6 @@ def test_the_cache_is_where_the_platform_wants_it(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(smollm2.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/me"))
-    assert smollm2.cache_root() == Path(expected)
+    assert user_folder() == Path(expected)

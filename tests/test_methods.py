@@ -178,7 +178,7 @@ def test_what_merges_are_computed_from_is_counted(tmp_path: Path) -> None:
 
 
 def merges_of(swapper: hotslot.Swapper, name: str) -> tuple[Any, ...]:
-    return swapper._tier[name].compile(swapper.engine.binding).merges.all
+    return swapper._library.peek(name).compile(swapper.engine.binding).merges.all
 
 
 LORA_OPTIONS: list[tuple[str, dict[str, Any]]] = [

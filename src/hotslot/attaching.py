@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from . import live
 from .cache import Cache
-from .checkpoint import Source
+from .checkpoint import Checkpoint, Files, Source, survey
 from .engine import Engine, Entry
 from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
-from .pipelines import read, whole
+from .pipelines import Request, listed, read, request, whole
 from .planning import NO_SLOTS, Plan, plan_adapters, refuse_unfit
 from .swapper import Swapper
+from .watching import Watch
 
 
 def attach(
     model: Any,
-    adapters: Mapping[str, Source] | None = None,
+    adapters: Mapping[str, Source] | str | os.PathLike[str] | None = None,
     *,
     adapter_name: str = "default",
     route: str = "auto",
     plan: Plan | None = None,
     fused: bool = False,
     cache: Cache = Cache(),  # noqa: B008  it is frozen
+    watch: bool = False,
 ) -> Swapper:
     """Make a model ready for swaps, in place; nothing is activated.
 
@@ -40,7 +43,10 @@ def attach(
         model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; a pipeline of transformers or a
             SentenceTransformer with a model of transformers; best before torch.compile. On a model that is compiled
             already no parameter moves and none can be padded.
-        adapters: name → source, planned for together and loaded.
+        adapters: name → source, planned for together and loaded. Or a folder: each folder in it that has an
+            adapter_config.json is an adapter of its name, for a pipeline each safetensors file. Of those, and of all
+            once `cache` has a budget for host memory, headers and configs are read now, and the values of one of each
+            family (of equal header and config); the others' when they are needed.
         adapter_name: PEFT's name of the slot that is written.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
             merged into the base's weights, in place, and a forward pass costs what the base's does; "auto": in slots
@@ -50,22 +56,80 @@ def attach(
             is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
             to the bit; after `deactivate` they are the base's to the bit in eager mode. Forward hooks of `lora_A` and
             `lora_B` are not called.
-        cache: budgets for adapters that slots hold, such as `hotslot.Cache(device_bytes=1 << 30)`.
+        cache: budgets for adapters, such as `hotslot.Cache(device_bytes=1 << 30, host_bytes=8 << 30)`.
+        watch: whether to look into the folder `adapters` each second from now on: what is new or changed there is
+            loaded, as by `Swapper.load(lazy=True)`; what has gone is unloaded once it is not live.
 
     Raises:
+        CacheFullError: there is no room for adapters given as tensors within `cache`.
         CheckpointError, UnsupportedError, DoesNotFitError: one of the adapters is at fault; the model is untouched.
         ModelError: the model cannot be prepared.
     """
     if route not in ("auto", "side", "merged"):
         raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
     model = whole(model)
+    folder = adapters if isinstance(adapters, (str, os.PathLike)) else None
+    if watch and folder is None:
+        raise ValueError("watch=True goes with a folder of adapters: attach(model, 'folder/', watch=True)")
     Swapper.make_way(model, adapter_name)
+    watching = Watch(model, folder) if watch and folder is not None else None
+    sources: Mapping[str, Any] = listed(model, folder) if folder is not None else adapters or {}  # type: ignore[assignment]
     if _is_of_another_method(model, adapter_name):
-        return _attach_resident(model, adapters or {}, adapter_name, route, plan)
-    pin = live.is_on_gpu(model)
-    entries = [
-        Entry(name, read(model, source, pin_memory=pin), route=route) for name, source in (adapters or {}).items()
-    ]
+        swapper = _attach_resident(model, sources, adapter_name, route, plan, cache)
+    else:
+        lazy = folder is not None or cache.host_bytes is not None
+        known = _look(model, sources, route, lazy=lazy)
+        swapper = _attach(model, known, adapter_name, route, plan, cache, fused=fused)
+    if watching is not None:
+        watching.start(swapper)
+    return swapper
+
+
+class _Known(NamedTuple):
+    """What is known of the adapters before the model is touched.
+
+    Attributes:
+        planned: what slots are planned for: all adapters, or one of each family.
+        read: those that were read, and where they are.
+        unread: name → where the others are.
+    """
+
+    planned: list[Entry]
+    read: list[tuple[Entry, Request]]
+    unread: dict[str, Request]
+
+
+def _look(model: nn.Module, sources: Mapping[str, Any], route: str, *, lazy: bool) -> _Known:
+    """Read the adapters, or as `lazy` as may be what their headers say."""
+    pin, families = live.is_on_gpu(model), set()
+    known = _Known([], [], {})
+    for name, source in sources.items():
+        asked = request(model, source, pin_memory=pin)
+        if lazy and isinstance(asked, Files) and not live.is_converted(model):
+            schema = survey(asked)
+            known.unread[name] = asked
+            if schema.digest not in families:
+                families.add(schema.digest)
+                known.planned.append(Entry(name, Checkpoint.outline(schema, asked.origin), route=route))
+        else:
+            entry = Entry(name, read(model, asked, pin_memory=pin), route=route)
+            known.planned.append(entry)
+            known.read.append((entry, asked))
+    return known
+
+
+def _attach(
+    model: nn.Module,
+    known: _Known,
+    adapter_name: str,
+    route: str,
+    plan: Plan | None,
+    cache: Cache,
+    *,
+    fused: bool,
+) -> Swapper:
+    """`attach` where slots, or the base's weights, take what is activated."""
+    entries = known.planned
     compiled = live.is_compiled(model)
     if fused and compiled:
         raise ModelError(
@@ -101,10 +165,10 @@ def attach(
             if made or route == "side":
                 raise
     missing = {fqn: shape for fqn, shape in plan.slots.items() if fqn not in slots}
-    known = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
-    if known is not None:
-        known.release()
-    injection = engine = binding = wrapping = None
+    dropin = Engine.of(model, adapter_name)  # of PEFT's functions, which need no Swapper
+    if dropin is not None:
+        dropin.release()
+    injection = engine = binding = wrapping = swapper = None
     try:
         if missing:
             injection = live.inject(model, adapter_name, missing)
@@ -129,10 +193,16 @@ def attach(
             device_bytes=cache.device_bytes,
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)
-        for entry in entries:
+        for entry, _ in known.read:
             entry.compile(binding)
-        return Swapper(engine, injection, entries, plan, wrapping, route)
+        swapper = Swapper(engine, injection, known.read, plan, wrapping, route, cache)
+        for name, asked in known.unread.items():
+            swapper.load(name, asked, lazy=True)
+        return swapper
     except BaseException:
+        if swapper is not None:
+            swapper.detach()
+            raise
         if engine is not None:
             engine.release()
         elif binding is not None:
@@ -166,7 +236,7 @@ def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _attach_resident(
-    model: nn.Module, adapters: Mapping[str, Source], adapter_name: str, route: str, plan: Plan | None
+    model: nn.Module, adapters: Mapping[str, Source], adapter_name: str, route: str, plan: Plan | None, cache: Cache
 ) -> Swapper:
     """`attach` where the adapter on the model is of a method without slots: others of that method take its place."""
     method = live.residents(model)[adapter_name]
@@ -188,18 +258,17 @@ def _attach_resident(
             expected=f"adapters of {method} alone, which take its place",
             hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
         )
-    pin = live.is_on_gpu(model)
-    entries = [Entry(name, read(model, source, pin_memory=pin), route="resident") for name, source in adapters.items()]
+    known = _look(model, adapters, "resident", lazy=False)
     arena = not live.is_compiled(model)
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None
     try:
         if arena and binding.resident is not None:
-            binding.resident.make_room(entry.adapter.checkpoint for entry in entries)
+            binding.resident.make_room(entry.adapter.checkpoint for entry in known.planned)
         engine = Engine(model, adapter_name, binding, empty=False)
-        for entry in entries:
+        for entry in known.planned:
             entry.compile(binding)
-        return Swapper(engine, None, entries, NO_SLOTS, None, "resident")
+        return Swapper(engine, None, known.read, NO_SLOTS, None, "resident", cache)
     except BaseException:
         (engine or binding).release()
         raise

@@ -93,6 +93,7 @@ class Entry:
         self._merged: tuple[Binding, frozenset[str], Merges] | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
         self.error: float | None = None  # of what it is an approximation of
+        self.lenders: tuple[Entry, ...] = ()  # in whose memory it has values
 
     @property
     def nbytes(self) -> int:
@@ -445,6 +446,12 @@ class Engine:
         except BaseException:
             undo()
             raise
+
+    def uses(self, entry: Entry) -> bool:
+        """Whether a swap, or its undoing, may need the entry without asking for it by name."""
+        states = (self.live, self.previous, self.original)
+        used = (state.entry for state in states if state is not None and state.entry is not None)
+        return any(entry is other or entry in other.lenders for other in used)
 
     def let_go(self, loaded: Iterable[Entry]) -> None:
         """Forget the base's own values where neither these are merged, nor what is or was live."""

@@ -7,7 +7,8 @@
     │   ├── PickleRefusedError                                weights that only unpickling could read
     │   ├── ConfigError                                       adapter_config.json unreadable or self-contradicting
     │   ├── TensorError                                       names, shapes or dtypes contradict the config
-    │   └── NonFiniteError                                    NaN or infinity among the values
+    │   ├── NonFiniteError                                    NaN or infinity among the values
+    │   └── ChangedError                                      files that are not those that were loaded
     ├── UnsupportedError            (also ValueError)         a method or option that hotslot does not swap
     ├── DoesNotFitError             (also RuntimeError)       sound, but not for this model or plan
     │   ├── UnexpectedTargetError                             targets modules that have no slot
@@ -32,6 +33,7 @@ __all__ = [
     "AdapterNotFoundError",
     "CacheError",
     "CacheFullError",
+    "ChangedError",
     "CheckpointError",
     "ConfigError",
     "CorruptFileError",
@@ -130,6 +132,10 @@ class TensorError(CheckpointError):
 
 class NonFiniteError(CheckpointError):
     """NaN or infinity among the values."""
+
+
+class ChangedError(CheckpointError):
+    """Files that are not those that were loaded, when they are read again."""
 
 
 class UnsupportedError(HotslotError, ValueError):

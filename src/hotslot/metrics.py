@@ -55,8 +55,13 @@ class Metrics:
         recompilations: by dynamo, of any code in this process: how often it has compiled, or begun to compile, a frame
             that it had compiled before (a frame is a function, or the rest of one after a graph break). First
             compilations do not count, and `torch._dynamo.reset()` makes it begin anew.
+        hits: adapters that were in memory when they were needed.
+        misses: those that had to be read.
+        evictions: adapters, and blends, that had to leave host memory for others, or were told to.
         adapters: loaded now.
+        host_adapters: of them, in host memory.
         host_bytes: of host memory that they hold, see `Swapper.host_bytes`.
+        device_bytes: of GPU memory that they hold, see `Swapper.device_bytes`.
     """
 
     slot: str
@@ -66,8 +71,13 @@ class Metrics:
     written_bytes: int
     latency: Mapping[str, Histogram]
     recompilations: int
+    hits: int
+    misses: int
+    evictions: int
     adapters: int
+    host_adapters: int
     host_bytes: int
+    device_bytes: int
 
 
 class Recorder:
@@ -94,8 +104,8 @@ class Recorder:
         """Count a swap that raised."""
         self._failed += 1
 
-    def metrics(self, *, slot: str, adapters: int, host_bytes: int) -> Metrics:
-        """All counts so far, with what the swapper knows itself."""
+    def metrics(self, slot: str, **waiting: int) -> Metrics:
+        """All counts so far, with what the swapper knows itself: the last attributes of Metrics."""
         latency = {
             tier: Histogram(tuple(accumulate(buckets)), self._seconds[tier]) for tier, buckets in self._buckets.items()
         }
@@ -110,8 +120,7 @@ class Recorder:
             written_bytes=self._written_bytes,
             latency=MappingProxyType(latency),
             recompilations=recompilations,
-            adapters=adapters,
-            host_bytes=host_bytes,
+            **waiting,
         )
 
 

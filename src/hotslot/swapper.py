@@ -11,7 +11,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from . import live
-from .blending import Blend, Blender, Ingredient, needed_ranks
-from .cache import HostTier
-from .checkpoint import Source
+from .blending import Blend, Ingredient, needed_ranks
+from .cache import Cache
+from .checkpoint import Checkpoint, Files, Source
 from .engine import Engine, Entry, State
 from .errors import (
     CheckpointError,
@@ -30,12 +31,12 @@ from .errors import (
     ModelError,
     RankError,
     UnexpectedTargetError,
-    UnknownAdapterError,
     UnsupportedError,
 )
 from .leases import InFlight, check_in_flight
+from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
-from .pipelines import read, whole
+from .pipelines import Request, read, request, whole
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit, SwapReport
 
@@ -63,23 +64,32 @@ class Swapper:
         self,
         engine: Engine,
         injection: live.Injection | None,
-        entries: Iterable[Entry],
+        entries: Iterable[tuple[Entry, Request]],
         plan: Plan,
         wrapping: live.Wrapping | None = None,
         route: str = "auto",
+        cache: Cache = Cache(),  # noqa: B008  it is frozen
     ) -> None:
         self._engine = engine
         self._injections = [injection] if injection is not None else []
         self._wrappings = [wrapping] if wrapping is not None else []
         self._plan = plan
         self._route = route
-        self._tier: HostTier[Entry] = HostTier()
-        self._blender = Blender()
         self._recorder = Recorder()
         self._lock = engine.lock
+        self._library = Library(
+            cache,
+            engine.lock,
+            pin_memory=live.is_on_gpu(engine.model),
+            open=self._open,
+            make=self._make,
+            is_used=engine.uses,
+        )
+        self._proven: set[bytes] = set()  # digests of Schemas of which an adapter was found to fit
         self._detaching = self._detached = False
-        for entry in entries:
-            self._tier.add(entry.name, entry)
+        for entry, source in entries:
+            self._proven.add(entry.adapter.checkpoint.schema.digest)
+            self._library.hold(entry, source)
         _attached.setdefault(engine.model, {})[engine.adapter_name] = self
 
     @classmethod
@@ -108,12 +118,17 @@ class Swapper:
 
     def __repr__(self) -> str:
         state = "detached" if self._detached else f"{len(self._engine.binding.slots)} slots, active {self.active!r}"
-        return f"<Swapper of slot {self._engine.adapter_name!r}: {state}, {len(self._tier)} loaded>"
+        return f"<Swapper of slot {self._engine.adapter_name!r}: {state}, {len(self._library)} loaded>"
 
     @property
     def engine(self) -> Engine:
         """What does the swapping; for hotslot's own integrations."""
         return self._bound()
+
+    @property
+    def detached(self) -> bool:
+        """Whether `detach` has given the model back."""
+        return self._detached
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -127,8 +142,8 @@ class Swapper:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of all loaded adapters, in the order of loading."""
-        return tuple(self._tier)
+        """Names of all loaded adapters, in memory or not, in the order of loading."""
+        return tuple(self._library)
 
     @property
     def version(self) -> str | None:
@@ -148,11 +163,12 @@ class Swapper:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that the loaded adapters hold, and the last few blends of them.
+        """Bytes of host memory that adapters hold, and the last few blends of them, within `Cache.host_bytes`.
 
-        What of an adapter is not in its file counts too: what PEFT makes of it, and what merges are computed from.
+        What of an adapter is not in its file counts too: what PEFT makes of it, and what merges are computed from. And
+        what was replaced or unloaded, as long as `rollback` needs it.
         """
-        return self._tier.nbytes + self._blender.nbytes
+        return self._library.nbytes
 
     @property
     def device_bytes(self) -> int:
@@ -169,30 +185,44 @@ class Swapper:
 
     def metrics(self) -> Metrics:
         """Counts of swaps, bytes, seconds by tier and recompilations since attach; still there after `detach`."""
-        host_bytes = self.host_bytes  # takes long for thousands of adapters: without the lock
         with self._lock:
-            slot, adapters = self._engine.adapter_name, len(self._tier)
-            return self._recorder.metrics(slot=slot, adapters=adapters, host_bytes=host_bytes)
+            library = self._library
+            return self._recorder.metrics(
+                self._engine.adapter_name,
+                adapters=len(library),
+                host_adapters=library.waiting,
+                host_bytes=library.nbytes,
+                device_bytes=0 if self._detached else self.device_bytes,
+                hits=library.hits,
+                misses=library.misses,
+                evictions=library.evictions,
+            )
 
     # -- loading: off the hot path ----------------------------------------------------------------------------------
 
-    def load(self, name: str, source: Source, *, config: Any = None, **hub: Any) -> None:
+    def load(self, name: str, source: Source | Request, *, config: Any = None, lazy: bool = False, **hub: Any) -> None:
         """Read, check and hold an adapter in host memory, ready for `activate(name)`. The model is not touched.
 
         Args:
             name: yours to choose; a name that is taken gets the new adapter, and what is live stays live.
             source: a folder, a Hub id, or a dict of tensors with `config`.
             config: a peft config or a dict like adapter_config.json.
+            lazy: of a folder or a Hub id read the config and the file's header alone, and the values when they are
+                needed, if an adapter of equal header and config has been found to fit.
             **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
             CheckpointError, UnsupportedError, DoesNotFitError: what is wrong with it, and where. What is only beyond
                 the plan has as its `plan` the one that would take it, for `grow`.
+            CacheFullError: there is no room for it within `Cache.host_bytes`.
         """
-        entry = self._read(name, source, config, hub)
-        with self._lock:
-            self._compile(entry)
-            self._tier.add(name, entry)
+        asked = self._request(source, config, hub)
+        if lazy and isinstance(asked, Files) and not live.is_converted(self._bound().model):
+            schema = checkpoints.survey(asked)
+            if schema.digest in self._proven:
+                self._library.know(name, asked, schema.nbytes)
+                return
+        self._library.load(name, asked)
 
     def update(
         self,
@@ -220,58 +250,103 @@ class Swapper:
             UnknownAdapterError: no adapter of that name is loaded.
             CheckpointError, DoesNotFitError: the tensors are not those of this adapter; loaded and live are unchanged.
             InFlightError, MergedError, ModelError: as `activate`; loaded and live are unchanged.
+            CacheFullError: there is no room for them beside what is live and what was before.
         """
-        with self._lock:
-            known = self._entry(name)
-        config, origin = dict(known.adapter.checkpoint.config), f"the update of {name!r}"
+        self._bound()
+        with self._library.lent([name]) as loan:
+            config = dict(loan.entries[name].adapter.checkpoint.config)
+        origin = f"the update of {name!r}"
         checkpoint = checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins)
-        entry = Entry(name, checkpoint, route=self._route)
-        with self._lock:
-            self._compile(entry)
-            is_live = self.active == name
-        report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
-        with self._lock:
-            self._blender.forget(name)
-            self._tier.add(name, entry)
+        with self._library.room(checkpoint.nbytes, name) as room:
+            with self._lock:
+                entry = self._make(name, checkpoint)
+                is_live = self.active == name
+            report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
+            self._library.hold(entry, checkpoint, room)
         return report
 
     def unload(self, name: str) -> None:
-        """Let go of a loaded adapter's memory, and of the base's own values that were kept for it alone.
+        """Forget a loaded adapter, and let go of its memory and of the base's own values that were kept for it alone.
+
+        If it was live before the last swap, its memory goes once `rollback` needs it no more.
 
         Raises:
             UnknownAdapterError: no such adapter.
             ModelError: it is live, and a failed swap away from it could not be undone without it.
         """
         with self._lock:
-            entry = self._entry(name)
-            now = self._engine.live.entry
-            if now is entry or (isinstance(now, Blend) and name in now.names):
+            engine, entry = self._bound(), self._library.peek(name)
+            now = engine.live.entry
+            if now is not None and (now is entry or (isinstance(now, Blend) and name in now.names)):
                 raise ModelError(
                     f"The adapter {name!r} is live.", where=name, hint="activate another one or deactivate() before"
                 )
-            self._blender.forget(name)
-            self._tier.remove(name)
-            self._bound().let_go(self._tier.values())
-            self._bound().binding.stagings.forget(entry.version)
+            known = self._library.remove(name)
+            engine.let_go(self._library.entries())
+            if known.version is not None:
+                engine.binding.stagings.forget(known.version)
 
-    def prefetch(self, name: str) -> bool:
-        """Bring a loaded adapter to the GPUs ahead of its swap, on a stream of its own: nothing waits for it.
+    # -- where they wait --------------------------------------------------------------------------------------------
 
-        What was not used for longest goes for it, within `Cache.device_bytes`.
+    def prefetch(self, name: str) -> Future[str]:
+        """Bring a loaded adapter closer ahead of its swap, in the background: into host memory, and onto the GPUs.
+
+        On a GPU on a stream of its own: nothing waits for it. What was not used for longest goes for it, within
+        `Cache.host_bytes` and `Cache.device_bytes`.
 
         Returns:
-            Whether it is there, or on its way; False where it does not fit, and for what is merged or not on a GPU.
+            Where it waits then: "device", or "host", as all do that are merged or not on a GPU, or have no room there.
+            Its `result()` raises what `activate` would.
 
         Raises:
             UnknownAdapterError: no such adapter.
         """
+        self._bound()
+        self._library.known(name)
+        return background().submit(self._prefetch, name)
+
+    def evict(self, name: str) -> bool:
+        """Let go of a loaded adapter's host memory: `activate` reads it again. Says whether it was in memory.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            CacheFullError: it is live, was live before, or is pinned; or it was loaded from tensors.
+        """
         with self._lock:
-            return self._bound().prefetch(self._entry(name))
+            self._bound()
+            return self._library.evict(name)
+
+    def pin(self, name: str) -> None:
+        """Bring a loaded adapter into host memory, and keep it there whatever others need.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            CheckpointError, CacheFullError: it cannot be read, or there is no room for it.
+        """
+        self._bound()
+        with self._library.lent([name]):
+            self._library.known(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Take back `pin`.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+        """
+        self._library.known(name).pinned = False
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the bytes of all tiers are those that are held, and within their budgets."""
+        with self._lock:
+            self._library.check_integrity()
+            self._bound().binding.stagings.check_integrity()
+
+    # -- what would fit ---------------------------------------------------------------------------------------------
 
     def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""
         try:
-            entry = self._read("", source, config, hub)
+            entry = Entry("", self._open(self._request(source, config, hub)), route=self._route)
         except (CheckpointError, DoesNotFitError, UnsupportedError) as error:
             return Fit(None, 0, str(error))
         try:
@@ -359,13 +434,16 @@ class Swapper:
             RankError: a blend's rank is beyond the plan; the error's `plan` would take it.
             UnsupportedError: adapters that cannot be blended.
             NonFiniteError: weights that make values overflow.
+            CheckpointError: it was not in memory, and its files are gone, damaged, or not those that were loaded.
+            CacheFullError: it was not in memory, and there is no room for it beside what has to stay.
             InFlightError: work in flight did not end in time.
             MergedError: the slot's adapter is merged into the base weights.
             ModelError: the slot's layers or parameters were taken from the model; or this is within one's own lease.
         """
-        with self._lock:  # a blend is made before anybody waits for it
-            target = self._state(adapter, blend)
-        return self._swap(lambda engine: target, in_flight, timeout_seconds)
+        with self._library.lent(self._names(adapter, blend)) as loan:
+            with self._lock:  # a blend is made before anybody waits for it
+                target = self._state(adapter, blend, loan)
+            return self._swap(lambda engine: target, in_flight, timeout_seconds, read_seconds=loan.seconds)
 
     def deactivate(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> SwapReport:
         """Make the slot neutral: the model computes what its base computes."""
@@ -398,24 +476,29 @@ class Swapper:
             ModelError: within a lease, while another thread that holds a lease waits for that one to end.
         """
         engine = self._bound()
+        with ExitStack() as loans:
+            wanted, read_seconds = None, None
+            if adapter is not None:
+                loan = loans.enter_context(self._library.lent(self._names(adapter, blend)))
+                read_seconds = loan.seconds
+                with self._lock:
+                    wanted = self._state(adapter, blend, loan)
 
-        with self._lock:
-            wanted = self._state(adapter, blend) if adapter is not None else None
+            def choose() -> State:
+                return wanted or engine.neutral
 
-        def choose() -> State:
-            return wanted or engine.neutral
-
-        with engine.gate.visit(in_flight, timeout_seconds) as visit:
-            with visit.arriving(lambda: self._finds_live(choose)), self._lock:
-                report = self._swap_to(choose())
-                before = engine.previous if report.changed else engine.live
-            assert before is not None
-            live.note_stream(engine.gate)
-            try:
-                yield report
-            finally:
-                with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
-                    self._recorded_swap(before)
+            with engine.gate.visit(in_flight, timeout_seconds) as visit:
+                with visit.arriving(lambda: self._finds_live(choose)), self._lock:
+                    report = self._recorded_swap(choose(), read_seconds)
+                    before = engine.previous if report.changed else engine.live
+                    assert before is not None
+                    loans.enter_context(self._library.kept(before.entry))  # a block within makes others the previous
+                live.note_stream(engine.gate)
+                try:
+                    yield report
+                finally:
+                    with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
+                        self._recorded_swap(before)
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
@@ -464,7 +547,11 @@ class Swapper:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _swap(
-        self, choose: Callable[[Engine], State], in_flight: InFlight | None, timeout_seconds: float | None
+        self,
+        choose: Callable[[Engine], State],
+        in_flight: InFlight | None,
+        timeout_seconds: float | None,
+        read_seconds: float | None = None,
     ) -> SwapReport:
         check_in_flight(in_flight, timeout_seconds)
         gate = self._bound().gate
@@ -475,7 +562,7 @@ class Swapper:
                 if engine.finds_live(target):
                     return self._recorded_swap(target)
         with gate.swap(in_flight, timeout_seconds), self._lock:
-            return self._swap_to(choose(self._bound()))
+            return self._recorded_swap(choose(self._bound()), read_seconds)
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
@@ -491,9 +578,7 @@ class Swapper:
         for injection in reversed(self._injections):
             live.remove(injection)
         _attached.get(model, {}).pop(self._engine.adapter_name, None)
-        self._blender.clear()
-        for name in self.adapters:
-            self._tier.remove(name)
+        self._library.clear()
         self._detached = True
 
     def _bound(self) -> Engine:
@@ -505,8 +590,9 @@ class Swapper:
         growth = None
         try:
             growth = engine.grow(plan.slots, plan.saved, plan.tokens, plan.tied)
-            for entry in self._tier.values():
+            for entry in self._library.entries():
                 entry.compile(engine.binding)  # now, and not while it is activated
+                self._library.weigh(entry)
         except BaseException:
             if growth is not None:
                 growth.undo()
@@ -538,64 +624,69 @@ class Swapper:
         refuse_unfit(model, entry.adapter, larger, name)
         return larger
 
-    def _ingredients(self, weights: Mapping[str, float]) -> list[Ingredient]:
-        """By name, so that the order in which a blend is written makes no other blend of it."""
-        if not weights:
+    def _names(self, adapter: str | Mapping[str, float], blend: str | None) -> list[str]:
+        """Which adapters are asked for: by name, so that the order in which a blend is written makes no other of it."""
+        self._bound()
+        if blend not in (None, "svd"):
+            raise ValueError(f"blend must be None or 'svd', got {blend!r}")
+        if isinstance(adapter, str):
+            return [adapter]
+        if not adapter:
             raise ValueError("A blend of no adapters; deactivate() makes the base model live")
-        given: Mapping[str, Any] = weights
+        given: Mapping[str, Any] = adapter
         for name, weight in given.items():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits
                 raise ValueError(f"The weight of {name!r} in the blend must be a finite number, got {weight!r}")
-        return [Ingredient(self._entry(name), float(weights[name])) for name in sorted(weights)]
+        return sorted(adapter)
 
-    def _state(self, adapter: str | Mapping[str, float], blend: str | None = None) -> State:
+    def _state(self, adapter: str | Mapping[str, float], blend: str | None, loan: Loan) -> State:
         engine = self._bound()
-        if blend not in (None, "svd"):
-            raise ValueError(f"blend must be None or 'svd', got {blend!r}")
         if isinstance(adapter, str):
-            return State(self._entry(adapter))
-        ingredients = self._ingredients(adapter)
+            return State(loan.entries[adapter])
+        ingredients = [Ingredient(entry, float(adapter[name])) for name, entry in loan.entries.items()]
         if len(ingredients) == 1 and ingredients[0].weight == 1.0:
             return State(ingredients[0].entry)
         try:
-            mixed = self._blender.blend(ingredients, engine.binding, svd=blend == "svd")
+            mixed = self._library.blender.blend(ingredients, engine.binding, svd=blend == "svd")
             mixed.compile(engine.binding)
         except (RankError, UnexpectedTargetError) as error:
             biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
             raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
         return State(mixed)
 
-    def _swap_to(self, target: State) -> SwapReport:
-        report = self._recorded_swap(target)
-        if isinstance(target.entry, Blend):
-            self._blender.hold(target.entry)
-        return report
-
-    def _recorded_swap(self, target: State) -> SwapReport:
+    def _recorded_swap(self, target: State, read_seconds: float | None = None) -> SwapReport:
+        """Swap, with the lock held. `read_seconds`: what bringing it into memory took, if it was not there."""
         try:
             report = self._bound().swap(target)
         except BaseException:
             self._recorder.add_failure()
             raise
+        if read_seconds is not None and report.nbytes:
+            report = replace(report, tier="disk", seconds=report.seconds + read_seconds)
+        self._library.settle(target.entry, merged=report.route != "side")
         self._recorder.add(report)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%r is live", report.adapter, extra=log_fields(report))
         return report
 
-    def _entry(self, name: str) -> Entry:
-        try:
-            return self._tier[name]
-        except KeyError:
-            raise UnknownAdapterError(
-                f"No adapter {name!r} is loaded.",
-                found=f"loaded: {', '.join(map(repr, self._tier)) or 'none'}",
-                hint=f"swapper.load({name!r}, source) first",
-            ) from None
+    def _request(self, source: Source | Request, config: Any, hub: Mapping[str, Any]) -> Request:
+        """A source, such that it can be read when it is needed; tensors are copied now."""
+        return request(self._bound().model, source, config=config, pin_memory=self._pins, **hub)
 
-    def _read(self, name: str, source: Source, config: Any, hub: Mapping[str, Any]) -> Entry:
-        model = self._bound().model
-        return Entry(name, read(model, source, config=config, pin_memory=self._pins, **hub), route=self._route)
+    def _open(self, asked: Request) -> Checkpoint:
+        return read(self._bound().model, asked, pin_memory=self._pins)
+
+    def _make(self, name: str, checkpoint: Checkpoint) -> Entry:
+        """With the lock held: an adapter that is ready for the model."""
+        entry = Entry(name, checkpoint, route=self._route)
+        self._compile(entry)
+        self._proven.add(checkpoint.schema.digest)
+        return entry
+
+    def _prefetch(self, name: str) -> str:
+        with self._library.lent([name]) as loan, self._lock:
+            return "device" if self._bound().prefetch(loan.entries[name]) else "host"
 
     @property
     def _pins(self) -> bool:

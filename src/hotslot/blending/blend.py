@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 from .. import live
+from ..cache import Tier
 from ..checkpoint import Checkpoint, each_config
 from ..engine import Compiled, Entry
 from ..errors import NonFiniteError, RankError, UnsupportedError
@@ -47,7 +48,13 @@ class Blend(Entry):
         self.weights = tuple(ingredient.weight for ingredient in ingredients)
         self._same_bytes = ingredients[0].entry if len(ingredients) == 1 else None
         if self._same_bytes is not None:
+            self.lenders = (self._same_bytes,)
             self.contents = self._same_bytes.contents
+
+    @property
+    def place(self) -> str:
+        """What it is held under: its name, which an adapter might have too, and its version."""
+        return f"{self.name} ({self.version})"
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +108,7 @@ class MergedBlend(Blend):
         super().__init__(name, nothing, ingredients, key, adapter=adapter)
         merges = live.blended([(entry.compile(binding).merges.all, weight) for entry, weight in ingredients])
         self._merges_of_all = binding.merger.priced(merges)
+        self.lenders = tuple(entry for entry, _ in ingredients)
         self.contents = nothing.version
 
     @property
@@ -117,16 +125,27 @@ class MergedBlend(Blend):
 
 
 class Blender:
-    """Makes blends, and holds the last few."""
+    """Makes blends, and holds the last few in a tier of host memory, where they may go as adapters may.
 
-    def __init__(self) -> None:
-        self._blends: OrderedDict[Any, Blend] = OrderedDict()
+    Args:
+        tier: where they are held.
+    """
+
+    def __init__(self, tier: Tier[Entry]) -> None:
+        self._tier = tier
+        self._held: OrderedDict[Any, Blend] = OrderedDict()  # those that have not gone from the tier, and others
         self._recipes: OrderedDict[Any, Recipe] = OrderedDict()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory of all blends that are held."""
-        return sum(blend.nbytes for blend in list(self._blends.values()))  # as HostTier's
+    def __len__(self) -> int:
+        return sum(map(self.holds, self._held.values()))
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether it is a blend that is held."""
+        return isinstance(entry, Blend) and self._tier.peek(entry.place) is entry
+
+    def shares(self, entry: Entry) -> bool:
+        """Whether a blend that is held has its values in this adapter's memory."""
+        return any(entry in blend.lenders and self.holds(blend) for blend in self._held.values())
 
     def blend(self, ingredients: Sequence[Ingredient], binding: Binding, *, svd: bool = False) -> Blend:
         """The blend of these adapters for the slots of `binding`; one that is held, if it is the same.
@@ -135,45 +154,60 @@ class Blender:
             RankError: ranks beyond a slot's, and `svd` is False.
             UnsupportedError: an adapter has something that does not add up.
             NonFiniteError: a weight makes values overflow.
+            CacheFullError: there is no room for it.
         """
         room = tuple(binding.room.items()) if svd else None  # what a truncated delta is cut to
         dtypes = frozenset(slot.dtype for slot in binding.slots.values())
         key = tuple((entry.name, entry.version, weight) for entry, weight in ingredients), room, dtypes
-        held = self._blends.get(key)
-        if held is not None:
+        held = self._held.get(key)
+        if held is not None and self._tier.get(held.place) is held:
+            self._held.move_to_end(key)
             return held
         for ingredient in ingredients:
             _refuse_absolute(ingredient.entry, binding)
         if any(ingredient.entry.compile(binding).merges.all for ingredient in ingredients):
-            return MergedBlend(ingredients, key, binding)
+            return self._hold(MergedBlend(ingredients, key, binding))
         if len(ingredients) == 1:
-            return _weighted(ingredients[0], key)
+            return self._hold(_weighted(ingredients[0], key))
         recipe = self._recipe(ingredients, binding, svd)
-        versions = tuple(ingredient.entry.version for ingredient in ingredients)
-        alike = (blend for blend in reversed(self._blends.values()) if blend.recipe is recipe)
-        like = next((blend for blend in alike if blend.versions == versions and not recipe.shrunk), None)
-        known = (like.adapter.checkpoint.data, like.weights) if like is not None else None
-        data, error = mix(recipe, ingredients, binding, known)
         name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
-        checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
-        return Blend(name, checkpoint, ingredients, key, recipe=recipe, error=error)
-
-    def hold(self, blend: Blend) -> None:
-        """Keep a blend that has been activated, and let go of the one that was not used for longest."""
-        self._blends[blend.key] = blend
-        self._blends.move_to_end(blend.key)
-        if len(self._blends) > KEPT_BLENDS:
-            self._blends.popitem(last=False)
+        nbytes = recipe.schema.nbytes
+        self._tier.reserve(nbytes, name)
+        try:
+            versions = tuple(ingredient.entry.version for ingredient in ingredients)
+            alike = (blend for blend in reversed(self._held.values()) if blend.recipe is recipe)
+            like = next((blend for blend in alike if blend.versions == versions and not recipe.shrunk), None)
+            known = (like.adapter.checkpoint.data, like.weights) if like is not None else None
+            data, error = mix(recipe, ingredients, binding, known)
+            checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
+            blend = Blend(name, checkpoint, ingredients, key, recipe=recipe, error=error)
+        except BaseException:
+            self._tier.release(nbytes)
+            raise
+        return self._hold(blend, reserved=nbytes)
 
     def forget(self, name: str) -> None:
-        """Let go of the blends that have this adapter in them."""
-        for key in [key for key, blend in self._blends.items() if name in blend.names]:
-            del self._blends[key]
+        """Let go of the blends that have this adapter in them; of one that is live, once it is not."""
+        for key in [key for key, blend in self._held.items() if name in blend.names]:
+            self._retire(self._held.pop(key))
 
     def clear(self) -> None:
         """Let go of all."""
-        self._blends.clear()
+        while self._held:
+            self._retire(self._held.popitem()[1])
         self._recipes.clear()
+
+    def _hold(self, blend: Blend, *, reserved: int = 0) -> Blend:
+        self._tier.add(blend.place, blend, reserved=reserved)
+        self._held[blend.key] = blend
+        self._held.move_to_end(blend.key)
+        if len(self._held) > KEPT_BLENDS:
+            self._retire(self._held.popitem(last=False)[1])
+        return blend
+
+    def _retire(self, blend: Blend) -> None:
+        if self.holds(blend):
+            self._tier.retire(blend.place)
 
     def _recipe(self, ingredients: Sequence[Ingredient], binding: Binding, svd: bool) -> Recipe:
         room = binding.room

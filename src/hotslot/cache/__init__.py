@@ -3,9 +3,8 @@
 Takes names and bytes; gives them back. Knows nothing of LoRA, layouts or models.
 """
 
-from .budget import Cache
-from .host import HostTier
+from .budget import Cache, user_folder
 from .packed import PackedFiles
 from .tier import Sized, Tier
 
-__all__ = ["Cache", "HostTier", "PackedFiles", "Sized", "Tier"]
+__all__ = ["Cache", "PackedFiles", "Sized", "Tier", "user_folder"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from ..errors import CacheFullError
@@ -23,22 +24,33 @@ T = TypeVar("T", bound=Sized)
 class Tier(Generic[T]):
     """name → item, and never more bytes of them than the limit: what was not used for longest goes first.
 
-    An item's size is that at which it is added. Any thread may call anything. Methods that evict return what has gone,
-    so that their owner lets go of what belongs to it. Using, adding and evicting one item costs the same with ten as
-    with 10,000.
+    An item's size is taken when it is added; if it changes, `weigh` it anew. Any thread may call anything. Methods
+    that evict return what has gone, so that their owner lets go of what belongs to it. Using, adding and evicting one
+    item costs the same with ten as with 10,000.
 
     Args:
         limit_bytes: of all items; None: as many as there is memory for.
+        keeps: says of an item that it may not go now, such as one that is live. That counts as a use. It is asked with
+            the tier's lock held and must not call the tier.
         memory: what the bytes are of, for messages.
     """
 
-    def __init__(self, limit_bytes: int | None = None, *, memory: str = "host memory") -> None:
+    def __init__(
+        self,
+        limit_bytes: int | None = None,
+        *,
+        keeps: Callable[[T], bool] = lambda item: False,
+        memory: str = "host memory",
+    ) -> None:
         self.limit_bytes = limit_bytes
+        self._keeps = keeps
         self._memory = memory
         self._lock = threading.RLock()
         self._items: OrderedDict[str, T] = OrderedDict()  # the least recently used first
         self._sizes: dict[str, int] = {}
+        self._retired: list[tuple[T, int]] = []  # with their sizes
         self._nbytes = self._reserved = 0
+        self.evictions = 0  # of what had to go for others, or was told to
 
     # -- what there is ----------------------------------------------------------------------------------------------
 
@@ -47,8 +59,20 @@ class Tier(Generic[T]):
         """Bytes of all items, and of what is reserved."""
         return self._nbytes + self._reserved
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def __contains__(self, name: object) -> bool:
         return name in self._items
+
+    def items(self) -> list[tuple[str, T]]:
+        """All names and items, the least recently used first. That is no use of them."""
+        with self._lock:
+            return list(self._items.items())
+
+    def peek(self, name: str) -> T | None:
+        """The item, if it is here. That is no use of it."""
+        return self._items.get(name)
 
     def get(self, name: str) -> T | None:
         """The item, if it is here: now the last one that would go."""
@@ -69,7 +93,7 @@ class Tier(Generic[T]):
             reserved: bytes that were reserved for it and are not any more once it is held.
 
         Raises:
-            CacheFullError: it is larger than all the room there is. Nothing has changed, the reservation included.
+            CacheFullError: it does not fit beside what may not go. Nothing has changed, the reservation included.
         """
         with self._lock:
             size = item.nbytes
@@ -97,40 +121,116 @@ class Tier(Generic[T]):
             self._reserved -= nbytes
 
     def remove(self, name: str) -> T | None:
-        """Let go of an item; None if there is none."""
+        """Let go of an item, whether it may go or not; None if there is none."""
         with self._lock:
             return self._forget(name)
+
+    def retire(self, name: str) -> None:
+        """Find an item no more, which nobody will ask for; it is accounted for as long as it may not go."""
+        with self._lock:
+            if name in self._items:
+                self._retired.append((self._items.pop(name), self._sizes.pop(name)))
+                self.settle()
+
+    def settle(self) -> None:
+        """Let go of what was retired, as far as it may go by now."""
+        if self._retired:
+            with self._lock:
+                staying = [(item, size) for item, size in self._retired if self._keeps(item)]
+                self._nbytes -= sum(size for _, size in self._retired) - sum(size for _, size in staying)
+                self._retired = staying
+
+    def evict(self, name: str) -> T | None:
+        """Let go of an item as if there were no room; None if there is none.
+
+        Raises:
+            CacheFullError: it may not go now.
+        """
+        with self._lock:
+            item = self._items.get(name)
+            if item is not None and self._keeps(item):
+                raise CacheFullError(
+                    f"{name!r} cannot leave {self._memory} now.",
+                    where=name,
+                    found="pinned, in use, or of no other place than this",
+                    expected="an adapter that is none of these",
+                    hint="unpin it, or swap to another one, before; or unload it",
+                )
+            return self._take(name) if item is not None else None
+
+    def clear(self) -> None:
+        """Let go of all."""
+        with self._lock:
+            self._items.clear()
+            self._sizes.clear()
+            self._retired.clear()
+            self._nbytes = 0
+
+    def weigh(self, name: str) -> list[T]:
+        """Take an item's size anew. If it has grown, others go as far as they may, and are returned."""
+        with self._lock:
+            item = self._items.get(name)
+            if item is None:
+                return []
+            size = item.nbytes
+            self._nbytes += size - self._sizes[name]
+            self._sizes[name] = size
+            chosen, _ = self._victims(self._excess(0), name)
+            return [self._take(victim) for victim in chosen]
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless the bytes that are accounted are those that are held, and within the limit."""
         with self._lock:
             sizes = {name: item.nbytes for name, item in self._items.items()}
             assert sizes == self._sizes, f"accounted {self._sizes}, held {sizes}"
-            assert self._nbytes == sum(sizes.values()), f"accounted {self._nbytes}, held {sum(sizes.values())}"
+            held = sum(sizes.values()) + sum(size for _, size in self._retired)
+            assert self._nbytes == held, f"accounted {self._nbytes}, held {held}"
             assert self._reserved >= 0
             assert self.limit_bytes is None or self.nbytes <= self.limit_bytes, f"{self.nbytes} > {self.limit_bytes}"
 
     # -- inside, with the lock held ---------------------------------------------------------------------------------
 
+    def _excess(self, more: int) -> int:
+        """Bytes beyond the limit, with `more` of them."""
+        return 0 if self.limit_bytes is None else self.nbytes + more - self.limit_bytes
+
+    def _victims(self, nbytes: int, besides: str) -> tuple[list[str], int]:
+        """Who goes for so many bytes, not the item of the name `besides`; and how many bytes are lacking then."""
+        chosen, kept = [], []
+        for name, item in self._items.items():
+            if nbytes <= 0:
+                break
+            if name == besides:
+                continue
+            if self._keeps(item):
+                kept.append(name)
+            else:
+                chosen.append(name)
+                nbytes -= self._sizes[name]
+        for name in kept:
+            self._items.move_to_end(name)  # else the next ones in need would look at all of them again
+        return chosen, max(nbytes, 0)
+
     def _make_room(self, more: int, name: str) -> list[T]:
         """Let go of what has to for `more` bytes, besides the item of this name."""
-        excess = 0 if self.limit_bytes is None or more <= 0 else self.nbytes + more - self.limit_bytes
-        chosen: list[str] = []
-        for victim in self._items:
-            if excess <= 0:
-                break
-            if victim != name:
-                chosen.append(victim)
-                excess -= self._sizes[victim]
-        if excess > 0:
+        self.settle()
+        chosen, lacking = self._victims(self._excess(more) if more > 0 else 0, name)
+        if lacking:
             raise CacheFullError(
                 f"{name!r} does not fit into {self._memory}.",
                 where=name or None,
-                found=f"{excess:,} bytes too many, with everything else gone",
+                found=f"{lacking:,} bytes too many, with all gone that may go: what is pinned, in use, or of no other "
+                "place stays",
                 expected=f"{self.limit_bytes:,} bytes at most in all, by the cache's limit",
-                hint="raise the limit",
+                hint="unpin or unload adapters, or raise the limit",
             )
-        return [gone for victim in chosen if (gone := self._forget(victim)) is not None]
+        return [self._take(victim) for victim in chosen]
+
+    def _take(self, name: str) -> T:
+        item = self._forget(name)
+        assert item is not None
+        self.evictions += 1
+        return item
 
     def _forget(self, name: str) -> T | None:
         item = self._items.pop(name, None)

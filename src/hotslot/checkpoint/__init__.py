@@ -5,7 +5,7 @@ of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` d
 """
 
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
-from .files import Files, Stamp
+from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from .recent import Recent
 from .safetensors_file import DTYPES, Piece, open_data, parse_header, read_header
@@ -28,6 +28,7 @@ from .sources import (
 __all__ = [
     "CONFIG_NAME",
     "DTYPES",
+    "GRAIN_NS",
     "MAX_CONFIG_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_NAME_LENGTH",

@@ -166,6 +166,12 @@ class Checkpoint:
         digests, _ = _sweep(data, fill)
         return cls(schema, data, version, origin) if _version(schema, digests) == version else None
 
+    @classmethod
+    def outline(cls, schema: Schema, origin: str) -> Checkpoint:
+        """An adapter without values, which are on the meta device: enough for a plan. Equal schemas, one version."""
+        data = torch.empty(schema.nbytes, dtype=torch.uint8, device="meta")
+        return cls(schema, data, schema.digest.hex(), origin)
+
     @property
     def config(self) -> Mapping[str, Any]:
         """The content of adapter_config.json, read-only."""

@@ -54,6 +54,11 @@ class Files:
         given = None if self.given is None else self.given.decode()
         return json.dumps([os.path.abspath(self.weights), os.path.abspath(self.config), given])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file of weights: a few more than those of the weights."""
+        return self.weights.stat().st_size if self.weights.exists() else 0
+
     def stamp(self) -> Stamp:
         """What the file system says of them now, links followed.
 

@@ -42,7 +42,7 @@ Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor] | Check
 
 
 def read(
-    source: Source,
+    source: Source | Files,
     *,
     config: Any = None,
     subfolder: str | None = None,
@@ -55,7 +55,7 @@ def read(
 
     Args:
         source: a folder with adapter_config.json and adapter_model.safetensors, a Hub id, a dict of tensors (then
-            `config` is needed), or a Checkpoint, which is returned as it is.
+            `config` is needed), what `locate` gives, or a Checkpoint, which is returned as it is.
         config: a peft config or a dict like adapter_config.json; replaces the folder's own where both are given.
         subfolder, revision, cache_dir, token: as in `huggingface_hub.hf_hub_download`; a folder takes `subfolder` too.
         pin_memory: read into page-locked memory, from which a copy to a GPU is several times faster.
@@ -65,16 +65,22 @@ def read(
     """
     if isinstance(source, Checkpoint):
         return source
+    if isinstance(source, Files):
+        return read_files(source, pin_memory=pin_memory)
     found = _read(source, config, subfolder, revision, cache_dir, token, pin_memory=pin_memory)
-    if "components" in found.config:  # which `hotslot.pipelines` alone states
+    _refuse_components(found.config, found.origin)
+    return found
+
+
+def _refuse_components(config: Mapping[str, Any], origin: str) -> None:
+    if "components" in config:  # which `hotslot.pipelines` alone states
         raise ConfigError(
-            f"{found.origin} says that it is one of several models.",
+            f"{origin} says that it is one of several models.",
             where="components",
-            found=f"{found.config['components']!r:.80}",
+            found=f"{config['components']!r:.80}",
             expected="the adapter of one model",
             hint=_SAVE_AGAIN,
         )
-    return found
 
 
 def _read(
@@ -172,6 +178,7 @@ def _survey(files: Files) -> tuple[bytes, list[TensorSpec], Schema]:
     specs = parse_header(header, files.weights)
     moved, _ = aligned(specs, torch.empty(_nbytes(specs), dtype=torch.uint8, device="meta"))
     schema = Schema(parse_config(text, files.config), moved)
+    _refuse_components(schema.config, files.origin)
     if moved is specs:
         schemas.put((header, text), schema)
     return header, specs, schema

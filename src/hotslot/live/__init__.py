@@ -7,7 +7,7 @@ touches a live model, and the first of the line that imports peft.
 from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
-from .conversion import converted
+from .conversion import converted, is_converted
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
@@ -61,6 +61,7 @@ __all__ = [
     "inject",
     "innermost",
     "is_compiled",
+    "is_converted",
     "is_on_gpu",
     "matching_targets",
     "model_of",

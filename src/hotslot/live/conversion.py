@@ -20,15 +20,19 @@ def converted(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         UnsupportedError: PEFT cannot convert it.
     """
-    base = innermost(model)
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    if checkpoint.config.get("peft_type") != "LORA" or model_type is None:
+    if checkpoint.config.get("peft_type") != "LORA" or not is_converted(model):
         return checkpoint
+    return _by_peft(innermost(model), checkpoint)
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether transformers has renamed or laid out anew any weights of models of this kind."""
+    model_type = getattr(getattr(innermost(model), "config", None), "model_type", None)
+    if model_type is None:
+        return False
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    if get_checkpoint_conversion_mapping(model_type) is None:
-        return checkpoint
-    return _by_peft(base, checkpoint)
+    return get_checkpoint_conversion_mapping(model_type) is not None
 
 
 def _by_peft(base: Any, checkpoint: Checkpoint) -> Checkpoint:

@@ -7,19 +7,44 @@ it (`straight`). Nothing here is written to the live model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import Checkpoint, Source, config_dict
-from ..errors import ConfigError, ModelError, UnexpectedTargetError
+from ..checkpoint import CONFIG_NAME, Checkpoint, Files, Source, config_dict
+from ..errors import AdapterNotFoundError, ConfigError, ModelError, UnexpectedTargetError
 from .components import Components
 from .conversion import configuration
 
-__all__ = ["read", "whole"]
+__all__ = ["LoraFile", "Request", "listed", "read", "request", "whole"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA in a file, a folder or the Hub, which diffusers finds and reads.
+
+    Attributes:
+        source: as `load_lora_weights` takes it.
+        options: of `load_lora_weights`.
+    """
+
+    source: Any
+    options: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file, if it is one that is named."""
+        return os.path.getsize(self.source) if os.path.isfile(self.source) else 0
+
+
+# An adapter that can be read at any time; or that has been read, and cannot be read again.
+Request: TypeAlias = Files | LoraFile | Checkpoint
 
 
 def whole(model: Any) -> nn.Module:
@@ -57,29 +82,79 @@ def whole(model: Any) -> nn.Module:
     return Components(model, members)
 
 
-def read(
-    model: nn.Module, source: Source, *, config: Any = None, pin_memory: bool = False, **options: Any
-) -> Checkpoint:
-    """An adapter for the model: `hotslot.checkpoint.read`, or for a pipeline as diffusers reads it.
+def request(
+    model: nn.Module, source: Source | Request, *, config: Any = None, pin_memory: bool = False, **options: Any
+) -> Request:
+    """Where an adapter for the model is, such that it can be read when it is needed. Tensors are copied now.
 
     Args:
         model: of `whole`.
-        source: of a pipeline whatever `load_lora_weights` takes. A dict is neither kept nor changed.
+        source: what `hotslot.checkpoint.read` takes; of a pipeline whatever `load_lora_weights` takes. A dict is
+            neither kept nor changed.
         config: of a pipeline: name of a component → its peft config; with a dict of tensors that are named as
             `save_lora_weights` names them.
-        pin_memory: read into page-locked memory.
+        pin_memory: copy tensors into page-locked memory.
         **options: as `hotslot.checkpoint.read` takes them, or as `load_lora_weights` does: weight_name, subfolder, …
+
+    Raises:
+        CheckpointError: one of its kinds, see `hotslot.errors`.
+        DoesNotFitError, UnsupportedError: diffusers finds no place for all of the tensors in the pipeline.
+    """
+    if isinstance(source, (Checkpoint, Files, LoraFile)):
+        return source
+    if not isinstance(model, Components):
+        if isinstance(source, Mapping):
+            return checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
+        return checkpoints.locate(source, config, **options)
+    if config is not None:
+        return _of_a_trainer(source, config, pin_memory=pin_memory)
+    if isinstance(source, Mapping):
+        return model.read(source, pin_memory=pin_memory, **options)
+    return LoraFile(source, options)
+
+
+def read(
+    model: nn.Module, source: Source | Request, *, config: Any = None, pin_memory: bool = False, **options: Any
+) -> Checkpoint:
+    """An adapter for the model: `hotslot.checkpoint.read`, or for a pipeline as diffusers reads it.
+
+    Takes what `request` does, or what it gives.
 
     Raises:
         CheckpointError: one of its kinds, see `hotslot.errors`.
         DoesNotFitError, UnsupportedError: diffusers finds no place for all of it in the pipeline.
     """
-    if not isinstance(model, Components) or isinstance(source, Checkpoint):
-        checkpoint = checkpoints.read(source, config=config, pin_memory=pin_memory, **options)
-        return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
-    if config is not None:
-        return _of_a_trainer(source, config, pin_memory=pin_memory)
-    return model.read(source, pin_memory=pin_memory, **options)
+    asked = request(model, source, config=config, pin_memory=pin_memory, **options)
+    if isinstance(asked, LoraFile):
+        assert isinstance(model, Components)
+        return model.read(asked.source, pin_memory=pin_memory, **asked.options)
+    checkpoint = checkpoints.read_files(asked, pin_memory=pin_memory) if isinstance(asked, Files) else asked
+    return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
+
+
+def listed(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The adapters for the model that lie in a folder: the name that each has there → where it is.
+
+    Each folder in it that has an adapter_config.json; for a pipeline each safetensors file, without the suffix. What
+    begins with a dot is being written, or was put away.
+
+    Raises:
+        AdapterNotFoundError: there is no such folder.
+    """
+    place = Path(folder)
+    try:
+        found = sorted(path for path in place.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise AdapterNotFoundError(
+            f"No folder of adapters at {place}.",
+            where=place,
+            found=f"{type(error).__name__}: {error}",
+            expected="a folder with a folder for each adapter, or for a pipeline a safetensors file",
+            hint="give the folder that the adapters' folders are in; or {name: source, …}",
+        ) from error
+    if isinstance(model, Components):
+        return {path.stem: path for path in found if path.suffix == ".safetensors"}
+    return {path.name: path for path in found if (path / CONFIG_NAME).is_file()}
 
 
 def _of_a_trainer(source: Any, config: Any, *, pin_memory: bool) -> Checkpoint:

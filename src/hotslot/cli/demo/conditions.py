@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ...cache import user_folder
 from ...errors import HotslotError
-from . import smollm2
 
 # Half of torch's threads, up to four: more read 540 MB of weights little faster, and where something else runs on all
 # cores, as many threads as cores wait for one another (measured on two busy cores: one thread 27 s, two 569 s).
@@ -71,7 +71,7 @@ def kept_code() -> Iterator[None]:
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(smollm2.cache_root() / "inductor")
+    os.environ[name] = str(user_folder() / "inductor")
     try:
         yield
     finally:

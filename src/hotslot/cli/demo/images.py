@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ...cache import user_folder
 from ...errors import HotslotError
 from ..terminal import print_json
 from . import adapters as casting
-from . import show, smollm2
+from . import show
 from .conditions import backend_name, compiled, compiled_graphs, few_threads, kept_code, timed
 from .result import ImagesResult, RowResult
 
@@ -80,7 +81,7 @@ def run_images(
     else:
         console = console or show.new_console()
         show.images_table(console, result)
-        show.images_summary(console, result, str(smollm2.cache_root()))
+        show.images_summary(console, result, str(user_folder()))
     return result
 
 

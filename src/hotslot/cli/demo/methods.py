@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cache import user_folder
 from ..terminal import print_json
 from . import adapters as casting
 from . import show, smollm2
@@ -57,7 +58,7 @@ def run_methods(
     else:
         console = console or show.new_console()
         show.methods_tables(console, result)
-        show.methods_summary(console, result, str(smollm2.cache_root()))
+        show.methods_summary(console, result, str(user_folder()))
     return result
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cache import user_folder
 from ..terminal import print_json
 from . import adapters as casting
 from . import show, smollm2
@@ -58,7 +59,7 @@ def run_demo(
         console = console or show.new_console()
         show.answers(console, result, cast.prompts)
         show.tables(console, result)
-        show.summary(console, result, str(smollm2.cache_root()))
+        show.summary(console, result, str(user_folder()))
     return result
 
 

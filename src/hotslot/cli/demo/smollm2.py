@@ -6,9 +6,7 @@ they are converted once, and kept as safetensors in the user's cache, from where
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -18,6 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...cache import user_folder
 from ...errors import HotslotError
 
 if TYPE_CHECKING:
@@ -37,19 +36,6 @@ class Loaded(NamedTuple):
     stop: tuple[int, ...]
 
 
-def cache_root() -> Path:
-    """Where to keep files for this user: HOTSLOT_CACHE, else XDG_CACHE_HOME/hotslot, else the platform's place."""
-    if chosen := os.environ.get("HOTSLOT_CACHE"):
-        return Path(chosen).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "hotslot"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "hotslot"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "hotslot" / "Cache"
-    return Path.home() / ".cache" / "hotslot"
-
-
 def smollm2_folder() -> Path:
     """Where the converted model is, or will be once `convert` has run.
 
@@ -57,7 +43,7 @@ def smollm2_folder() -> Path:
         HotslotError: the package with the weights is not installed; says how to install it.
     """
     version = _package().version
-    return cache_root() / "models" / f"smollm2-135m-instruct-{version}-fp32"
+    return user_folder() / "models" / f"smollm2-135m-instruct-{version}-fp32"
 
 
 def convert(folder: Path) -> None:

@@ -1,0 +1,417 @@
+"""Adapters by name: what is known of each, and those that wait in host memory, within a budget.
+
+An adapter whose files are at hand may go from memory and be read again, so that of thousands that are known some wait.
+One that is live, was live before, is about to be, or has no other place, stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .blending import Blender
+from .cache import Cache, PackedFiles, Tier, user_folder
+from .checkpoint import Checkpoint, Files, read_files
+from .engine import Entry
+from .errors import CacheFullError, ChangedError, UnknownAdapterError
+from .pipelines import Request
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """What is known of an adapter, whether it is in memory or not.
+
+    Attributes:
+        name: that the user has given it.
+        source: from which it is read, and read again; None once it is held if its tensors were given.
+        nbytes: of host memory that reading it takes.
+        version: digest of what was read; None as long as only the header was.
+        pinned: whether the user wants it to stay in memory.
+    """
+
+    name: str
+    source: Request | None
+    nbytes: int
+    version: str | None = None
+    pinned: bool = False
+
+
+@dataclass(slots=True)
+class Room:
+    """Bytes that are reserved, as long as the block lasts for which they are, or until an adapter has them."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Adapters that stay in memory as long as the block lasts in which they are lent.
+
+    Attributes:
+        entries: by name.
+        seconds: that reading those took which were not in memory; None if all were.
+    """
+
+    entries: Mapping[str, Entry]
+    seconds: float | None
+
+
+class Library:
+    """name → adapter, in the order of loading. Whoever calls it holds no lock, unless it says otherwise.
+
+    Args:
+        cache: budgets.
+        lock: held while anything changes, and never while a file is read.
+        pin_memory: whether a GPU will read what is in memory.
+        open: gives the Checkpoint of a source, and raises what is wrong with it; called without the lock.
+        make: gives the Entry of a name and a Checkpoint, made ready for the model; called with the lock held.
+        is_used: whether what is live, or was before, has its values there; called with the lock held.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        lock: AbstractContextManager[Any],
+        *,
+        pin_memory: bool,
+        open: Callable[[Request], Checkpoint],
+        make: Callable[[str, Checkpoint], Entry],
+        is_used: Callable[[Entry], bool],
+    ) -> None:
+        self._lock = lock
+        self._pin_memory = pin_memory
+        self._open, self._make, self._is_used = open, make, is_used
+        self._known: dict[str, Known] = {}
+        self._loans: Counter[Entry] = Counter()
+        self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
+        self._tier: Tier[Entry] = Tier(cache.host_bytes, keeps=self._keeps)
+        self._packed = None
+        if cache.disk_bytes != 0:
+            folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
+            self._packed = PackedFiles(folder, cache.disk_bytes)
+        self.blender = Blender(self._tier)
+        self.hits = self.misses = 0
+
+    # -- what there is, with the lock held or not -------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._known))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory: of adapters, of blends of them, and of what is being read."""
+        return self._tier.nbytes
+
+    @property
+    def waiting(self) -> int:
+        """How many adapters are in memory."""
+        return len(self._tier) - len(self.blender)
+
+    @property
+    def evictions(self) -> int:
+        """How often an adapter, or a blend, has gone from memory because others needed the room."""
+        return self._tier.evictions
+
+    def entries(self) -> list[Entry]:
+        """What is in memory, blends included."""
+        return [entry for _, entry in self._tier.items()]
+
+    def known(self, name: str) -> Known:
+        """What is known of an adapter.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name is loaded.
+        """
+        try:
+            return self._known[name]
+        except KeyError:
+            names = [repr(name) for name in self]
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            raise UnknownAdapterError(
+                f"No adapter {name!r} is loaded.",
+                found=f"loaded: {', '.join(names[:20]) or 'none'}{more}",
+                hint=f"swapper.load({name!r}, source) first",
+            ) from None
+
+    def peek(self, name: str) -> Entry | None:
+        """The adapter, if it is in memory. That is no use of it."""
+        return self._tier.peek(name)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless the bytes that are accounted are those that are held, and within the budget."""
+        with self._lock:
+            self._tier.check_integrity()
+            for name, entry in self._tier.items():
+                assert name in self._known or self.blender.holds(entry), f"nobody's: {name!r}"
+
+    # -- what comes and goes ----------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: Request) -> None:
+        """Read an adapter and hold it, in place of what had its name.
+
+        Raises:
+            CheckpointError, DoesNotFitError, UnsupportedError: what is wrong with it; what had its name is held on.
+            CacheFullError: there is no room for it.
+        """
+        with self._reading:
+            self._bring(Known(name, source, 0 if isinstance(source, Checkpoint) else source.nbytes), new=True)
+
+    def know(self, name: str, source: Request, nbytes: int) -> None:
+        """Hold what is known of an adapter, in place of what had its name, and read it when it is needed."""
+        with self._lock:
+            self._replace(Known(name, source, nbytes))
+
+    def hold(self, entry: Entry, source: Request, room: Room | None = None) -> None:
+        """Hold an adapter that was read and made ready elsewhere, in place of what had its name.
+
+        Args:
+            entry: the adapter.
+            source: from which it is read again; a Checkpoint cannot be.
+            room: that was made for it.
+
+        Raises:
+            CacheFullError: there is no room for it.
+        """
+        with self._lock:
+            self._add(Known(entry.name, source, entry.nbytes), entry, room or Room(0), new=True)
+
+    @contextmanager
+    def room(self, nbytes: int, name: str) -> Iterator[Room]:
+        """For a block: bytes are reserved for what is about to be read or made.
+
+        Raises:
+            CacheFullError: there is no room for as many.
+        """
+        with self._lock:
+            self._reserve(nbytes, name)
+        room = Room(nbytes)
+        try:
+            yield room
+        finally:
+            self._tier.release(room.nbytes)
+
+    def remove(self, name: str) -> Known:
+        """Let go of an adapter, and of blends with it."""
+        with self._lock:
+            known = self.known(name)
+            self.blender.forget(name)
+            del self._known[name]
+            self._tier.retire(name)
+            return known
+
+    def clear(self) -> None:
+        """Let go of all."""
+        with self._lock:
+            self.blender.clear()
+            self._known.clear()
+            self._tier.clear()
+
+    @contextmanager
+    def lent(self, names: Collection[str]) -> Iterator[Loan]:
+        """For a block: adapters in memory, read if they were not there.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name is loaded.
+            CheckpointError: its files are not there any more, or not those that were loaded.
+            CacheFullError: there is no room for it beside what is in use.
+        """
+        entries: dict[str, Entry] = {}
+        seconds: float | None = None
+        try:
+            for name in names:
+                entry = self._lend(name)
+                if entry is None:
+                    started = time.perf_counter()
+                    entry = self._lend_read(name)
+                    seconds = (seconds or 0.0) + time.perf_counter() - started
+                entries[name] = entry
+            yield Loan(entries, seconds)
+        finally:
+            with self._lock:
+                for entry in entries.values():
+                    self._give_back(entry)
+
+    @contextmanager
+    def kept(self, entry: Entry | None) -> Iterator[None]:
+        """For a block: an entry, and what it borrows from, stays accounted. With the lock held or not."""
+        entries = [] if entry is None else [entry, *entry.lenders]
+        with self._lock:
+            self._loans.update(entries)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for each in entries:
+                    self._give_back(each)
+
+    def settle(self, entry: Entry | None, *, merged: bool) -> None:
+        """After a swap, with the lock held: what that has freed goes, what it has made is counted.
+
+        Args:
+            entry: what is live.
+            merged: whether it is merged, which is what makes an adapter keep more than before.
+        """
+        if entry is not None and merged:
+            self.weigh(entry)
+        self._tier.settle()
+
+    def weigh(self, entry: Entry) -> None:
+        """Take the size of an adapter anew."""
+        if self._tier.peek(entry.name) is entry:
+            self._tier.weigh(entry.name)
+
+    def evict(self, name: str) -> bool:
+        """Let go of an adapter's memory; says whether it was there.
+
+        Raises:
+            UnknownAdapterError: no adapter of that name is loaded.
+            CacheFullError: it is in use, pinned, or its tensors were given and are in no other place.
+        """
+        with self._lock:
+            self.known(name)
+            self.blender.forget(name)
+            return self._tier.evict(name) is not None
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _keeps(self, entry: Entry) -> bool:
+        """Whether an adapter has to stay in memory now."""
+        if self._loans[entry] or self._is_used(entry) or self.blender.shares(entry):
+            return True
+        known = self._known.get(entry.name)
+        return known is not None and self._tier.peek(entry.name) is entry and (known.pinned or known.source is None)
+
+    def _lend(self, name: str) -> Entry | None:
+        """What is in memory."""
+        with self._lock:
+            self.known(name)
+            entry = self._tier.get(name)
+            if entry is not None:
+                self._loans[entry] += 1
+                self.hits += 1
+            return entry
+
+    def _lend_read(self, name: str) -> Entry:
+        """What has to be read, unless another thread has just done so."""
+        with self._reading:
+            while True:
+                entry = self._lend(name)
+                if entry is None:
+                    entry = self._bring(self.known(name), new=False)
+                    self.misses += entry is not None
+                if entry is not None:
+                    return entry
+
+    def _bring(self, known: Known, *, new: bool) -> Entry | None:
+        """Read an adapter and hold it.
+
+        Args:
+            known: of the adapter.
+            new: whether it takes the place of what has its name, unless that is the same. Else it is lent, if it has
+                not lost its name meanwhile.
+        """
+        with self.room(known.nbytes, known.name) as room:
+            assert known.source is not None, "what cannot be read again does not go"
+            checkpoint, pack = self._read(known.source)
+            with self._lock:
+                if not new and self._known.get(known.name) is not known:
+                    return None
+                if new and self._holds(known.name, checkpoint.version):
+                    return None
+                if known.version not in (None, checkpoint.version):
+                    raise _changed(known, checkpoint)
+                entry = self._make(known.name, checkpoint)
+                self._add(known, entry, room, new=new)
+                self._loans[entry] += (not new) + (pack is not None)
+        if pack is not None:
+            background().submit(self._pack, pack, entry)
+        return entry
+
+    def _holds(self, name: str, version: str) -> bool:
+        known = self._known.get(name)
+        return known is not None and known.version == version and name in self._tier
+
+    def _add(self, known: Known, entry: Entry, room: Room, *, new: bool) -> None:
+        """Hold an entry for which there is room, or may be made. If there is none, nothing has changed."""
+        size = entry.nbytes
+        if size > room.nbytes:
+            self._reserve(size - room.nbytes, known.name)
+            room.nbytes = size
+        if new:
+            self._replace(known)
+        known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
+        if isinstance(known.source, Checkpoint):
+            known.source = None  # which the entry has, and none can read again
+        self._tier.add(known.name, entry, reserved=room.nbytes)
+        room.nbytes = 0
+
+    def _reserve(self, nbytes: int, name: str) -> None:
+        try:
+            self._tier.reserve(nbytes, name)
+        except CacheFullError:
+            self.blender.clear()  # of which some may keep adapters from going
+            self._tier.reserve(nbytes, name)
+
+    def _replace(self, known: Known) -> None:
+        """Let a name stand for another adapter."""
+        self.blender.forget(known.name)
+        self._tier.retire(known.name)
+        self._known.pop(known.name, None)  # it comes last
+        self._known[known.name] = known
+
+    def _read(self, source: Request) -> tuple[Checkpoint, Callable[[], object] | None]:
+        """What a source holds; and what keeps it as a packed file, where that is to be done."""
+        if self._packed is None or not isinstance(source, Files):
+            return self._open(source), None
+        try:
+            stamp, read_ns = source.stamp(), time.time_ns()
+            checkpoint = self._packed.read(source, pin_memory=self._pin_memory)
+        except OSError:  # it is gone: which `open` says better
+            return self._open(source), None
+        if checkpoint is not None:
+            return self._open(checkpoint), None
+        checkpoint = read_files(source, pin_memory=self._pin_memory)
+        return self._open(checkpoint), functools.partial(self._packed.write, source, stamp, read_ns, checkpoint)
+
+    def _pack(self, pack: Callable[[], object], entry: Entry) -> None:
+        try:
+            pack()
+        finally:
+            with self._lock:
+                self._give_back(entry)
+
+    def _give_back(self, entry: Entry) -> None:
+        self._loans[entry] -= 1
+        if not self._loans[entry]:
+            del self._loans[entry]
+
+
+def _changed(known: Known, found: Checkpoint) -> ChangedError:
+    return ChangedError(
+        f"The files of the adapter {known.name!r} have changed since it was loaded.",
+        where=found.origin,
+        found=f"version {found.version}",
+        expected=f"version {known.version}, which was loaded",
+        hint=f"swapper.load({known.name!r}, source) takes what is there now; attach(…, watch=True) does so by itself",
+    )
+
+
+@functools.cache
+def background() -> ThreadPoolExecutor:
+    """The thread that reads ahead and packs; one, because each reading has many."""
+    return ThreadPoolExecutor(1, thread_name_prefix="hotslot-background")
+
+
+os.register_at_fork(after_in_child=background.cache_clear)  # a fork has none of its parent's threads
