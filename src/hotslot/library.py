@@ -360,9 +360,12 @@ class Library:
     def _reserve(self, nbytes: int, name: str) -> None:
         try:
             self._tier.reserve(nbytes, name)
+            return
         except CacheFullError:
-            self.blender.clear()  # of which some may keep adapters from going
-            self._tier.reserve(nbytes, name)
+            if not len(self.blender):
+                raise
+        self.blender.clear()  # some may keep adapters from going
+        self._tier.reserve(nbytes, name)
 
     def _replace(self, known: Known) -> None:
         """Let a name stand for another adapter."""

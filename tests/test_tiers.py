@@ -1,0 +1,503 @@
+"""Of adapters that are known some wait in memory: whatever goes and comes, what is live is right and bytes are kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hotslot
+from adapters import make_adapter
+from compiling import Backend
+from hotslot import Cache
+from hotslot.errors import AdapterNotFoundError, CacheFullError, ChangedError, NonFiniteError, UnknownAdapterError
+from hotslot.testing import no_recompile, same_addresses
+from hotslot.watching import Watch
+from methods import make_method_adapter
+from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
+from zoo import ZOO
+
+MLP = ZOO["mlp"]
+INPUTS = MLP.inputs()
+WEIGHTS = "adapter_model.safetensors"
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve adapters in one folder: eight of one family, two of another, two of a third."""
+    folder = tmp_path_factory.mktemp("gallery")
+    for i in range(COUNT):
+        family: dict[str, Any] = {"r": 4, "target_modules": ["up", "down"]}
+        if i in (4, 5):
+            family = {"r": 8, "target_modules": ["up"], "use_rslora": True}
+        elif i in (8, 9):
+            family = {"r": 2, "lora_alpha": 7, "target_modules": ["up", "down"]}
+        make_adapter(folder / f"a{i:02}", MLP, seed=i, **family)
+    return folder
+
+
+@pytest.fixture
+def own(gallery: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, to be changed."""
+    return Path(shutil.copytree(gallery, tmp_path / "own"))
+
+
+def size(folder: Path) -> int:
+    return sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
+
+
+def largest(gallery: Path) -> int:
+    return max(size(path) for path in gallery.iterdir())
+
+
+def attached(gallery: Path, adapters: float, **options: Any) -> tuple[Any, hotslot.Swapper]:
+    """With room for so many of the largest adapters; a file's header is counted until the file is read."""
+    model = MLP.build()
+    budget = int(adapters * largest(gallery))
+    return model, hotslot.attach(model, gallery, cache=Cache(host_bytes=budget), **options)
+
+
+def assert_live(model: Any, swapper: hotslot.Swapper, gallery: Path) -> None:
+    expected = (
+        MLP.output(MLP.build(), INPUTS) if swapper.active is None else fresh_output(MLP, gallery / swapper.active)
+    )
+    assert_same_output(MLP.output(model, INPUTS), expected)
+    swapper.check_integrity()
+
+
+# --- a folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_known_by_its_headers_and_read_when_needed(gallery: Path) -> None:
+    model = MLP.build()
+    swapper = hotslot.attach(model, gallery)
+    assert swapper.adapters == tuple(f"a{i:02}" for i in range(COUNT))
+    assert swapper.metrics().host_adapters == 3, "one of each family, which proves that all fit"
+    assert swapper.host_bytes == sum(size(gallery / name) for name in ("a00", "a04", "a08"))
+    with same_addresses(model):
+        for name in swapper.adapters:
+            report = swapper.activate(name)
+            assert report.tier == ("host" if name in ("a00", "a04", "a08") else "disk")
+            assert_live(model, swapper, gallery)
+    assert swapper.activate("a01").tier == "host"
+    assert swapper.metrics().misses == COUNT - 3
+    assert swapper.metrics().hits == 4
+
+
+def test_a_folder_may_be_given_as_text_and_hold_other_things(own: Path) -> None:
+    (own / "notes").mkdir()
+    (own / "readme.txt").write_text("adapters")
+    os.rename(own / "a11", own / ".a11")
+    swapper = hotslot.attach(MLP.build(), str(own))
+    assert len(swapper.adapters) == COUNT - 1
+    with pytest.raises(AdapterNotFoundError, match="No folder of adapters"):
+        hotslot.attach(MLP.build(), own / "nowhere")
+
+
+def test_what_is_wrong_with_values_shows_when_they_are_read_and_changes_nothing(own: Path) -> None:
+    tensors = load_file(own / "a01" / WEIGHTS)
+    next(iter(tensors.values()))[0] = torch.nan
+    save_file(tensors, own / "a01" / WEIGHTS, {"format": "pt"})
+    model = MLP.build()
+    swapper = hotslot.attach(model, own)
+    swapper.activate("a02")
+    before = snapshot(model)
+    with pytest.raises(NonFiniteError):
+        swapper.activate("a01")
+    assert_unchanged(before, snapshot(model))
+    assert_live(model, swapper, own)
+    swapper.activate("a03")
+    assert_live(model, swapper, own)
+
+
+def test_a_header_that_is_wrong_is_refused_with_nothing_touched(own: Path) -> None:
+    weights = own / "a07" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-4])
+    model = MLP.build()
+    before = snapshot(model)
+    with pytest.raises(hotslot.errors.CorruptFileError, match="a07"):
+        hotslot.attach(model, own)
+    assert_unchanged(before, snapshot(model))
+    assert hotslot.Swapper.of(model) is None
+
+
+# --- a budget for host memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_done_within_a_budget_what_is_live_is_right(gallery: Path, seed: int) -> None:
+    """Beside a plain record of what should be live; the bytes are checked after each step."""
+    rng = Random(seed)
+    adapters = 3.2 if seed % 2 else 4.5  # three for swaps, and one that is pinned
+    model, swapper = attached(gallery, adapters)
+    names, pinned = list(swapper.adapters), set[str]()
+    for _ in range(60):
+        name = rng.choice(names)
+        match rng.randrange(10):
+            case 0:
+                with swapper.using(name), swapper.using(rng.choice([*names, None])):
+                    assert_live(model, swapper, gallery)
+            case 1:
+                swapper.deactivate()
+            case 2:
+                with pytest.raises(CacheFullError) if name in (swapper.active, *pinned) else suppress(CacheFullError):
+                    swapper.evict(name)
+            case 3 if adapters > 4 and not pinned:
+                swapper.pin(name)
+                pinned.add(name)
+            case 4 if pinned:
+                swapper.unpin(pinned.pop())
+            case 5:
+                assert swapper.prefetch(name).result() == "host"
+            case 6 if name not in (swapper.active, *pinned):
+                swapper.unload(name)
+                swapper.load(name, gallery / name, lazy=rng.random() < 0.5)
+            case 7 if swapper.metrics().changed:
+                swapper.rollback()
+            case _:
+                swapper.activate(name)
+                assert swapper.active == name
+        assert_live(model, swapper, gallery)
+    assert swapper.metrics().evictions
+    swapper.detach()
+    assert swapper.host_bytes == 0
+
+
+def test_what_has_gone_from_memory_is_gone(gallery: Path) -> None:
+    _, swapper = attached(gallery, 3.2)
+    swapper.activate("a01")
+    data = weakref.ref(swapper.engine.live.entry.adapter.checkpoint)
+    for name in ("a02", "a03"):
+        swapper.activate(name)
+        gc.collect()
+        assert data() is not None, "live before: rollback and the undoing of a swap need it" if name == "a02" else ""
+    swapper.activate("a06")
+    gc.collect()
+    assert data() is None
+    assert swapper.host_bytes <= 3.2 * largest(gallery)
+
+
+def test_less_room_than_for_three_is_refused_with_nothing_touched(gallery: Path) -> None:
+    model, swapper = attached(gallery, 2.5)
+    swapper.activate("a00")
+    swapper.activate("a01")
+    before = snapshot(model)
+    with pytest.raises(CacheFullError, match="'a02' does not fit into host memory"):
+        swapper.activate("a02")
+    assert_unchanged(before, snapshot(model))
+    assert_live(model, swapper, gallery)
+    swapper.rollback()
+    assert swapper.active == "a00"
+    assert_live(model, swapper, gallery)
+
+
+def test_adapters_given_as_tensors_stay_and_are_refused_beyond_the_budget(gallery: Path) -> None:
+    model, swapper = attached(gallery, 4.2)
+    config = json.loads((gallery / "a00" / "adapter_config.json").read_text())
+    swapper.load("mine", load_file(gallery / "a00" / WEIGHTS), config=config)
+    for name in swapper.adapters * 2:
+        swapper.activate(name)
+        if name != "mine":
+            assert_live(model, swapper, gallery)
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("mine")
+    for name in ("second", "third"):
+        swapper.load(name, load_file(gallery / "a01" / WEIGHTS), config=config)
+    with pytest.raises(CacheFullError):
+        swapper.load("fourth", load_file(gallery / "a02" / WEIGHTS), config=config)
+    assert "fourth" not in swapper.adapters
+    swapper.check_integrity()
+    assert swapper.activate("mine").tier == "host"
+    swapper.unload("second")
+    swapper.load("fourth", load_file(gallery / "a02" / WEIGHTS), config=config)
+    swapper.activate("fourth")
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a02"))
+
+
+def test_an_update_within_a_budget(gallery: Path) -> None:
+    model, swapper = attached(gallery, 3.2)
+    for i, name in enumerate(("a01", "a02", "a03", "a06", "a07")):
+        swapper.activate("a00")
+        report = swapper.update("a00", load_file(gallery / name / WEIGHTS))
+        assert report is not None
+        assert report.changed
+        assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / name))
+        swapper.check_integrity()
+        assert swapper.metrics().host_adapters <= 3, i
+    swapper.activate("a10")
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("a00")
+
+
+def test_pinned_adapters_stay(gallery: Path) -> None:
+    _, swapper = attached(gallery, 4.2)
+    swapper.pin("a11")
+    for name in swapper.adapters[:11]:
+        swapper.activate(name)
+    assert swapper.activate("a11").tier == "host"
+    swapper.activate("a00")
+    swapper.unpin("a11")
+    for name in swapper.adapters[1:5]:
+        swapper.activate(name)
+    assert swapper.activate("a11").tier == "disk"
+    for call in (swapper.pin, swapper.unpin, swapper.evict, swapper.prefetch):
+        with pytest.raises(UnknownAdapterError):
+            call("nobody")
+
+
+def test_what_is_prefetched_is_not_read_when_it_is_activated(gallery: Path) -> None:
+    _, swapper = attached(gallery, 4.2)
+    for name in ("a01", "a02"):
+        assert swapper.activate(name).tier == "disk"
+    assert swapper.prefetch("a03").result(timeout=60) == "host"
+    assert swapper.activate("a03").tier == "host"
+
+
+def test_evicted_adapters_are_read_again(gallery: Path) -> None:
+    model, swapper = attached(gallery, 8)
+    for name in ("a01", "a02", "a03"):
+        swapper.activate(name)
+    assert swapper.evict("a01")
+    assert not swapper.evict("a01"), "it has gone already"
+    for name in ("a02", "a03"):
+        with pytest.raises(CacheFullError, match="cannot leave"):
+            swapper.evict(name)
+    assert swapper.activate("a01").tier == "disk"
+    assert_live(model, swapper, gallery)
+
+
+def test_files_that_have_changed_are_not_taken_for_what_was_loaded(own: Path) -> None:
+    model, swapper = attached(own, 8)
+    version = swapper.activate("a01").version
+    swapper.activate("a02")
+    swapper.activate("a03")
+    shutil.copy(own / "a02" / WEIGHTS, own / "a01" / WEIGHTS)
+    swapper.evict("a01")
+    before = snapshot(model)
+    with pytest.raises(ChangedError, match="'a01' have changed since") as caught:
+        swapper.activate("a01")
+    assert version is not None
+    assert version in str(caught.value)
+    assert_unchanged(before, snapshot(model))
+    swapper.load("a01", own / "a01")
+    assert swapper.activate("a01").version != version
+    assert_live(model, swapper, own)
+    shutil.rmtree(own / "a04")
+    swapper.evict("a04")
+    with pytest.raises(AdapterNotFoundError):
+        swapper.activate("a04")
+    assert_live(model, swapper, own)
+
+
+def test_blends_count_and_outlive_what_they_were_made_from(gallery: Path) -> None:
+    model = MLP.build()
+    plan = hotslot.plan(model, {name: gallery / name for name in ("a00", "a01", "a04")}, max_blend=2)
+    other = MLP.build()
+    unlimited = hotslot.attach(other, gallery, plan=plan)
+    swapper = hotslot.attach(model, gallery, plan=plan, cache=Cache(host_bytes=int(7.2 * largest(gallery))))
+    rng = Random(0)
+    for _ in range(25):
+        blend = {name: rng.choice([0.5, 0.7, 1.0]) for name in rng.sample(swapper.adapters, rng.choice([1, 2]))}
+        swapper.activate(blend)
+        unlimited.activate(blend)
+        swapper.check_integrity()
+        assert torch.equal(MLP.output(model, INPUTS), MLP.output(other, INPUTS)), blend
+    assert swapper.metrics().evictions
+    swapper.deactivate()
+    assert_live(model, swapper, gallery)
+
+
+def test_threads_share_a_budget(gallery: Path) -> None:
+    """Each swaps for itself, and looks while nobody else may swap."""
+    model, swapper = attached(gallery, 7)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = Random(seed)
+        try:
+            for _ in range(25):
+                name = rng.choice(swapper.adapters)
+                if rng.random() < 0.3:
+                    swapper.prefetch(name)
+                with swapper.using(name):
+                    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / name))
+        except BaseException as error:
+            failures.append(error)
+
+    for name in swapper.adapters:
+        fresh_output(MLP, gallery / name)  # PEFT loads one at a time
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not failures
+    assert not any(thread.is_alive() for thread in threads)
+    swapper.check_integrity()
+
+
+def test_one_reading_serves_all_who_wait_for_it(gallery: Path) -> None:
+    _, swapper = attached(gallery, 8)
+    threads = [threading.Thread(target=swapper.activate, args=("a01",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert swapper.metrics().misses == 1
+
+
+def test_a_compiled_model_does_not_notice_where_adapters_come_from(gallery: Path) -> None:
+    model, swapper = attached(gallery, 3.2)
+    backend = Backend()
+    compiled = torch.compile(model, backend=backend)
+    MLP.output(compiled, INPUTS)
+    graphs = backend.graphs
+    with no_recompile(), same_addresses(model):
+        for name in swapper.adapters:
+            assert swapper.activate(name).tier in ("host", "disk")
+            assert_same_output(MLP.output(compiled, INPUTS), fresh_output(MLP, gallery / name))
+    assert backend.graphs == graphs
+
+
+def test_merged_adapters_go_and_come_back_bit_for_bit(tmp_path: Path) -> None:
+    methods: dict[str, dict[str, Any]] = {"LOHA": {}, "IA3": {"feedforward_modules": []}, "OFT": {}}
+    folders = [
+        make_method_adapter(
+            tmp_path / "gallery" / f"{method}{seed}", method, MLP, seed=seed, target_modules=["up", "down"], **options
+        ).name
+        for seed in (1, 2)
+        for method, options in methods.items()
+    ]
+    model, other = MLP.build(), MLP.build()
+    unlimited = hotslot.attach(other, tmp_path / "gallery")
+    first = hotslot.attach(model, tmp_path / "gallery", cache=Cache(host_bytes=1 << 20))
+    sizes = []
+    for name in folders:
+        first.activate(name)
+        sizes.append(first.host_bytes)
+    first.detach()
+    swapper = hotslot.attach(model, tmp_path / "gallery", cache=Cache(host_bytes=sizes[-1] * 2 // 3))
+    base = snapshot(model)
+    for name in folders * 3:
+        swapper.activate(name)
+        unlimited.activate(name)
+        mine, theirs = model.state_dict(), other.state_dict()
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs), name
+        swapper.check_integrity()
+    assert swapper.metrics().evictions
+    swapper.deactivate()
+    assert_unchanged(base, snapshot(model))
+
+
+# --- packed files ---------------------------------------------------------------------------------------------------
+
+
+def test_what_was_read_once_is_read_from_its_packed_file(own: Path, tmp_path: Path) -> None:
+    time.sleep(max(0.0, max(path.stat().st_ctime for path in own.rglob("*")) + 2.1 - time.time()))  # settled by then
+    cache = Cache(host_bytes=int(3.2 * largest(own)), disk_bytes=1 << 20, folder=tmp_path / "packed")
+    model = MLP.build()
+    swapper = hotslot.attach(model, own, cache=cache)
+    for name in swapper.adapters:
+        swapper.activate(name)
+    swapper.prefetch("a00").result()  # behind all that is being packed
+    packed = sorted((tmp_path / "packed").iterdir())
+    assert len(packed) == COUNT
+    swapper.detach()
+    for path in packed:
+        os.utime(path, (1, 1))
+    swapper = hotslot.attach(model, own, cache=cache)
+    for name in swapper.adapters:
+        swapper.activate(name)
+        assert_live(model, swapper, own)
+    assert all(path.stat().st_mtime > 1 for path in packed), "used"
+    shutil.copy(own / "a02" / WEIGHTS, own / "a01" / WEIGHTS)
+    packed[0].write_bytes(packed[0].read_bytes()[:-1] + b"?")
+    swapper.detach()
+    swapper = hotslot.attach(model, own, cache=cache)
+    for name in swapper.adapters:
+        swapper.activate(name)
+        assert_live(model, swapper, own)
+
+
+# --- a folder that is watched ---------------------------------------------------------------------------------------
+
+
+def put(source: Path, folder: Path, name: str) -> None:
+    """As one should: written under another name, and renamed."""
+    shutil.copytree(source, folder / ".new")
+    if (folder / name).exists():
+        os.rename(folder / name, folder / ".old")
+        os.rename(folder / ".new", folder / name)
+        shutil.rmtree(folder / ".old")
+    else:
+        os.rename(folder / ".new", folder / name)
+
+
+def test_what_comes_and_goes_in_a_watched_folder(own: Path, gallery: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MLP.build()
+    watch = Watch(model, own)
+    swapper = hotslot.attach(model, own)
+    put(gallery / "a03", own, "b00")
+    watch.look(swapper)
+    assert swapper.adapters[-1] == "b00"
+    swapper.activate("b00")
+    assert_live(model, swapper, own)
+
+    put(gallery / "a06", own, "b00")
+    watch.look(swapper)
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a03"))
+    assert swapper.activate("b00").changed, "what is live goes on until it is activated anew"
+    assert_live(model, swapper, own)
+
+    shutil.rmtree(own / "b00")
+    shutil.rmtree(own / "a05")
+    watch.look(swapper)
+    assert "a05" not in swapper.adapters
+    assert "b00" in swapper.adapters, "it is live"
+    swapper.activate("a00")
+    watch.look(swapper)
+    assert "b00" not in swapper.adapters
+
+    make_adapter(own / "c00", MLP, seed=99, r=32, target_modules=["up"])
+    (own / "d00").mkdir()
+    (own / "d00" / "adapter_config.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        watch.look(swapper)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "c00 is not loaded" not in told, "what slots cannot hold is merged"
+    assert "d00 is not loaded" in told
+    assert "d00" not in swapper.adapters
+    swapper.activate("c00")
+    assert_live(model, swapper, own)
+
+
+def test_a_thread_watches_until_detach(own: Path, gallery: Path) -> None:
+    model = MLP.build()
+    swapper = hotslot.attach(model, own, watch=True)
+    put(gallery / "a03", own, "b00")
+    deadline = time.monotonic() + 30
+    while "b00" not in swapper.adapters:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    swapper.activate("b00")
+    assert_live(model, swapper, own)
+    swapper.detach()
+    (watcher,) = (thread for thread in threading.enumerate() if thread.name == "hotslot-watch")
+    watcher.join(timeout=30)
+    assert not watcher.is_alive()
+    with pytest.raises(ValueError, match="folder"):
+        hotslot.attach(model, {"a": own / "a00"}, watch=True)
