@@ -122,8 +122,10 @@ def test_prometheus_reads_the_same(model: Any, swapper: hotslot.Swapper, folders
         "hotslot_swaps": "counter",
         "hotslot_swap_seconds": "histogram",
         "hotslot_written_bytes": "counter",
-        "hotslot_adapters_loaded": "gauge",
-        "hotslot_host_bytes": "gauge",
+        "hotslot_lookups": "counter",
+        "hotslot_evictions": "counter",
+        "hotslot_adapters": "gauge",
+        "hotslot_bytes": "gauge",
         "hotslot_recompilations": "counter",
     }
     assert next(iter(Collector(other).collect())).samples[0].labels["slot"] == "default"
@@ -142,8 +144,13 @@ def expected(slot: str, metrics: hotslot.Metrics) -> Iterator[tuple[tuple[Any, .
         yield ("hotslot_swap_seconds_count", *place), histogram.count
         yield ("hotslot_swap_seconds_sum", *place), histogram.sum_seconds
     yield ("hotslot_written_bytes_total", label), metrics.written_bytes
-    yield ("hotslot_adapters_loaded", label), metrics.adapters
-    yield ("hotslot_host_bytes", label), metrics.host_bytes
+    yield ("hotslot_lookups_total", ("outcome", "hit"), label), metrics.hits
+    yield ("hotslot_lookups_total", ("outcome", "miss"), label), metrics.misses
+    yield ("hotslot_evictions_total", label), metrics.evictions
+    yield ("hotslot_adapters", ("place", "known"), label), metrics.adapters
+    yield ("hotslot_adapters", ("place", "host"), label), metrics.host_adapters
+    yield ("hotslot_bytes", label, ("tier", "host")), metrics.host_bytes
+    yield ("hotslot_bytes", label, ("tier", "device")), metrics.device_bytes
     yield ("hotslot_recompilations_total", label), metrics.recompilations
 
 

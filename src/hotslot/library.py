@@ -328,7 +328,9 @@ class Library:
             with self._lock:
                 if not new and self._known.get(known.name) is not known:
                     return None
-                if new and self._holds(known.name, checkpoint.version):
+                held = self._known.get(known.name) if known.name in self._tier else None
+                if new and held is not None and held.version == checkpoint.version:
+                    held.source = held.source if isinstance(known.source, Checkpoint) else known.source
                     return None
                 if known.version not in (None, checkpoint.version):
                     raise _changed(known, checkpoint)
@@ -338,10 +340,6 @@ class Library:
         if pack is not None:
             background().submit(self._pack, pack, entry)
         return entry
-
-    def _holds(self, name: str, version: str) -> bool:
-        known = self._known.get(name)
-        return known is not None and known.version == version and name in self._tier
 
     def _add(self, known: Known, entry: Entry, room: Room, *, new: bool) -> None:
         """Hold an entry for which there is room, or may be made. If there is none, nothing has changed."""

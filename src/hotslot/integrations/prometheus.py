@@ -20,10 +20,11 @@ class Collector(BaseCollector):
         REGISTRY.register(Collector(swapper))
         REGISTRY.register(Collector({"chat": swapper, "search": another}))  # one collector for all of a process
 
-    Metrics: `hotslot_swaps_total{outcome,tier}`, `hotslot_swap_seconds{tier}` (a histogram of the swaps that changed
-    something), `hotslot_written_bytes_total`, `hotslot_adapters_loaded`, `hotslot_host_bytes`, each with the label
-    `slot`; `hotslot_recompilations_total`, which is the process's as far as each swapper has seen it, too. What each of
-    them counts: `hotslot.metrics.Metrics`.
+    Metrics, each with the label `slot`: `hotslot_swaps_total{outcome,tier}`, `hotslot_swap_seconds{tier}` (a histogram
+    of the swaps that changed something), `hotslot_written_bytes_total`, `hotslot_lookups_total{outcome}` ("hit" or
+    "miss", in host memory), `hotslot_evictions_total`, `hotslot_adapters{place}` ("known", or "host": in memory),
+    `hotslot_bytes{tier}` ("host", "device"), `hotslot_recompilations_total`, which is the process's as far as each
+    swapper has seen it. What each of them counts: `hotslot.metrics.Metrics`.
 
     Args:
         swappers: one, whose slot's name is the label `slot`; or label → swapper.
@@ -37,20 +38,39 @@ class Collector(BaseCollector):
         seen = {slot: swapper.metrics() for slot, swapper in self._swappers.items()}
         yield _swaps(seen)
         yield _seconds(seen)
-        written = CounterMetricFamily("hotslot_written_bytes", "Bytes that swaps have brought in.", labels=["slot"])
-        loaded = GaugeMetricFamily("hotslot_adapters_loaded", "Adapters that are loaded.", labels=["slot"])
-        host = GaugeMetricFamily("hotslot_host_bytes", "Host memory that loaded adapters hold.", labels=["slot"])
-        recompilations = CounterMetricFamily(
-            "hotslot_recompilations",
-            "Compilations by dynamo, in all of this process, of frames that it had compiled before, since attach.",
-            labels=["slot"],
-        )
-        for slot, metrics in seen.items():
-            written.add_metric([slot], metrics.written_bytes)
-            loaded.add_metric([slot], metrics.adapters)
-            host.add_metric([slot], metrics.host_bytes)
-            recompilations.add_metric([slot], metrics.recompilations)
-        yield from (written, loaded, host, recompilations)
+        yield from _counts(seen)
+        yield from _places(seen)
+
+
+def _counts(seen: Mapping[str, Metrics]) -> Iterator[Metric]:
+    written = CounterMetricFamily("hotslot_written_bytes", "Bytes that swaps have brought in.", labels=["slot"])
+    lookups = CounterMetricFamily(
+        "hotslot_lookups", "Adapters that were needed: in host memory, or not.", labels=["slot", "outcome"]
+    )
+    evictions = CounterMetricFamily("hotslot_evictions", "Adapters that had to leave host memory.", labels=["slot"])
+    recompilations = CounterMetricFamily(
+        "hotslot_recompilations",
+        "Compilations by dynamo, in all of this process, of frames that it had compiled before, since attach.",
+        labels=["slot"],
+    )
+    for slot, metrics in seen.items():
+        written.add_metric([slot], metrics.written_bytes)
+        lookups.add_metric([slot, "hit"], metrics.hits)
+        lookups.add_metric([slot, "miss"], metrics.misses)
+        evictions.add_metric([slot], metrics.evictions)
+        recompilations.add_metric([slot], metrics.recompilations)
+    yield from (written, lookups, evictions, recompilations)
+
+
+def _places(seen: Mapping[str, Metrics]) -> Iterator[Metric]:
+    adapters = GaugeMetricFamily("hotslot_adapters", "Adapters: known, in host memory.", labels=["slot", "place"])
+    held = GaugeMetricFamily("hotslot_bytes", "Memory that adapters hold.", labels=["slot", "tier"])
+    for slot, metrics in seen.items():
+        adapters.add_metric([slot, "known"], metrics.adapters)
+        adapters.add_metric([slot, "host"], metrics.host_adapters)
+        held.add_metric([slot, "host"], metrics.host_bytes)
+        held.add_metric([slot, "device"], metrics.device_bytes)
+    yield from (adapters, held)
 
 
 def _swaps(seen: Mapping[str, Metrics]) -> CounterMetricFamily:
