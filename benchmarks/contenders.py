@@ -174,7 +174,7 @@ def _drop_in(bench: Bench, twin: Model, state: str) -> list[Contender]:
 
 def _swapper(bench: Bench, slot_rank: int) -> list[Contender]:
     exact = slot_rank == bench.size.rank
-    model = bench.peft_model(0) if exact else bench.peft_model_of_rank(slot_rank)
+    model = _slots(bench, slot_rank)
     names = ("first", "second")
     swapper = hotslot.attach(model, dict(zip(names, map(str, bench.folders), strict=True)), adapter_name=ADAPTER_NAME)
     swapper.activate(names[0])
@@ -184,10 +184,44 @@ def _swapper(bench: Bench, slot_rank: int) -> list[Contender]:
         swapper.load("cold", str(bench.folders[adapter]))
         swapper.activate("cold")
 
-    return [
+    found = [
         Contender(COLD, "hotslot Swapper.load + activate", twin, load_and_activate),
         Contender(WARM, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter])),
     ]
+    return [*found, _packed(bench, slot_rank), *([_kept(bench, slot_rank)] if bench.device.type == "cuda" else [])]
+
+
+def _packed(bench: Bench, slot_rank: int) -> Contender:
+    """From the packed files that an earlier reading has left; the first swap to each adapter, untimed, makes them."""
+    model = _slots(bench, slot_rank)
+    cache = hotslot.Cache(disk_bytes=None, folder=bench.folders[0].parent / "packed")
+    swapper = hotslot.attach(model, {"cold": str(bench.folders[0])}, adapter_name=ADAPTER_NAME, cache=cache)
+    swapper.activate("cold")
+
+    def load_and_activate(adapter: int) -> None:
+        swapper.load("cold", str(bench.folders[adapter]))
+        swapper.activate("cold")
+
+    twin = Model(bench, model, exact=slot_rank == bench.size.rank)
+    return Contender(COLD, "hotslot Swapper.load + activate, packed", twin, load_and_activate)
+
+
+def _kept(bench: Bench, slot_rank: int) -> Contender:
+    """From the device, where both adapters stay."""
+    model = _slots(bench, slot_rank)
+    names = ("first", "second")
+    sources = dict(zip(names, map(str, bench.folders), strict=True))
+    cache = hotslot.Cache(device_bytes=None)
+    swapper = hotslot.attach(model, sources, adapter_name=ADAPTER_NAME, cache=cache)
+    for name in reversed(names):
+        swapper.activate(name)
+    twin = Model(bench, model, exact=slot_rank == bench.size.rank)
+    return Contender(HOT, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter]))
+
+
+def _slots(bench: Bench, rank: int) -> nn.Module:
+    """A model with slots of this rank, as they came with it."""
+    return bench.peft_model(0) if rank == bench.size.rank else bench.peft_model_of_rank(rank)
 
 
 def _copies(twin: Bytes) -> list[Contender]:

@@ -78,11 +78,14 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     """The goals for slots of the adapters' own rank, as far as their rows are there."""
     ms = {f"{row.size} {row.case.partition(':')[0]} {row.contender}": row.ms for row in reversed(rows)}
     drop_in, activate = "cold hotslot hotswap_adapter", "warm hotslot Swapper.activate"
+    packed = "cold hotslot Swapper.load + activate, packed"
     theirs, read, copy = "cold PEFT hotswap_adapter", f"cold {PLAIN_READ}", "warm plain copy"
     wanted = [
         ("9MB", "drop-in cold, times faster than PEFT's", theirs, drop_in, 5.0),
         ("9MB", "warm activate, times faster than PEFT's hotswap_adapter", theirs, activate, 20.0),
         ("9MB", "warm activate, part of the plain copy's speed", copy, activate, 0.5),
+        ("9MB", "cold from a packed file, times faster than PEFT's hotswap_adapter", theirs, packed, 15.0),
+        ("9MB", "cold from a packed file, part of plain read + copy's speed", read, packed, 1 / 3),
         ("84MB", "drop-in cold, part of plain read + copy's speed", read, drop_in, 0.5),
         ("84MB", "warm activate, part of the plain copy's speed", copy, activate, 0.5),
     ]

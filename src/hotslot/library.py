@@ -11,8 +11,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from .blending import Blender
 from .cache import Cache, PackedFiles, Tier, user_folder
-from .checkpoint import Checkpoint, Files, read_files
+from .checkpoint import Checkpoint, Files, keep_buffer, read_files
 from .engine import Entry
 from .errors import CacheFullError, ChangedError, UnknownAdapterError
 from .pipelines import Request
@@ -95,6 +95,7 @@ class Library:
         self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
         self._tier: Tier[Entry] = Tier(cache.host_bytes, keeps=self._keeps)
         self._packed = None
+        self._packing: set[Future[None]] = set()
         if cache.disk_bytes != 0:
             folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
             self._packed = PackedFiles(folder, cache.disk_bytes)
@@ -194,7 +195,12 @@ class Library:
         Raises:
             CacheFullError: there is no room for as many.
         """
-        with self._lock:
+        try:
+            self._reserve(nbytes, name)
+        except CacheFullError:
+            if not self._packing:
+                raise
+            self.finish_packing()
             self._reserve(nbytes, name)
         room = Room(nbytes)
         try:
@@ -209,6 +215,7 @@ class Library:
             self.blender.forget(name)
             del self._known[name]
             self._tier.retire(name)
+            _keep_buffers(self._tier.settle())
             return known
 
     def clear(self) -> None:
@@ -256,6 +263,10 @@ class Library:
                 for each in entries:
                     self._give_back(each)
 
+    def finish_packing(self) -> None:
+        """Wait until no adapter has to stay in memory because it is being packed."""
+        wait(tuple(self._packing))
+
     def settle(self, entry: Entry | None, *, merged: bool) -> None:
         """After a swap, with the lock held: what that has freed goes, what it has made is counted.
 
@@ -265,7 +276,7 @@ class Library:
         """
         if entry is not None and merged:
             self.weigh(entry)
-        self._tier.settle()
+        _keep_buffers(self._tier.settle())
 
     def weigh(self, entry: Entry) -> None:
         """Take the size of an adapter anew."""
@@ -338,7 +349,9 @@ class Library:
                 self._add(known, entry, room, new=new)
                 self._loans[entry] += (not new) + (pack is not None)
         if pack is not None:
-            background().submit(self._pack, pack, entry)
+            packing = background().submit(self._pack, pack, entry)
+            self._packing.add(packing)
+            packing.add_done_callback(self._packing.discard)
         return entry
 
     def _add(self, known: Known, entry: Entry, room: Room, *, new: bool) -> None:
@@ -356,19 +369,21 @@ class Library:
         room.nbytes = 0
 
     def _reserve(self, nbytes: int, name: str) -> None:
-        try:
-            self._tier.reserve(nbytes, name)
-            return
-        except CacheFullError:
-            if not len(self.blender):
-                raise
-        self.blender.clear()  # some may keep adapters from going
-        self._tier.reserve(nbytes, name)
+        with self._lock:
+            try:
+                _keep_buffers(self._tier.reserve(nbytes, name))
+                return
+            except CacheFullError:
+                if not len(self.blender):
+                    raise
+            self.blender.clear()  # some may keep adapters from going
+            _keep_buffers(self._tier.reserve(nbytes, name))
 
     def _replace(self, known: Known) -> None:
         """Let a name stand for another adapter."""
         self.blender.forget(known.name)
         self._tier.retire(known.name)
+        _keep_buffers(self._tier.settle())
         self._known.pop(known.name, None)  # it comes last
         self._known[known.name] = known
 
@@ -397,6 +412,12 @@ class Library:
         self._loans[entry] -= 1
         if not self._loans[entry]:
             del self._loans[entry]
+
+
+def _keep_buffers(gone: Iterable[Entry]) -> None:
+    """For what is read next: the memory of what had to go for it, which is touched already."""
+    for entry in gone:
+        keep_buffer(entry.adapter.checkpoint.data)
 
 
 def _changed(known: Known, found: Checkpoint) -> ChangedError:

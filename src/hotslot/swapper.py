@@ -440,7 +440,7 @@ class Swapper:
             MergedError: the slot's adapter is merged into the base weights.
             ModelError: the slot's layers or parameters were taken from the model; or this is within one's own lease.
         """
-        with self._library.lent(self._names(adapter, blend)) as loan:
+        with self._lent(adapter, blend) as loan:
             with self._lock:  # a blend is made before anybody waits for it
                 target = self._state(adapter, blend, loan)
             return self._swap(lambda engine: target, in_flight, timeout_seconds, read_seconds=loan.seconds)
@@ -479,7 +479,7 @@ class Swapper:
         with ExitStack() as loans:
             wanted, read_seconds = None, None
             if adapter is not None:
-                loan = loans.enter_context(self._library.lent(self._names(adapter, blend)))
+                loan = loans.enter_context(self._lent(adapter, blend))
                 read_seconds = loan.seconds
                 with self._lock:
                     wanted = self._state(adapter, blend, loan)
@@ -624,6 +624,14 @@ class Swapper:
         refuse_unfit(model, entry.adapter, larger, name)
         return larger
 
+    @contextmanager
+    def _lent(self, adapter: str | Mapping[str, float], blend: str | None) -> Iterator[Loan]:
+        """What `activate` asks for, in memory; and room for a blend of it as far as that is a matter of waiting."""
+        with self._library.lent(self._names(adapter, blend)) as loan:
+            if not isinstance(adapter, str):
+                self._library.finish_packing()
+            yield loan
+
     def _names(self, adapter: str | Mapping[str, float], blend: str | None) -> list[str]:
         """Which adapters are asked for: by name, so that the order in which a blend is written makes no other of it."""
         self._bound()
@@ -679,9 +687,12 @@ class Swapper:
 
     def _make(self, name: str, checkpoint: Checkpoint) -> Entry:
         """With the lock held: an adapter that is ready for the model."""
-        entry = Entry(name, checkpoint, route=self._route)
-        self._compile(entry)
-        self._proven.add(checkpoint.schema.digest)
+        entry, family = Entry(name, checkpoint, route=self._route), checkpoint.schema.digest
+        if family in self._proven:
+            entry.compile(self._bound().binding)
+        else:
+            self._compile(entry)
+            self._proven.add(family)
         return entry
 
     def _prefetch(self, name: str) -> str:

@@ -166,7 +166,7 @@ def test_prefetched_adapters_come_from_the_device_and_unloaded_ones_do_not(tmp_p
     entry = ZOO["mlp"]
     sources = adapters(tmp_path, entry)
     _, swapper = attached(entry, sources, DEVICE, cache=hotslot.Cache(device_bytes=1 << 20))
-    assert swapper.prefetch("small")
+    assert swapper.prefetch("small").result() == "device"
     held = swapper.device_bytes
     assert swapper.activate("small").tier == "device"
     swapper.deactivate()
@@ -181,7 +181,7 @@ def test_without_room_nothing_is_kept(tmp_path: Path) -> None:
     """The control."""
     entry = ZOO["mlp"]
     _, swapper = attached(entry, adapters(tmp_path, entry), DEVICE)
-    assert not swapper.prefetch("small")
+    assert swapper.prefetch("small").result() == "host"
     assert [swapper.activate(name).tier for name in ("small", "dense", "small")] == ["host"] * 3
     assert swapper.device_bytes == 0
 

@@ -81,13 +81,14 @@ class Place:
 class Layout:
     """Slots by module path, and the place of each of their parts.
 
-    `packed` remembers what `pack` made of a schema for this layout.
+    `packed` remembers what `pack` made of a schema for this layout, `whole` which schemas it holds all of.
     """
 
     slots: Mapping[str, SlotShape]
     places: Mapping[tuple[str, str], Place]
     region_bytes: tuple[int, ...]
     packed: weakref.WeakKeyDictionary[Schema, Any] = field(default_factory=weakref.WeakKeyDictionary, repr=False)
+    whole: weakref.WeakSet[Schema] = field(default_factory=weakref.WeakSet, repr=False)
 
     @cached_property
     def rankless(self) -> tuple[tuple[str, str], ...]:

@@ -16,9 +16,14 @@ def within(adapter: Adapter, layout: Layout, saved: Collection[str]) -> Adapter:
 
     It is an adapter of its own, whose config says no more than that; the same one, if it is all of it.
     """
+    schema = adapter.checkpoint.schema
+    if schema in layout.whole:
+        return adapter
     targets = {fqn: target for fqn, target in adapter.targets.items() if _holds(layout, target)}
     kept = {fqn: specs for fqn, specs in adapter.saved.items() if fqn in saved}
     if len(targets) == len(adapter.targets) and len(kept) == len(adapter.saved):
+        if not kept:  # copies of modules come and go, and are no part of the layout
+            layout.whole.add(schema)
         return adapter
 
     def narrowed(prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,19 +126,24 @@ class Tier(Generic[T]):
             return self._forget(name)
 
     def retire(self, name: str) -> None:
-        """Find an item no more, which nobody will ask for; it is accounted for as long as it may not go."""
+        """Find an item no more; it is accounted for until `settle` finds that it may go, or room is needed."""
         with self._lock:
             if name in self._items:
                 self._retired.append((self._items.pop(name), self._sizes.pop(name)))
-                self.settle()
 
-    def settle(self) -> None:
-        """Let go of what was retired, as far as it may go by now."""
-        if self._retired:
-            with self._lock:
-                staying = [(item, size) for item, size in self._retired if self._keeps(item)]
-                self._nbytes -= sum(size for _, size in self._retired) - sum(size for _, size in staying)
-                self._retired = staying
+    def settle(self) -> list[T]:
+        """Let go of what was retired, as far as it may go by now. Returns what has gone."""
+        if not self._retired:
+            return []
+        with self._lock:
+            known, self._retired, gone = self._retired, [], []
+            for item, size in known:
+                if self._keeps(item):
+                    self._retired.append((item, size))
+                else:
+                    gone.append(item)
+                    self._nbytes -= size
+            return gone
 
     def evict(self, name: str) -> T | None:
         """Let go of an item as if there were no room; None if there is none.
@@ -213,7 +218,7 @@ class Tier(Generic[T]):
 
     def _make_room(self, more: int, name: str) -> list[T]:
         """Let go of what has to for `more` bytes, besides the item of this name."""
-        self.settle()
+        settled = self.settle()
         chosen, lacking = self._victims(self._excess(more) if more > 0 else 0, name)
         if lacking:
             raise CacheFullError(
@@ -224,7 +229,7 @@ class Tier(Generic[T]):
                 expected=f"{self.limit_bytes:,} bytes at most in all, by the cache's limit",
                 hint="unpin or unload adapters, or raise the limit",
             )
-        return [self._take(victim) for victim in chosen]
+        return settled + [self._take(victim) for victim in chosen]
 
     def _take(self, name: str) -> T:
         item = self._forget(name)

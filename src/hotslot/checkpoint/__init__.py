@@ -4,6 +4,7 @@ Takes whatever a user calls an adapter; gives names, shapes, dtypes and values t
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
 """
 
+from .buffers import keep_buffer
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
 from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
@@ -47,6 +48,7 @@ __all__ = [
     "config_dict",
     "each_config",
     "from_tensors",
+    "keep_buffer",
     "locate",
     "open_data",
     "parse_config",

@@ -29,10 +29,24 @@ def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
                 break
         else:
             buffer = torch.empty(nbytes, dtype=torch.uint8)
-        _kept.append(buffer)
-        while len(_kept) > KEPT_BUFFERS or sum(kept.numel() for kept in _kept) > KEPT_BYTES:
-            _kept.pop(0)
+        _keep(buffer)
         return buffer[:nbytes]
+
+
+def keep_buffer(data: torch.Tensor) -> None:
+    """Keep memory of `host_buffer` for the next who asks, once all views of it are gone: `data` will be soon."""
+    if data.is_pinned() or not data.is_cpu:
+        return
+    with _lock, torch.inference_mode(False):
+        storage = data.untyped_storage()
+        if all(kept.untyped_storage().data_ptr() != storage.data_ptr() for kept in _kept):
+            _keep(torch.empty(0, dtype=torch.uint8).set_(storage))
+
+
+def _keep(buffer: torch.Tensor) -> None:
+    _kept.append(buffer)
+    while len(_kept) > KEPT_BUFFERS or sum(kept.numel() for kept in _kept) > KEPT_BYTES:
+        _kept.pop(0)
 
 
 def _only_kept_here(buffer: torch.Tensor) -> bool:

@@ -231,7 +231,7 @@ class Memory:
         with torch.inference_mode(False), torch.no_grad():
             dora = block.dora if block is not None else frozenset()
             columns = [
-                (column, _column_values([(scalings[fqn], fqn in dora) for fqn in fqns], like=column))
+                (column, _column_values([scalings[fqn] for fqn in fqns], [fqn in dora for fqn in fqns], like=column))
                 for column, fqns in self._scalings
             ]
             if block is None:
@@ -564,10 +564,12 @@ def _scaling_column(
     return tail.view(len(slots), -1)[: len(fqns)], fqns
 
 
-def _column_values(values: Sequence[tuple[float, bool]], *, like: torch.Tensor) -> torch.Tensor:
+def _column_values(scalings: Sequence[float], dora: Sequence[bool], *, like: torch.Tensor) -> torch.Tensor:
     """As a column holds them; page-locked for a GPU, since a copy of anything else would wait for it."""
     found = torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-    found[:, :2] = torch.tensor(values, dtype=like.dtype).view(-1, 2)
+    found[:, 0] = torch.tensor(scalings, dtype=like.dtype)
+    if any(dora):
+        found[:, 1] = torch.tensor(dora, dtype=like.dtype)
     return found
 
 
