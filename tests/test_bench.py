@@ -152,6 +152,17 @@ def test_a_merge_that_is_not_pefts_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         merged.run(**OPTIONS, dtypes=["fp32"], tokens=())
 
 
+def test_swaps_at_scale_are_compared_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bench.run_bench("scale", as_json=True, plot=tmp_path / "scale.png", sizes=["tiny"], rounds=10, device="cpu")
+    told = json.loads(capsys.readouterr().out)
+    series = {(row["series"], row["at"]) for row in told["rows"]}
+    assert {("adapters known", "30"), ("rank", "8"), ("layers of the model", "8"), ("tier", "disk")} <= series
+    assert all(row["swaps"] and row["ms"] > 0 and row["copy_ms"] > 0 for row in told["rows"])
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+    with pytest.raises(HotslotError, match="No such size"):
+        bench.load("scale").run(["nonsense"])
+
+
 def test_a_gpus_benchmark_of_merges_compares_what_it_times(capsys: pytest.CaptureFixture[str]) -> None:
     """On a CPU, in small."""
     large = import_module("hotslot_benchmarks.large_merges")
@@ -235,7 +246,8 @@ def test_a_swap_in_a_pipeline_that_does_nothing_is_noticed(monkeypatch: pytest.M
 
 def test_what_is_not_there() -> None:
     with pytest.raises(
-        HotslotError, match=r"no such benchmark[\s\S]*one of concurrency, diffusers, forward, merged, slots, soak, swap"
+        HotslotError,
+        match=r"no such benchmark[\s\S]*one of concurrency, diffusers, forward, merged, scale, slots, soak, swap",
     ):
         bench.load("nonsense")
     with pytest.raises(HotslotError, match=r"No such size[\s\S]*7MB[\s\S]*of tiny, small, 9MB, 84MB"):

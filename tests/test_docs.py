@@ -44,6 +44,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     for i, (name, config) in enumerate(configs.items()):
         make_adapter(tmp_path / "adapters" / name, LLAMA, seed=i, **config)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOTSLOT_CACHE", str(tmp_path / "adapters" / "cache"))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     yield tmp_path / "adapters"
     hotslot.unpatch_peft()
@@ -100,8 +101,19 @@ def test_the_blends_code_runs_and_blends(workplace: Path, capsys: pytest.Capture
     assert_same_output(LLAMA.output(model, LLAMA.inputs()), fresh_output(LLAMA, workplace / "new"))
 
 
+def test_the_tiers_code_runs_and_swaps(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(blocks(README, "python")[3])
+    model, swapper = names["model"], names["swapper"]
+    assert capsys.readouterr().out.strip() in ("host", "disk")
+    for name in ("chat", "new", "sql"):
+        swapper.activate(name)
+        assert_same_output(LLAMA.output(model, LLAMA.inputs()), fresh_output(LLAMA, workplace / name))
+    swapper.detach()
+    assert list((workplace / "cache" / "packed").iterdir())
+
+
 def test_no_code_is_left_out() -> None:
-    assert len(blocks(README, "python")) == 3
+    assert len(blocks(README, "python")) == 4
 
 
 def test_the_error_is_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ CASES = {
     "diffusers": "bench_diffusers",
     "forward": "bench_forward",
     "merged": "bench_merged",
+    "scale": "bench_scale",
     "slots": "bench_slots",
     "soak": "soak",
     "swap": "bench_swap",
