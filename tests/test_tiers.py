@@ -245,6 +245,8 @@ def test_an_update_within_a_budget(gallery: Path) -> None:
 def test_pinned_adapters_stay(gallery: Path) -> None:
     _, swapper = attached(gallery, 4.2)
     swapper.pin("a11")
+    swapper.load("a11", gallery / "a11", lazy=True)
+    assert swapper.prefetch("a11").result() == "host", "a name is pinned, whatever it stands for"
     for name in swapper.adapters[:11]:
         swapper.activate(name)
     assert swapper.activate("a11").tier == "host"
@@ -412,7 +414,7 @@ def test_what_was_read_once_is_read_from_its_packed_file(own: Path, tmp_path: Pa
     swapper = hotslot.attach(model, own, cache=cache)
     for name in swapper.adapters:
         swapper.activate(name)
-    swapper.prefetch("a00").result()  # behind all that is being packed
+    swapper._library.finish_packing()
     packed = sorted((tmp_path / "packed").iterdir())
     assert len(packed) == COUNT
     swapper.detach()

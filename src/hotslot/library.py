@@ -208,6 +208,16 @@ class Library:
         finally:
             self._tier.release(room.nbytes)
 
+    def enlarge(self, room: Room, nbytes: int, name: str) -> None:
+        """Let a room have at least so many bytes.
+
+        Raises:
+            CacheFullError: there is no room for as many.
+        """
+        if nbytes > room.nbytes:
+            self._reserve(nbytes - room.nbytes, name)
+            room.nbytes = nbytes
+
     def remove(self, name: str) -> Known:
         """Let go of an adapter, and of blends with it."""
         with self._lock:
@@ -349,17 +359,14 @@ class Library:
                 self._add(known, entry, room, new=new)
                 self._loans[entry] += (not new) + (pack is not None)
         if pack is not None:
-            packing = background().submit(self._pack, pack, entry)
+            packing = background("packing").submit(self._pack, pack, entry)
             self._packing.add(packing)
             packing.add_done_callback(self._packing.discard)
         return entry
 
     def _add(self, known: Known, entry: Entry, room: Room, *, new: bool) -> None:
         """Hold an entry for which there is room, or may be made. If there is none, nothing has changed."""
-        size = entry.nbytes
-        if size > room.nbytes:
-            self._reserve(size - room.nbytes, known.name)
-            room.nbytes = size
+        self.enlarge(room, entry.nbytes, known.name)
         if new:
             self._replace(known)
         known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
@@ -384,7 +391,8 @@ class Library:
         self.blender.forget(known.name)
         self._tier.retire(known.name)
         _keep_buffers(self._tier.settle())
-        self._known.pop(known.name, None)  # it comes last
+        former = self._known.pop(known.name, None)  # the new one comes last
+        known.pinned = former is not None and former.pinned
         self._known[known.name] = known
 
     def _read(self, source: Request) -> tuple[Checkpoint, Callable[[], object] | None]:
@@ -431,9 +439,9 @@ def _changed(known: Known, found: Checkpoint) -> ChangedError:
 
 
 @functools.cache
-def background() -> ThreadPoolExecutor:
-    """The thread that reads ahead and packs; one, because each reading has many."""
-    return ThreadPoolExecutor(1, thread_name_prefix="hotslot-background")
+def background(purpose: str) -> ThreadPoolExecutor:
+    """A thread for each purpose, since reading ahead may wait for packing; one, because each reading has many."""
+    return ThreadPoolExecutor(1, thread_name_prefix=f"hotslot-{purpose}")
 
 
 os.register_at_fork(after_in_child=background.cache_clear)  # a fork has none of its parent's threads

@@ -260,6 +260,7 @@ class Swapper:
         with self._library.room(checkpoint.nbytes, name) as room:
             with self._lock:
                 entry = self._make(name, checkpoint)
+                self._library.enlarge(room, entry.nbytes, name)
                 is_live = self.active == name
             report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
             self._library.hold(entry, checkpoint, room)
@@ -303,7 +304,7 @@ class Swapper:
         """
         self._bound()
         self._library.known(name)
-        return background().submit(self._prefetch, name)
+        return background("prefetch").submit(self._prefetch, name)
 
     def evict(self, name: str) -> bool:
         """Let go of a loaded adapter's host memory: `activate` reads it again. Says whether it was in memory.
