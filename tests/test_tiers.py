@@ -306,7 +306,8 @@ def test_files_that_have_changed_are_not_taken_for_what_was_loaded(own: Path) ->
 
 def test_blends_count_and_outlive_what_they_were_made_from(gallery: Path) -> None:
     model = MLP.build()
-    plan = hotslot.plan(model, {name: gallery / name for name in ("a00", "a01", "a04")}, max_blend=2)
+    plan = hotslot.plan(model, gallery)
+    assert plan.slots == hotslot.plan(model, {path.name: path for path in gallery.iterdir()}).slots
     other = MLP.build()
     unlimited = hotslot.attach(other, gallery, plan=plan)
     swapper = hotslot.attach(model, gallery, plan=plan, cache=Cache(host_bytes=int(7.2 * largest(gallery))))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from . import live
 from .cache import Cache
-from .checkpoint import Checkpoint, Files, Source, survey
-from .engine import Engine, Entry
+from .checkpoint import Source
+from .engine import Engine
 from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
-from .pipelines import Request, listed, read, request, whole
+from .pipelines import listed, whole
 from .planning import NO_SLOTS, Plan, plan_adapters, refuse_unfit
+from .surveying import Surveyed, survey_all
 from .swapper import Swapper
 from .watching import Watch
 
@@ -78,49 +79,16 @@ def attach(
         swapper = _attach_resident(model, sources, adapter_name, route, plan, cache)
     else:
         lazy = folder is not None or cache.host_bytes is not None
-        known = _look(model, sources, route, lazy=lazy)
+        known = survey_all(model, sources, route, lazy=lazy)
         swapper = _attach(model, known, adapter_name, route, plan, cache, fused=fused)
     if watching is not None:
         watching.start(swapper)
     return swapper
 
 
-class _Known(NamedTuple):
-    """What is known of the adapters before the model is touched.
-
-    Attributes:
-        planned: what slots are planned for: all adapters, or one of each family.
-        read: those that were read, and where they are.
-        unread: name → where the others are.
-    """
-
-    planned: list[Entry]
-    read: list[tuple[Entry, Request]]
-    unread: dict[str, Request]
-
-
-def _look(model: nn.Module, sources: Mapping[str, Any], route: str, *, lazy: bool) -> _Known:
-    """Read the adapters, or as `lazy` as may be what their headers say."""
-    pin, families = live.is_on_gpu(model), set()
-    known = _Known([], [], {})
-    for name, source in sources.items():
-        asked = request(model, source, pin_memory=pin)
-        if lazy and isinstance(asked, Files) and not live.is_converted(model):
-            schema = survey(asked)
-            known.unread[name] = asked
-            if schema.digest not in families:
-                families.add(schema.digest)
-                known.planned.append(Entry(name, Checkpoint.outline(schema, asked.origin), route=route))
-        else:
-            entry = Entry(name, read(model, asked, pin_memory=pin), route=route)
-            known.planned.append(entry)
-            known.read.append((entry, asked))
-    return known
-
-
 def _attach(
     model: nn.Module,
-    known: _Known,
+    known: Surveyed,
     adapter_name: str,
     route: str,
     plan: Plan | None,
@@ -258,7 +226,7 @@ def _attach_resident(
             expected=f"adapters of {method} alone, which take its place",
             hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
         )
-    known = _look(model, adapters, "resident", lazy=False)
+    known = survey_all(model, adapters, "resident")
     arena = not live.is_compiled(model)
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None

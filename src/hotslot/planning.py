@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,11 +21,11 @@ from torch import nn
 
 from . import live
 from .block import Layout, SlotShape, arrange, pack
-from .checkpoint import Checkpoint, Source
-from .engine import Entry
+from .checkpoint import CONFIG_NAME, Checkpoint, Source
 from .errors import ModelError, RankError, UnexpectedTargetError
 from .methods import Adapter
-from .pipelines import read, whole
+from .pipelines import listed, whole
+from .surveying import survey_all
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BIAS = "lora_B.bias"
@@ -202,7 +203,8 @@ def plan(
 
     Args:
         model: plain, or with PEFT's layers on it, or a diffusers pipeline.
-        sources: adapters, by name or without; they are read, and not kept.
+        sources: adapters, by name or without; they are read, and not kept. Or a folder with a folder for each, of which
+            headers and configs are read.
         max_rank: the rank of every slot, in place of what the sources have; for one adapter, or for a blend in all.
         target_modules: as `peft.LoraConfig` takes it: endings, a regular expression, or "all-linear". Needs `max_rank`
             where no source says a rank.
@@ -222,11 +224,16 @@ def plan(
         CheckpointError, UnsupportedError, DoesNotFitError: one of the sources is at fault.
         UnexpectedTargetError: `target_modules` matches nothing.
     """
-    if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
-        sources = [sources] if sources is not None else []
-    listed: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
     model = whole(model)
-    entries = [Entry("", read(model, source), route="auto") for source in listed]
+    gallery = _gallery(model, sources)
+    if gallery is None:
+        if sources is None or isinstance(sources, (str, os.PathLike, Checkpoint)):
+            sources = [sources] if sources is not None else []
+        each: Iterable[Any] = sources.values() if isinstance(sources, Mapping) else sources
+        gallery = {str(i): source for i, source in enumerate(each)}
+        entries = survey_all(model, gallery, "auto").planned
+    else:
+        entries = survey_all(model, gallery, "auto", lazy=True, of_family=max_blend).planned
     adapters = [entry.adapter for entry in entries if entry.adapter.targets]
     _refuse_bad_choices(pristine, merge)
     merging = bool(entries) or (pristine, merge) != ("device", None)
@@ -244,6 +251,13 @@ def plan(
     for adapter in adapters:
         refuse_unfit(model, adapter, made, adapter_name)
     return replace(made, pristine=pristine, merge=merge)
+
+
+def _gallery(model: nn.Module, sources: Any) -> dict[str, Path] | None:
+    """The adapters in a folder, if it is no adapter itself. Of a pipeline's LoRA files diffusers chooses one."""
+    if not isinstance(sources, (str, os.PathLike)) or isinstance(model, live.Assembly) or not Path(sources).is_dir():
+        return None
+    return None if (Path(sources) / CONFIG_NAME).is_file() else listed(model, sources) or None
 
 
 def plan_adapters(

@@ -167,10 +167,10 @@ class Checkpoint:
         return cls(schema, data, version, origin) if _version(schema, digests) == version else None
 
     @classmethod
-    def outline(cls, schema: Schema, origin: str) -> Checkpoint:
-        """An adapter without values, which are on the meta device: enough for a plan. Equal schemas, one version."""
+    def outline(cls, schema: Schema, origin: str, *, number: int = 1) -> Checkpoint:
+        """An adapter without values, which are on the meta device: enough to plan for the `number`th of a family."""
         data = torch.empty(schema.nbytes, dtype=torch.uint8, device="meta")
-        return cls(schema, data, schema.digest.hex(), origin)
+        return cls(schema, data, f"{schema.digest.hex()}.{number}", origin)
 
     @property
     def config(self) -> Mapping[str, Any]:
