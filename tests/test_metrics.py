@@ -154,6 +154,33 @@ def expected(slot: str, metrics: hotslot.Metrics) -> Iterator[tuple[tuple[Any, .
     yield ("hotslot_recompilations_total", label), metrics.recompilations
 
 
+def test_who_asks_is_told_of_each_swap_that_changed_something(
+    model: Any, swapper: hotslot.Swapper, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[hotslot.SwapReport] = []
+    stale: list[str | None] = []
+
+    def invalidate(report: hotslot.SwapReport) -> None:
+        told.append(report)
+        stale.append(swapper.version)  # what is live when it is called
+
+    def fail(report: hotslot.SwapReport) -> None:
+        raise RuntimeError("a user's mistake")
+
+    take_back = swapper.on_swap(invalidate)
+    swapper.on_swap(fail)
+    reports = swap_all_ways(model, swapper)
+    changed = [report for report in reports if report.changed]
+    assert [report for report in told if report in reports] == changed
+    assert len(told) == len(changed) + 1, "a block of using is two swaps"
+    assert stale == [report.version for report in told]
+    assert sum("a user's mistake" in (record.exc_text or "") for record in caplog.records) == len(told)
+    take_back()
+    take_back()
+    swapper.deactivate()
+    assert len(told) == len(changed) + 1
+
+
 def test_a_log_record_for_each_swap(swapper: hotslot.Swapper, caplog: pytest.LogCaptureFixture) -> None:
     swapper.activate("a")
     assert not caplog.records  # below WARNING, where nobody asks

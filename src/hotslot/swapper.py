@@ -76,6 +76,7 @@ class Swapper:
         self._plan = plan
         self._route = route
         self._recorder = Recorder()
+        self._callbacks: list[Callable[[SwapReport], object]] = []
         self._lock = engine.lock
         self._library = Library(
             cache,
@@ -545,6 +546,21 @@ class Swapper:
             live.note_stream(gate)
             yield
 
+    def on_swap(self, callback: Callable[[SwapReport], object]) -> Callable[[], None]:
+        """Have `callback(report)` called after each swap that changed what is live; returns what takes it back.
+
+        For what is stale then: caches of keys and values, of prefixes, of embeddings. It is called in the thread that
+        swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease. What it raises is
+        logged, since the swap is done. `detach` calls none.
+        """
+        self._callbacks.append(callback)
+
+        def take_back() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return take_back
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _swap(
@@ -675,9 +691,18 @@ class Swapper:
             report = replace(report, tier="disk", seconds=report.seconds + read_seconds)
         self._library.settle(target.entry, merged=report.route != "side")
         self._recorder.add(report)
+        if report.changed:
+            self._tell(report)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%r is live", report.adapter, extra=log_fields(report))
         return report
+
+    def _tell(self, report: SwapReport) -> None:
+        for callback in tuple(self._callbacks):
+            try:
+                callback(report)
+            except Exception:
+                logger.exception("%r is live, and a callback of on_swap failed", report.adapter)
 
     def _request(self, source: Source | Request, config: Any, hub: Mapping[str, Any]) -> Request:
         """A source, such that it can be read when it is needed; tensors are copied now."""
