@@ -33,11 +33,12 @@ from .errors import (
     UnexpectedTargetError,
     UnsupportedError,
 )
+from .fitting import fit, prepare
 from .leases import InFlight, check_in_flight
 from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
 from .pipelines import Request, read, request, whole
-from .planning import Plan, plan_adapters, refuse_unfit
+from .planning import Plan
 from .report import Fit, SwapReport
 
 logger = logging.getLogger(__name__)
@@ -353,22 +354,11 @@ class Swapper:
             return Fit(None, 0, str(error))
         try:
             with self._lock:
-                self._compile(entry)
+                prepare(self._bound(), self.plan, entry)
         except (DoesNotFitError, UnsupportedError) as error:
             return Fit(None, entry.nbytes, str(error), getattr(error, "plan", None))
         with self._lock:
-            return self._fit(entry)
-
-    def _fit(self, entry: Entry) -> Fit:
-        compiled, plan = entry.compile(self._bound().binding), None
-        route, merges = compiled.route, compiled.merges
-        if not merges.all:
-            return Fit(route, entry.adapter.checkpoint.nbytes, None)
-        if entry.adapter.targets:
-            plan = self._larger(entry)
-        nbytes = merges.nbytes + compiled.nbytes
-        pristine = self._bound().binding.merger.keeping(merges.steps)
-        return Fit(route, nbytes, None, plan, merges.nbytes, merges.seconds, merges.error, pristine)
+            return fit(self._bound(), self.plan, entry)
 
     def grow(self, plan: Plan) -> None:
         """Give the model the slots and the room that `plan` has beyond what there is; nothing gets smaller.
@@ -618,29 +608,6 @@ class Swapper:
         if growth.injection is not None:
             self._injections.append(growth.injection)
 
-    def _compile(self, entry: Entry) -> None:
-        engine = self._bound()
-        live.refuse_other_base(engine.model, entry.adapter)
-        live.refuse_other_parameters(engine.model, engine.binding.slots, entry.adapter)
-        try:
-            entry.compile(engine.binding)
-        except (RankError, UnexpectedTargetError) as error:
-            if not entry.adapter.targets:
-                raise
-            raise self._with_plan(error, entry) from None
-
-    def _with_plan(self, error: DoesNotFitError, entry: Entry) -> DoesNotFitError:
-        """The refusal of what is beyond the plan, with the plan that would take it."""
-        return error.within(self._larger(entry))
-
-    def _larger(self, entry: Entry) -> Plan:
-        """The plan that has slots for it too."""
-        model, name, own = self._engine.model, self._engine.adapter_name, self.plan
-        options: Any = {"max_blend": own.max_blend, "dtype": own.dtype, "adapter_name": name}
-        larger = own | plan_adapters(model, [entry.adapter], **options)
-        refuse_unfit(model, entry.adapter, larger, name)
-        return larger
-
     @contextmanager
     def _lent(self, adapter: str | Mapping[str, float], blend: str | None) -> Iterator[Loan]:
         """What `activate` asks for, in memory; and room for a blend of it as far as that is a matter of waiting."""
@@ -717,7 +684,7 @@ class Swapper:
         if family in self._proven:
             entry.compile(self._bound().binding)
         else:
-            self._compile(entry)
+            prepare(self._bound(), self.plan, entry)
             self._proven.add(family)
         return entry
 
