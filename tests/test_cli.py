@@ -89,7 +89,7 @@ else:
 
 
 def test_no_module_of_the_command_line_imports_torch() -> None:
-    names = "app, bench, check, demo, inspect, terminal"
+    names = "app, bench, check, demo, inspect, terminal, top"
     assert heavy_modules_after(f"from hotslot.cli import {names}") == []
     assert "torch" in heavy_modules_after("import hotslot.checkpoint")  # the control
 
@@ -97,7 +97,7 @@ def test_no_module_of_the_command_line_imports_torch() -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert all(command in result.stdout for command in ("inspect", "check", "demo", "bench"))
+    assert all(command in result.stdout for command in ("inspect", "check", "demo", "bench", "top"))
 
 
 def test_version() -> None:

@@ -27,6 +27,8 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
+_TOP_INTERVAL_SECONDS = 2.0
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -201,3 +203,45 @@ def bench(
             device=device.value if device is not None else None,
             threads=threads,
         )
+
+
+def _metrics_url(address: str) -> str:
+    from .top import metrics_url
+
+    try:
+        return metrics_url(address)
+    except ValueError as error:
+        raise typer.BadParameter(f"{address!r}: {error}.") from None
+
+
+def _sound_interval(seconds: float | None) -> float | None:
+    if seconds is not None and not 0.1 <= seconds <= 3600:  # written so that NaN is refused
+        raise typer.BadParameter(f"{seconds:g} is not from 0.1 to 3600.")
+    return seconds
+
+
+@app.command()
+def top(
+    url: Annotated[
+        str,
+        typer.Argument(metavar="[URL]", callback=_metrics_url, help="Of the service's metrics; or HOST:PORT, or PORT."),
+    ] = "http://localhost:8000/metrics",
+    interval: Annotated[
+        float | None,
+        typer.Option(
+            callback=_sound_interval, help="Seconds between two readings.", show_default=f"{_TOP_INTERVAL_SECONDS:g}"
+        ),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="One reading: what happened since attach.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a running service: swaps per second, GB/s, latency and tiers of each of its swappers, until ctrl-C.
+
+    The service exposes hotslot.integrations.prometheus.Collector(swapper) by prometheus_client.
+    """
+    from .top import run_top
+
+    if once and interval is not None:
+        raise typer.BadParameter("--once reads once: leave out --interval.")
+    with errors_reported(as_json=as_json):
+        run_top(url, interval_seconds=None if once else interval or _TOP_INTERVAL_SECONDS, as_json=as_json)

@@ -36,9 +36,9 @@ def errors_reported(*, as_json: bool) -> Iterator[None]:
         raise typer.Exit(REFUSED) from None
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, *, one_line: bool = False) -> None:
     """Print dicts, lists, dataclasses and HotslotErrors as one JSON document."""
-    typer.echo(json.dumps(value, indent=2, default=_as_json))
+    typer.echo(json.dumps(value, indent=None if one_line else 2, default=_as_json))
 
 
 def _as_json(value: Any) -> Any:
