@@ -351,7 +351,12 @@ def python(code: str) -> list[str]:
 def test_on_a_terminal_until_ctrl_c(service: Service) -> None:
     """In a process of its own, on a terminal of its own."""
     ours, theirs = pty.openpty()
-    command = [*python("from hotslot.cli import main; main()"), "top", service.url, "--interval", "0.1"]
+    code = """
+import signal
+from hotslot.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+main()"""
+    command = [*python(code), "top", service.url, "--interval", "0.1"]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "50"}
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
@@ -370,9 +375,9 @@ def test_on_a_terminal_until_ctrl_c(service: Service) -> None:
 
 
 def until(terminal: int, wanted: bytes) -> bytes:
-    seen = b""
+    seen, deadline = b"", time.monotonic() + 30
     while wanted not in seen:
-        ready, _, _ = select.select([terminal], [], [], 30)
+        ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         assert ready, seen
         seen += os.read(terminal, 65536)
     return seen
