@@ -152,6 +152,8 @@ def parse(text: str, *, url: str) -> tuple[float | None, dict[str, Metrics]]:
             if name == "process_start_time_seconds":
                 started = value
             elif (slot := labels.pop("slot", None)) is not None:
+                if not 0 <= value < inf:
+                    raise ValueError(f"{name} {value}")
                 samples = slots.setdefault(slot, {})
                 key = (name, *(labels[label] for label in sorted(labels)))
                 if key in samples:
@@ -161,8 +163,8 @@ def parse(text: str, *, url: str) -> tuple[float | None, dict[str, Metrics]]:
     except KeyError as missing:
         lacking = " ".join(missing.args[0])
         raise _refusal(url, f"none of the name and labels {lacking}", f"those of hotslot {__version__}") from None
-    except (ValueError, OverflowError) as error:
-        raise _refusal(url, str(error), "Prometheus's text format") from None
+    except ValueError as error:
+        raise _refusal(url, str(error), "Prometheus's text format, and numbers that count something") from None
     if not metrics:
         lines = text.count("\n")
         raise _refusal(url, f"{lines:,} lines, and no slot of hotslot's among them", "hotslot_swaps_total{slot=…} …")

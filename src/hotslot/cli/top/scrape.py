@@ -65,7 +65,7 @@ def fetch(url: str) -> str:
         raise _refusal(url, f"HTTP {error.code} {error.reason}") from None
     except UnicodeDecodeError:
         raise _refusal(url, "bytes that are not text") from None
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a host that nobody can have
         reason = error.reason if isinstance(error, URLError) else error  # URLError: while it connected
         if isinstance(reason, TimeoutError):
             reason = f"no whole answer within {TIMEOUT_SECONDS:g} s"
