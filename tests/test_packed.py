@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import make_adapter
 from hotslot import checkpoint as checkpoints
-from hotslot.cache import PackedFiles
+from hotslot.cache.packed import PackedFiles
 from hotslot.checkpoint import Files
 from hotslot.errors import CacheError
 from zoo import ZOO
@@ -192,7 +192,7 @@ _RACER = """
 import sys, time
 from pathlib import Path
 from hotslot import checkpoint as checkpoints
-from hotslot.cache import PackedFiles
+from hotslot.cache.packed import PackedFiles
 
 files = checkpoints.locate(sys.argv[2])
 source = checkpoints.read_files(files)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from .blending import Blender
-from .cache import Cache, PackedFiles, Tier, user_folder
+from .cache import Cache, Tier, user_folder
+from .cache.packed import PackedFiles
 from .checkpoint import Checkpoint, Files, keep_buffer, read_files
 from .engine import Entry
 from .errors import CacheFullError, ChangedError, UnknownAdapterError
