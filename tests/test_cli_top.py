@@ -233,17 +233,25 @@ def test_a_new_swapper_under_an_old_name_has_no_negative_rates(service: Service)
 COUNTED = ("changed", "unchanged", "failed", "written_bytes", "hits", "misses", "evictions", "latency")
 
 
-@pytest.mark.parametrize("lower", [*COUNTED, "process", "recompilations", "adapters", "nothing"])
-def test_whatever_falls_no_rate_is_negative(service: Service, lower: str) -> None:
-    """Each count alone; the control is what may fall without a restart."""
+@pytest.fixture(scope="module")
+def counted(server: tuple[Any, str], folders: dict[str, Path]) -> Metrics:
+    """Of everything something."""
+    service = Service(*server, folders)
+    service.start()
     service.swap(0, 20)
     service.fail()
-    metrics = replace(service.swappers["chat"].metrics(), recompilations=5)
+    service.expose(nothing=True)
+    return replace(service.swappers["chat"].metrics(), recompilations=5)
+
+
+@pytest.mark.parametrize("lower", [*COUNTED, "process", "recompilations", "adapters", "nothing"])
+def test_whatever_falls_no_rate_is_negative(counted: Metrics, lower: str) -> None:
+    """Each count alone; the control is what may fall without a restart."""
     if lower == "latency":
-        later = replace(metrics, latency={tier: each for tier, each in metrics.latency.items() if tier != "disk"})
+        later = replace(counted, latency={tier: each for tier, each in counted.latency.items() if tier != "disk"})
     else:
-        later = replace(metrics, **({lower: getattr(metrics, lower) - 1} if hasattr(metrics, lower) else {}))
-    before = Reading(100, 100, 50, {"chat": metrics})
+        later = replace(counted, **({lower: getattr(counted, lower) - 1} if hasattr(counted, lower) else {}))
+    before = Reading(100, 100, 50, {"chat": counted})
     now = Reading(102, 102, 101 if lower == "process" else 50, {"chat": later})
     slot = view("", now, before).slots[0]
     assert slot.restarted == (lower in (*COUNTED, "process"))
