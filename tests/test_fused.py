@@ -249,6 +249,7 @@ def test_compiled_code_serves_all_adapters_and_growing_compiles_once_more(small:
     with no_recompile(), same_addresses(model):
         for name in ("a", "few", "a"):
             assert_serves(compiled, swapper, small, name)
+        assert_same_output(MLP.output(compiled, MLP.inputs()), fresh_output(MLP, small["a"]), exact=True)  # as PEFT's
         with swapper.using(None):
             assert all(torch.equal(MLP.output(compiled, i), want) for i, want in zip(lengths, base, strict=True))
         swapper.rollback()

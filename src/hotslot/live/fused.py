@@ -3,9 +3,9 @@
 T: tokens   K: inputs   O: outputs   R: rank
 
 PEFT writes B's product [T, O], scales it and adds it: three passes in eager mode. Here the scaling goes onto [T, R],
-and of many tokens B's product is accumulated onto the base's output. Compiled, one token's products are sums that
-inductor can fuse into the kernels around them, where PEFT's are two small matrix products. How fast that is on a GPU
-is unmeasured.
+and of many tokens B's product is accumulated onto the base's output. Compiled, one token's products are sums, of which
+inductor makes one kernel for A of all layers that share an input, and fuses B's into the kernels around them; PEFT's
+are two small matrix products a layer. More tokens are compiled as PEFT's are. How fast that is on a GPU is unmeasured.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class FusedLinear(Linear):
         if compiling and statically_known_true(x.numel() == x.shape[-1]) and _is_product(lora_a):
             return _of_one_token(base, x, down, up, scaling)
         low: torch.Tensor = lora_a(x)
-        if low.dtype == torch.float16:  # scaled, it might leave its range
+        if compiling or low.dtype == torch.float16:  # a kernel of its own; or, scaled, it might leave its range
             return (base + F.linear(low, up) * scaling).to(base.dtype)
         low = low * scaling
-        if compiling or low.dtype != base.dtype or base.numel() < _MANY_TOKENS * base.shape[-1]:
+        if low.dtype != base.dtype or base.numel() < _MANY_TOKENS * base.shape[-1]:
             return (base + F.linear(low, up)).to(base.dtype)
         return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.T).view(base.shape)
 
