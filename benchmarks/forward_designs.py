@@ -8,7 +8,7 @@ are the layers' own; A of its layers is one matrix [GR, K], as it is where their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -215,25 +215,37 @@ def _side(device: torch.device) -> torch.cuda.Stream | None:
     return _sides[device]
 
 
+def _both(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], branches: Callable[[], list[torch.Tensor]], *, beside: bool
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The base layers' outputs and what `branches` gives; that, if `beside`, on a stream of its own."""
+    side = _side(x.device) if beside else None
+    if side is None:
+        return [F.linear(x, weight) for weight in weights], branches()
+    current = torch.cuda.current_stream(x.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        found = branches()
+    ys = [F.linear(x, weight) for weight in weights]
+    current.wait_stream(side)
+    if not torch.cuda.is_current_stream_capturing():
+        for tensor in found:
+            tensor.record_stream(current)
+    return ys, found
+
+
 @torch.library.custom_op("hotslot_bench::beside", mutates_args=())
 def _beside(
     x: torch.Tensor, weights: list[torch.Tensor], a: torch.Tensor, bs: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Outputs of the base layers; and of the branches, not scaled, or without `bs` low [T, GR]."""
-    low = x.new_empty(x.shape[0], a.shape[0])
-    zs = [x.new_empty(x.shape[0], b.shape[0]) for b in bs]
-    side = _side(x.device)
-    current = torch.cuda.current_stream(x.device) if side is not None else None
-    if side is not None:
-        side.wait_stream(current)
-    with torch.cuda.stream(side):
-        torch.mm(x, a.T, out=low)
-        for t, b, z in zip(low.split(a.shape[0] // max(len(bs), 1), -1), bs, zs, strict=bool(bs)):
-            torch.mm(t, b.T, out=z)
-    ys = [F.linear(x, weight) for weight in weights]
-    if current is not None:
-        current.wait_stream(side)
-    return [*ys, *(zs or [low])]
+
+    def branches() -> list[torch.Tensor]:
+        low = x @ a.T
+        return [t @ b.T for t, b in zip(low.split(a.shape[0] // len(bs), -1), bs, strict=True)] if bs else [low]
+
+    ys, found = _both(x, weights, branches, beside=True)
+    return [*ys, *found]
 
 
 @_beside.register_fake
@@ -254,19 +266,7 @@ def _with_kernels(
 ) -> list[torch.Tensor]:
     from .forward_kernels import add_products, low_inputs
 
-    side = _side(x.device) if beside else None
-    if side is None:
-        low = low_inputs(x, a, scalings)
-        ys = [F.linear(x, weight) for weight in weights]
-    else:
-        current = torch.cuda.current_stream(x.device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            low = low_inputs(x, a, scalings)
-        ys = [F.linear(x, weight) for weight in weights]
-        current.wait_stream(side)
-        if not torch.cuda.is_current_stream_capturing():
-            low.record_stream(current)
+    ys, (low,) = _both(x, weights, lambda: [low_inputs(x, a, scalings)], beside=beside)
     add_products(low, scalings, ys, bs)
     return ys
 

@@ -49,12 +49,8 @@ def _down_one(x, a, scaling, low, inputs, rank, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _up_one(
-    low, y0, y1, y2, b0, b1, b2, outputs0, outputs1, outputs2, blocks0, blocks1, rank,
-    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """y += B low for one token, of up to three layers: in place."""
-    block = tl.program_id(0)
+def _place(block, y0, y1, y2, b0, b1, b2, outputs0, outputs1, outputs2, blocks0, blocks1):
+    """Which layer a block of outputs is of, the how manieth there, and the layer's own y, B and O."""
     layer = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
     if layer == 0:
         y, b, outputs = y0, b0, outputs0
@@ -64,6 +60,18 @@ def _up_one(
     else:
         y, b, outputs = y2, b2, outputs2
         block -= blocks0 + blocks1
+    return layer, block, y, b, outputs
+
+
+@triton.jit
+def _up_one(
+    low, y0, y1, y2, b0, b1, b2, outputs0, outputs1, outputs2, blocks0, blocks1, rank,
+    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """y += B low for one token, of up to three layers: in place."""
+    layer, block, y, b, outputs = _place(
+        tl.program_id(0), y0, y1, y2, b0, b1, b2, outputs0, outputs1, outputs2, blocks0, blocks1
+    )
     o, r = block * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
     inside = o < outputs
     left = tl.load(low + layer * rank + r, mask=r < rank, other=0.0)
@@ -78,16 +86,9 @@ def _up(
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """y += s low Bᵀ for many tokens, of up to three layers: in place."""
-    block = tl.program_id(1)
-    layer = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
-    if layer == 0:
-        y, b, outputs = y0, b0, outputs0
-    elif layer == 1:
-        y, b, outputs = y1, b1, outputs1
-        block -= blocks0
-    else:
-        y, b, outputs = y2, b2, outputs2
-        block -= blocks0 + blocks1
+    layer, block, y, b, outputs = _place(
+        tl.program_id(1), y0, y1, y2, b0, b1, b2, outputs0, outputs1, outputs2, blocks0, blocks1
+    )
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o, r = block * BLOCK_O + tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_R)
     known = (token[:, None] < tokens) & (r[None, :] < rank)

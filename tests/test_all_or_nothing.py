@@ -238,8 +238,8 @@ def train(model: nn.Module) -> None:
                 param.mul_(1.25)
 
 
-def attached(entry: Entry, folders: dict[str, Path], model: nn.Module) -> hotslot.Swapper:
-    return hotslot.attach(model, adapters={"a": folders["a"], "b": folders["b"]})
+def attached(entry: Entry, folders: dict[str, Path], model: nn.Module, *, fused: bool = False) -> hotslot.Swapper:
+    return hotslot.attach(model, adapters={"a": folders["a"], "b": folders["b"]}, fused=fused)
 
 
 def staged(entry: Entry, folders: dict[str, Path]) -> tuple[nn.Module, hotslot.Swapper]:
@@ -407,22 +407,22 @@ def drop_in(
 
 
 def attaching(came_with: str | None) -> Make:
-    """`attach` itself, to a plain model or one that has a smaller adapter, whose parameters get padded."""
+    """`attach` itself, fused to a plain model, or to one that has a smaller adapter, whose parameters get padded."""
 
     def make(entry: Entry, folders: dict[str, Path]) -> Stage:
         model = entry.build() if came_with is None else fresh(entry, folders[came_with])
-        attach = functools.partial(attached, entry, folders, model)
+        attach = functools.partial(attached, entry, folders, model, fused=came_with is None)
         return Stage(entry, model, attach, lambda: attach().activate("b"), folders["b"])
 
     return make
 
 
 def growing(came_with: str | None) -> Make:
-    """More slots and larger ones under a live adapter that was trained on; on a PEFT model beside its own."""
+    """More slots and larger ones, fused, under a live adapter that was trained on; on a PEFT model beside its own."""
 
     def make(entry: Entry, folders: dict[str, Path]) -> Stage:
         model = entry.build() if came_with is None else fresh(entry, folders[came_with])
-        swapper = hotslot.attach(model, adapters={"b": folders["b"]})
+        swapper = hotslot.attach(model, adapters={"b": folders["b"]}, fused=came_with is None)
         if came_with is None:
             swapper.activate("b")
         train(model)
@@ -582,10 +582,10 @@ def test_a_detach_that_breaks_off_can_be_repeated(came_with: str | None, injecto
 
 
 def attached_to(came_with: str | None, entry: Entry, folders: Folders) -> tuple[hotslot.Swapper, nn.Module, Snapshot]:
-    """A swapper with another adapter live, its model, and what that was before."""
+    """A swapper with another adapter live, fused on a plain model; its model, and what that was before."""
     model = entry.build() if came_with is None else fresh(entry, folders[entry.name][came_with])
     before = snapshot(model)
-    swapper = attached(entry, folders[entry.name], model)
+    swapper = attached(entry, folders[entry.name], model, fused=came_with is None)
     swapper.activate("b")
     return swapper, model, before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -85,7 +86,7 @@ class Binding:
         self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
         self._added: set[tuple[str, str]] = set()
         self._handles: list[Any] = []
-        self._swapped_parts: list[tuple[Any, str, Any]] = []  # (object, attribute or key, what was there)
+        self._put_backs: list[Callable[[], None]] = []  # of modules and classes in whose places others are
         self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
         if is_compiled(model):
             _refuse_compiled_dora(slots)
@@ -290,11 +291,11 @@ class Binding:
     def undo_extend(self, slots: Mapping[str, Slot]) -> Callable[[], None]:
         """A function that undoes an `extend` by `slots`, whole or broken off; to be made before."""
         resized, merged, ledger = self._undo(), self.merged, self._ledger
-        handles, parts = len(self._handles), len(self._swapped_parts)
+        handles, put_backs = len(self._handles), len(self._put_backs)
 
         def undo() -> None:
-            self._uninstall_from(handles, parts)
-            del self._handles[handles:], self._swapped_parts[parts:]
+            self._uninstall_from(handles, put_backs)
+            del self._handles[handles:], self._put_backs[put_backs:]
             for key in [key for key in self._originals if key[0] in slots]:
                 del self._originals[key]
             for fqn in slots:
@@ -350,7 +351,7 @@ class Binding:
         if type(found) in (nn.Identity, nn.Dropout):
             replacement = SlotDropout(getattr(found, "p", 0.0))
             replacement.train(found.training)
-            self._swapped_parts.append((dropouts, slot.adapter_name, found))
+            self._put_backs.append(partial(_put_back_dropout, dropouts, slot.adapter_name, found))
             dropouts[slot.adapter_name] = replacement
 
     def _install_attention(self, slot: Slot) -> None:
@@ -359,17 +360,19 @@ class Binding:
         if type(slot.layer) is MultiheadAttention:
             from .attention import use_slot_attention
 
-            self._swapped_parts.append((slot.layer, "__class__", MultiheadAttention))
+            self._put_backs.append(partial(_put_back_class, slot.layer, MultiheadAttention))
             use_slot_attention(slot.layer)
 
     def _install_fused_forward(self, slot: Slot) -> None:
+        if not self._fused_forward:
+            return
         from peft.tuners.lora.layer import Linear
 
-        if self._fused_forward and type(slot.layer) is Linear:
-            from .fused import FusedLinear
+        from .fused import FusedLinear, fuse, unfuse
 
-            self._swapped_parts.append((slot.layer, "__class__", Linear))
-            slot.layer.__class__ = FusedLinear
+        if type(slot.layer) in (Linear, FusedLinear):  # fused for another slot of the layer, maybe
+            self._put_backs.append(partial(unfuse, slot.layer, slot.adapter_name))
+            fuse(slot.layer, slot.adapter_name)
 
     def _install_dora(self, slots: Mapping[str, Slot]) -> None:
         for slot in slots.values():
@@ -378,8 +381,7 @@ class Binding:
 
                 replaced = use_slot_dora(slot.layer, slot.adapter_name)
                 if replaced is not None:
-                    module, before = replaced
-                    self._swapped_parts.append((module, "__class__", before))
+                    self._put_backs.append(partial(_put_back_class, *replaced))
 
     def release(self) -> None:
         """Give the parameters their own memory back, holding what they hold now.
@@ -413,15 +415,11 @@ class Binding:
         self._added.clear()
         self._uninstall_from(0, 0)
 
-    def _uninstall_from(self, first_handle: int, first_part: int) -> None:
+    def _uninstall_from(self, first_handle: int, first_put_back: int) -> None:
         for handle in self._handles[first_handle:]:
             handle.remove()
-        for holder, key, found in reversed(self._swapped_parts[first_part:]):
-            if key == "__class__":
-                holder.__class__ = found
-                holder.__dict__.pop("in_use", None)  # of DoRA
-            elif key in holder:
-                holder[key] = found
+        for put_back in reversed(self._put_backs[first_put_back:]):
+            put_back()
 
     def _release_scaling(self, slot: Slot, original: dict[str, Any]) -> None:
         current = slot.layer.scaling
@@ -429,6 +427,16 @@ class Binding:
             current.release(slot.adapter_name, like=original.get(slot.adapter_name))
             if not current.bound:
                 slot.layer.scaling = dict(current)
+
+
+def _put_back_dropout(dropouts: Any, adapter_name: str, found: nn.Module) -> None:
+    if adapter_name in dropouts:
+        dropouts[adapter_name] = found
+
+
+def _put_back_class(module: nn.Module, found: type[nn.Module]) -> None:
+    module.__class__ = found
+    module.__dict__.pop("in_use", None)  # of DoRA
 
 
 def _pickle_alone(param: nn.Parameter) -> None:
