@@ -55,8 +55,8 @@ def attach(
         plan: of `hotslot.plan`; the adapters must fit it. By default `hotslot.plan(model, adapters, max_blend=1)`.
         fused: whether slots on linear layers compute with fewer passes than PEFT's forward does, where one plain LoRA
             is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
-            to the bit; after `deactivate` they are the base's to the bit in eager mode. Forward hooks of `lora_A` and
-            `lora_B` are not called.
+            to the bit; after `deactivate` they are the base's to the bit in eager mode. Hooks on `lora_B` are
+            called by PEFT's forward, which then computes.
         cache: budgets for adapters, such as `hotslot.Cache(device_bytes=1 << 30, host_bytes=8 << 30)`.
         watch: whether to look into the folder `adapters` each second from now on: what is new or changed there is
             loaded, as by `Swapper.load(lazy=True)`; what has gone is unloaded once it is not live.
