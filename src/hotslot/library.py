@@ -114,6 +114,7 @@ class Library:
     @property
     def nbytes(self) -> int:
         """Bytes of host memory: of adapters, of blends of them, and of what is being read."""
+        self._settle()
         return self._tier.nbytes
 
     @property
@@ -226,7 +227,7 @@ class Library:
             self.blender.forget(name)
             del self._known[name]
             self._tier.retire(name)
-            _keep_buffers(self._tier.settle())
+            self._settle()
             return known
 
     def clear(self) -> None:
@@ -247,6 +248,7 @@ class Library:
         """
         entries: dict[str, Entry] = {}
         seconds: float | None = None
+        self._settle()
         try:
             for name in names:
                 entry = self._lend(name)
@@ -277,17 +279,6 @@ class Library:
     def finish_packing(self) -> None:
         """Wait until no adapter has to stay in memory because it is being packed."""
         wait(tuple(self._packing))
-
-    def settle(self, entry: Entry | None, *, merged: bool) -> None:
-        """After a swap, with the lock held: what that has freed goes, what it has made is counted.
-
-        Args:
-            entry: what is live.
-            merged: whether it is merged, which is what makes an adapter keep more than before.
-        """
-        if entry is not None and merged:
-            self.weigh(entry)
-        _keep_buffers(self._tier.settle())
 
     def weigh(self, entry: Entry) -> None:
         """Take the size of an adapter anew."""
@@ -387,11 +378,16 @@ class Library:
             self.blender.clear()  # some may keep adapters from going
             _keep_buffers(self._tier.reserve(nbytes, name))
 
+    def _settle(self) -> None:
+        """Let go of what was replaced or unloaded and is not live any more. Not by a swap: that is done when it is."""
+        with self._lock:
+            _keep_buffers(self._tier.settle())
+
     def _replace(self, known: Known) -> None:
         """Let a name stand for another adapter."""
         self.blender.forget(known.name)
         self._tier.retire(known.name)
-        _keep_buffers(self._tier.settle())
+        self._settle()
         former = self._known.pop(known.name, None)  # the new one comes last
         known.pinned = former is not None and former.pinned
         self._known[known.name] = known

@@ -656,7 +656,6 @@ class Swapper:
             raise
         if read_seconds is not None and report.nbytes:
             report = replace(report, tier="disk", seconds=report.seconds + read_seconds)
-        self._library.settle(target.entry, merged=report.route != "side")
         self._recorder.add(report)
         if report.changed:
             self._tell(report)
