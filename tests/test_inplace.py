@@ -359,7 +359,6 @@ BEYOND: list[tuple[str, dict[str, Any], type[HotslotError], str]] = [
     ("LOKR", {"decompose_factor": 2}, DoesNotFitError, "other parts|zeros around it"),
     ("IA3", {"feedforward_modules": ["q_proj", "down_proj"]}, DoesNotFitError, "zeros around it"),
     ("OFT", {"oft_block_size": 4}, DoesNotFitError, "zeros around it"),
-    ("OFT", {"bias": "all"}, UnsupportedError, "biases of the base model"),
     ("VBLORA", {"num_vectors": 8}, DoesNotFitError, "zeros around it"),
     ("PVERA", {"generator_seed": 3}, UnsupportedError, "Generator"),
     ("PSOFT", {"psoft_mag_a": False}, UnsupportedError, "vector_a"),

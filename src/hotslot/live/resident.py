@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
+from ..checkpoint import PEFT_PREFIX, Checkpoint, Schema, config_dict, from_tensors
 from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
@@ -51,7 +51,6 @@ class Resident:
         self.method = method_of(peft_config(model, adapter_name))
         if self.method == "XLORA":
             raise _unsupported(self._what, "peft_type", "XLORA, whose config names other adapters", "another method")
-        refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
@@ -138,6 +137,7 @@ class Resident:
         skeleton = self._load(model, checkpoint)
         new = leaves_of(skeleton, self._name, bare=self._bare)
         fitted = self._fitted(skeleton, new, model, checkpoint.origin, checkpoint)
+        self._take_in_biases(skeleton, checkpoint, fitted[0])
         if checkpoint.schema not in self._settled:
             self._refuse_unsettled(new, model, checkpoint)
             self._refuse_inexact(new, model, checkpoint)
@@ -196,7 +196,7 @@ class Resident:
             raise self._does_something(NOT_MERGEABLE[self.method])
         skeleton = self._load(model, self._checkpoint(model), trained=False)
         fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what, None)
-        own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
+        own = self._own(model)
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
             for name, _, _, tensor in named_tensors(merge_once(unit.layer)):
@@ -249,29 +249,54 @@ class Resident:
         self, skeleton: nn.Module, new: Mapping[str, Leaf], given: Checkpoint | None
     ) -> dict[Key, torch.Tensor]:
         """What each tensor is to hold: views of the checkpoint's bytes where PEFT has taken those as they are."""
+        tensors = {self._keys[path]: leaf.tensor.detach() for path, leaf in new.items() if isinstance(leaf, Held)}
         names: dict[int, str] = {}
         if given is not None:
+            tensors |= {("", path): tensor for path, tensor in self._biases(skeleton, given).items()}
             saved = _saved(skeleton, self._name)
             names = {tensor.data_ptr(): name for name, tensor in saved.items() if name in given.tensors}
         values = {}
-        for path, leaf in new.items():
-            if isinstance(leaf, Held):
-                tensor, name = leaf.tensor.detach(), names.get(leaf.tensor.data_ptr())
-                in_file = given.tensor(name) if given is not None and name is not None else None
-                taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
-                values[self._keys[path]] = in_file if in_file is not None and taken else tensor.cpu().clone()
+        for key, tensor in tensors.items():
+            name = names.get(tensor.data_ptr())
+            in_file = given.tensor(name) if given is not None and name is not None else None
+            taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
+            values[key] = in_file if in_file is not None and taken else tensor.cpu().clone()
         return values
 
+    def _biases(self, skeleton: nn.Module, given: Checkpoint) -> dict[str, torch.Tensor]:
+        """Full name → values, of the base's biases that the checkpoint has in the place of the model's own."""
+        if not _has_biases(given.config):
+            return {}
+        # Which those are, PEFT is asked. In the file some have other names, by the layers that PEFT has put around.
+        carried = {tensor.data_ptr() for tensor in _saved(skeleton, self._name).values()}
+        return {
+            path: tensor
+            for path, tensor in _base_tensors(skeleton)
+            if path.rpartition(".")[2] == "bias" and tensor.data_ptr() in carried
+        }
+
+    def _take_in_biases(self, skeleton: nn.Module, given: Checkpoint, values: Mapping[Key, torch.Tensor]) -> None:
+        """Make sites of the base's biases that it has values for; those that are live and not its own have to go."""
+        biases, origin = self._biases(skeleton, given).keys(), given.origin
+        self._absolutes.refuse_without(biases, origin)
+        self._absolutes.take_in_biases([path.removesuffix(".bias") for path in biases], origin)
+        if biases:
+            self._absolutes.refuse_torn(values, origin)
+
+    def _own(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Full name → the base model's own values, of all its tensors; an adapter's may be live in their place."""
+        return {path: self._absolutes.own(("", path), tensor) for path, tensor in _base_tensors(model)}
+
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
-        places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
-        skeleton = load(model, checkpoint, places.__getitem__, adapter_name=self._name, on_device=True, trained=trained)
-        for path, name, tensor in _base_tensors(skeleton):
-            full = f"{path}.{name}" if path else name
-            if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
-                continue  # PEFT did not look at it
-            if full not in places or not torch.equal(tensor, places[full]):
+        own = self._own(model)
+        skeleton = load(model, checkpoint, own.__getitem__, adapter_name=self._name, on_device=True, trained=trained)
+        biases = self._biases(skeleton, checkpoint)
+        for path, tensor in _base_tensors(skeleton):
+            if path in biases or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+                continue  # they are its own, or PEFT did not look at it
+            if path not in own or not torch.equal(tensor, own[path]):
                 raise _unsupported(
-                    checkpoint.origin, full, "other base weights, which PEFT has made on loading it", "the model's own"
+                    checkpoint.origin, path, "other base weights, which PEFT has made on loading it", "the model's own"
                 )
         return skeleton
 
@@ -285,7 +310,6 @@ class Resident:
                 expected=f"{self.method!r}, as {self._name!r} on the model",
                 hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
             )
-        refuse_base_biases(checkpoint.config, origin)
 
     def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
         lacking = [path for path in new if path not in self._state]
@@ -390,7 +414,7 @@ class Resident:
 
     def _why_inexact(self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]) -> str | None:
         """Why tensors of the checkpoint's shapes may not be padded to `room`; None if they may."""
-        own = {f"base_model.model.{path}.{name}" for path, name, _ in _base_tensors(model)}  # a file may have copies
+        own = {PEFT_PREFIX + path for path, _ in _base_tensors(model)}  # a file may have copies
         skeleton = self._load(model, at_random(checkpoint, own))
         leaves = leaves_of(skeleton, self._name, bare=self._bare)
         shapes = {path: room[path] for path, leaf in leaves.items() if isinstance(leaf, Held) and path in room}
@@ -414,10 +438,9 @@ def residents(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
-    """Raise if the adapter carries biases of the base model."""
-    if config.get("bias", "none") not in ("none", None, False):
-        raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
+def _has_biases(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter carries biases of the base model."""
+    return config.get("bias", "none") not in ("none", None)
 
 
 def _saved(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -443,12 +466,13 @@ def _larger(shape: torch.Size, leaf: Leaf) -> torch.Size:
     return torch.Size(map(max, shape, other)) if len(shape) == len(other) else shape
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(full name, tensor) of the base model alone, under each of its names."""
     for path, module in base_tree(model):
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
-                    yield path, name, tensor.detach()
+                    yield f"{path}.{name}" if path else name, tensor.detach()
 
 
 def _unsupported(what: str, where: str, found: str, expected: str) -> UnsupportedError:
