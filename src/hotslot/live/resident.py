@@ -22,8 +22,8 @@ from .absolutes import Absolutes, Key
 from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
-from .padding import at_random, why_inexact
-from .room import Room
+from .padding import at_random, find_placement
+from .room import Placement, Room
 from .saved import named_tensors
 from .skeleton import Unit, base_of, base_tree, input_of, load, outline, units
 from .state import Records, peft_config, unused_columns
@@ -58,8 +58,9 @@ class Resident:
         }
         self._plain = Plain(self._state)
         self._keys = self._take_in()
-        self._room = Room(unwrap(model), self._held)
+        self._room = Room(unwrap(model), self._state)
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
+        self._placements: weakref.WeakKeyDictionary[Schema, Placement] = weakref.WeakKeyDictionary()
 
     def _take_in(self) -> dict[str, Key]:
         """Path → key of the site of each tensor."""
@@ -94,11 +95,11 @@ class Resident:
 
     def capture(self) -> tuple[Any, ...]:
         """The plain values as they are now, for `apply`, and how much of its tensors the live adapter fills."""
-        return self._plain.read(), self._room.extents.shapes
+        return self._plain.read(), self._room.extents.parts
 
     def apply(self, plain: tuple[Any, ...]) -> None:
-        """Write plain values and shapes, of `capture` or `fit`. Those that are there already stay the same objects."""
-        values, self._room.extents.shapes = plain
+        """Write what `capture` or `fit` has given. Plain values that are there already stay the same objects."""
+        values, self._room.extents.parts = plain
         self._plain.write(values)
 
     def refuse_if_merged(self) -> None:
@@ -136,11 +137,10 @@ class Resident:
         self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
         new = leaves_of(skeleton, self._name, bare=self._bare)
-        fitted = self._fitted(skeleton, new, model, checkpoint.origin, checkpoint)
+        fitted = self._fitted(skeleton, new, model, checkpoint)
         self._take_in_biases(skeleton, checkpoint, fitted[0])
         if checkpoint.schema not in self._settled:
             self._refuse_unsettled(new, model, checkpoint)
-            self._refuse_inexact(new, model, checkpoint)
             self._settled.add(checkpoint.schema)
         self._refuse_beyond(new, model, checkpoint.origin)
         return fitted
@@ -165,8 +165,7 @@ class Resident:
             leaves = leaves_of(skeleton, self._name, bare=self._bare)
             room |= {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
         if room != own:
-            self._refuse_to_pad_own(room, model)
-            self._room.make(room)
+            self._room.make(room, self._placement_of_own(room, model))
             self._absolutes.mark_clean()
 
     def _shared(self, paths: Iterable[str], model: nn.Module) -> str | None:
@@ -194,9 +193,10 @@ class Resident:
         self.refuse_if_merged()
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
-        skeleton = self._load(model, self._checkpoint(model), trained=False)
-        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what, None)
-        own = self._own(model)
+        checkpoint = self._checkpoint(model)
+        skeleton = self._load(model, checkpoint, trained=False)
+        new, own = leaves_of(skeleton, self._name, bare=self._bare), self._own(model)
+        fitted = self._fitted(skeleton, new, model, checkpoint, trained=False)
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
             for name, _, _, tensor in named_tensors(merge_once(unit.layer)):
@@ -231,18 +231,23 @@ class Resident:
         )
 
     def _fitted(
-        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str, given: Checkpoint | None
+        self,
+        skeleton: nn.Module,
+        new: Mapping[str, Leaf],
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        trained: bool = True,
     ) -> tuple[dict[Key, torch.Tensor], Records]:
-        self._refuse_other_structure(new, origin)
-        self._refuse_shared(new, model, origin)
-        room = self._room.shapes
-        extents = {
-            path: leaf.tensor.shape
-            for path, leaf in new.items()
-            if isinstance(leaf, Held) and leaf.tensor.shape != room[path]
-        }
-        plain = self._plain.read_from(new), extents
-        values = self._values(skeleton, new, given)
+        self._refuse_other_structure(new, checkpoint.origin)
+        self._refuse_shared(new, model, checkpoint.origin)
+        placement = self._placement(new, model, checkpoint)
+        plain = self._plain.read_from(new, placement.numbers), placement.parts
+        values = self._values(skeleton, new, checkpoint if trained else None)
+        for path, part in placement.parts.items():
+            if not part.in_corner:  # where those that are smaller are written
+                key = self._keys[path]
+                values[key] = part.padded(values[key], _larger(self._room.shapes[path], new[path]))
         return values, Records(unused_columns({}), {"": dict(vars(peft_config(skeleton, self._name)))}, plain)
 
     def _values(
@@ -366,21 +371,29 @@ class Resident:
                     checkpoint.origin, path, "random values: its file does not have them", "the same at each load"
                 )
 
-    def _refuse_inexact(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
-        """Raise if it has another rank, and the method is not the same with zeros: tried once for a family."""
-        own = self._room.shapes
-        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+    def _placement(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> Placement:
+        """Where it stands in tensors that are larger than its own: tried once for a family of adapters.
+
+        Raises:
+            ShapeError: its layers do not compute the same there.
+        """
+        room = {path: _larger(shape, new[path]) for path, shape in self._room.shapes.items()}
         where = next((path for path, shape in room.items() if shape != _shape(new[path])), None)
-        reason = self._why_inexact(model, checkpoint, room) if where is not None else None
-        if where is not None and reason is not None:
-            raise ShapeError(
-                f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do not "
-                "compute the same with zeros around it.",
-                where=where,
-                found=f"{self.method} of shape {tuple(_shape(new[where]))}; {reason}",
-                expected=f"{tuple(own[where])}, by the adapter on the model",
-                hint=self._elsewhere,
-            )
+        if where is None:
+            return Placement({}, {})
+        if checkpoint.schema not in self._placements:
+            found = self._find_placement(model, checkpoint, room)
+            if isinstance(found, str):
+                raise ShapeError(
+                    f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do "
+                    "not compute the same with zeros around it.",
+                    where=where,
+                    found=f"{self.method} of shape {tuple(_shape(new[where]))}; {found}",
+                    expected=f"{tuple(self._room.shapes[where])}, by the adapter on the model",
+                    hint=self._elsewhere,
+                )
+            self._placements[checkpoint.schema] = found
+        return self._placements[checkpoint.schema]
 
     def _refuse_beyond(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
         """Raise if it is larger than the model's own tensors."""
@@ -388,7 +401,7 @@ class Resident:
         room = {path: _larger(shape, new[path]) for path, shape in own.items()}
         where = next((path for path, shape in room.items() if shape != own[path]), None)
         if where is not None:
-            self._refuse_to_pad_own(room, model)
+            self._placement_of_own(room, model)
             raise ShapeError(
                 f"{origin} is of a larger rank or size than there is room for.",
                 where=where,
@@ -398,27 +411,34 @@ class Resident:
                 f"it; or {self._elsewhere}",
             )
 
-    def _refuse_to_pad_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> None:
-        """Raise if the adapter that is live may not be padded to `room`, part of which is larger than it has."""
+    def _placement_of_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> Placement:
+        """Where the adapter that is live would stand in `room`, part of which is larger than it has.
+
+        Raises:
+            ShapeError: its layers would not compute the same there, or others compute with its tensors.
+        """
         own = self._room.shapes
         growing = [path for path in room if room[path] != own[path]]
-        reason = self._why_inexact(model, self._checkpoint(model), room) or self._shared(growing, model)
-        if reason is not None:
+        found = self._shared(growing, model) or self._find_placement(model, self._checkpoint(model), room)
+        if isinstance(found, str):
             raise ShapeError(
                 f"{self._what} cannot be padded to the rank or size of a larger one.",
                 where=growing[0],
-                found=f"{self.method} of shape {tuple(own[growing[0]])}; {reason}",
+                found=f"{self.method} of shape {tuple(own[growing[0]])}; {found}",
                 expected=f"layers that compute the same with zeros around it, up to {tuple(room[growing[0]])}",
                 hint=self._elsewhere,
             )
+        return found
 
-    def _why_inexact(self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]) -> str | None:
-        """Why tensors of the checkpoint's shapes may not be padded to `room`; None if they may."""
+    def _find_placement(
+        self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]
+    ) -> Placement | str:
+        """See `find_placement`, of tensors of the checkpoint's shapes."""
         own = {PEFT_PREFIX + path for path, _ in _base_tensors(model)}  # a file may have copies
         skeleton = self._load(model, at_random(checkpoint, own))
         leaves = leaves_of(skeleton, self._name, bare=self._bare)
         shapes = {path: room[path] for path, leaf in leaves.items() if isinstance(leaf, Held) and path in room}
-        return why_inexact(skeleton, leaves, shapes)
+        return find_placement(skeleton, leaves, shapes)
 
 
 def method_of(config: PeftConfig) -> str:
