@@ -262,7 +262,8 @@ METHODS: dict[str, Method] = {
         {"llama": None},
         merges=False,
         in_place=False,
-        reason="its config names other adapters, which PEFT would load",
+        reason="its file lacks the classifier's layer 0, which PEFT takes for a part of the expert of that name, so "
+        "that each fresh load is another at random; the experts are in other files, which PEFT would load",
         deactivates=False,
     ),
 }

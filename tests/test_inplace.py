@@ -11,15 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, get_peft_model, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 import hotslot
+from adapters import make_adapter, save
 from compiling import Backend
 from hotslot.errors import DoesNotFitError, HotslotError, MergedError, ModelError, UnsupportedError
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, make_method_adapter, method_config, tensors_of
-from oracle import assert_same_output, assert_unchanged, fresh, snapshot
+from oracle import assert_same_output, assert_unchanged, error, fresh, snapshot
 from test_all_or_nothing import Fault, LineFault, OpFault
 from zoo import ZOO, Entry
 
@@ -481,6 +489,25 @@ def test_a_prompt_encoder_that_is_being_trained_is_refused(tmp_path: Path) -> No
     model = get_peft_model(entry.build(), method_config("P_TUNING", entry))
     with pytest.raises(DoesNotFitError, match=r"PeftModel\.from_pretrained"):
         hotslot.attach(model, {"new": folder})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_peft_saves_of_a_mixture_is_not_all_of_it(depth: int, tmp_path: Path) -> None:
+    """Why there is nothing to be right about: no fresh load is another's. A PEFT that saves all of it fails here."""
+    entry = ZOO["llama"]
+    expert = make_adapter(tmp_path / "expert", entry, seed=1, r=4, target_modules=["q_proj"])
+    options = {"adapters": {"0": str(expert)}, "hidden_size": 16, "xlora_depth": depth, "xlora_size": 8}
+    model = get_peft_model(entry.build(), method_config("XLORA", entry, **options, enable_softmax=False))
+    first = [name for name, _ in model.named_parameters() if "classifier.layers.0." in name]
+    save(model, tmp_path / "mixture")
+    saved = load_peft_weights(str(tmp_path / "mixture"))
+    assert first
+    assert not any(".layers.0." in key or ".lora_" in key for key in saved)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs.append(output("XLORA", entry, PeftModel.from_pretrained(entry.build(), tmp_path / "mixture").eval()))
+    assert error(*outputs) > 1e-3
 
 
 def test_a_mixture_that_names_other_adapters_is_refused_by_name(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Resident:
         self._absolutes = absolutes
         self.method = method_of(peft_config(model, adapter_name))
         if self.method == "XLORA":
-            raise _unsupported(self._what, "peft_type", "XLORA, whose config names other adapters", "another method")
+            found = "XLORA, whose file lacks a layer of its classifier, and whose experts are in files of their own"
+            raise _unsupported(self._what, "peft_type", found, "another method")
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
