@@ -128,10 +128,10 @@ def test_an_adapter_that_is_being_trained_gives_way(name: str, tmp_path: Path) -
 
 
 def attached(name: str, root: Path, entry: Entry = ZOO["llama"]) -> tuple[nn.Module, hotslot.Swapper, list[Path]]:
-    """A model that carries an adapter, and a swapper that has it and two others as "0", "1" and "2"."""
+    """A model that carries an adapter, and a swapper that has it and two others as "0", "1" and "2"; none is merged."""
     folders = three(name, entry, root)
     model = fresh(entry, folders[0])
-    return model, hotslot.attach(model, {str(i): folder for i, folder in enumerate(folders)}), folders
+    return model, hotslot.attach(model, {str(i): folder for i, folder in enumerate(folders)}, route="side"), folders
 
 
 def test_what_was_trained_comes_back(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_what_another_adapter_shares_is_not_written(tmp_path: Path) -> None:
     same = [make_method_adapter(tmp_path / str(seed), "VERA", entry, seed=seed) for seed in range(3)]
     key = make_method_adapter(tmp_path / "key", "VERA", entry, seed=3, projection_prng_key=1)
     model = fresh(entry, same[0])
-    swapper = hotslot.attach(model, {"1": same[1], "key": key})
+    swapper = hotslot.attach(model, {"1": same[1], "key": key}, route="side")
     swapper.activate("key")
     swapper.rollback()
     model.load_adapter(str(same[2]), adapter_name="other")
@@ -388,11 +388,11 @@ def test_what_has_other_shapes_is_refused(
     model = fresh(entry, first)
     before = snapshot(model), outside(model)
     with pytest.raises(kind, match=words) as caught:
-        hotslot.attach(model, {"second": second})
+        hotslot.attach(model, {"second": second}, route="side")
     for line in ("where: ", "found: ", "expected: ", "next step: "):
         assert line in str(caught.value)
     assert_unchanged(before[0], snapshot(model))
-    swapper = hotslot.attach(model)
+    swapper = hotslot.attach(model, route="side")
     assert swapper.fits(first)
     assert not swapper.fits(second)
     with pytest.raises(kind, match=words):

@@ -17,7 +17,7 @@ from torch import nn
 
 import hotslot
 from compiling import Backend
-from hotslot.errors import DoesNotFitError, ModelError
+from hotslot.errors import DoesNotFitError, ModelError, UnsupportedError
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, make_method_adapter, method_config, tensors_of
 from oracle import assert_same_output, assert_unchanged, fresh, snapshot
@@ -142,7 +142,7 @@ def test_rows_that_are_repeated_have_to_fill_the_larger_ones(tmp_path: Path) -> 
     model = fresh(entry, one)
     before = snapshot(model)
     with pytest.raises(DoesNotFitError, match="with zeros around it"):
-        hotslot.attach(model, {"other": other})
+        hotslot.attach(model, {"other": other}, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -321,7 +321,7 @@ def test_what_zeros_would_change_is_refused_by_name(name: str, tmp_path: Path) -
     model = fresh(entry, of_rank(name, entry, tmp_path / "one", one, 1))
     before = snapshot(model), outside(model)
     with pytest.raises(DoesNotFitError, match="with zeros around it") as caught:
-        hotslot.attach(model, {"other": of_rank(name, entry, tmp_path / "other", other, 2)})
+        hotslot.attach(model, {"other": of_rank(name, entry, tmp_path / "other", other, 2)}, route="side")
     for words in (name, "where: ", "found: ", "expected: ", "next step: "):
         assert words in str(caught.value)
     assert_unchanged(before[0], snapshot(model))
@@ -335,8 +335,8 @@ def test_room_is_made_before_compiling(tmp_path: Path) -> None:
     model.compile(backend=Backend())
     before = snapshot(model)
     with pytest.raises(DoesNotFitError, match=r"at most \(32, 2\)(.|\n)*before torch\.compile"):
-        hotslot.attach(model, {"high": high})
-    swapper = hotslot.attach(model)
+        hotslot.attach(model, {"high": high}, route="side")
+    swapper = hotslot.attach(model, route="side")
     assert not swapper.fits(high)
     with pytest.raises(DoesNotFitError, match=r"before torch\.compile"):
         swapper.load("high", high)
@@ -362,8 +362,8 @@ def test_what_another_adapter_shares_is_not_padded(tmp_path: Path) -> None:
     model = fresh(entry, low)
     model.load_adapter(str(low), adapter_name="other")
     before = snapshot(model)
-    with pytest.raises(DoesNotFitError, match="'other' on the model shares"):
-        hotslot.attach(model, {"high": high})
+    with pytest.raises(UnsupportedError, match="'other' on the model shares"):
+        hotslot.attach(model, {"high": high}, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -374,7 +374,7 @@ def test_another_form_of_factors_is_refused(tmp_path: Path) -> None:
     model = fresh(entry, first)
     before = snapshot(model)
     with pytest.raises(DoesNotFitError, match="other parts"):
-        hotslot.attach(model, {"whole": whole})
+        hotslot.attach(model, {"whole": whole}, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -397,4 +397,4 @@ def test_a_method_that_zeros_change_is_found_out(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(LoHaLayer, "get_delta_weight", normalised)
     with pytest.raises(DoesNotFitError, match=r"LOHA(.|\n)*wrong by 0\.29"):
-        hotslot.attach(model, {"high": high})
+        hotslot.attach(model, {"high": high}, route="side")

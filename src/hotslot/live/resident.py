@@ -7,18 +7,19 @@ load's tensors and numbers in them it is that fresh load.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..checkpoint import PEFT_PREFIX, Checkpoint, Schema, config_dict, from_tensors
-from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..errors import DoesNotFitError, MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
-from .absolutes import Absolutes, Key
+from .absolutes import Absolutes, Key, Merge
 from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
@@ -149,24 +150,26 @@ class Resident:
     def make_room(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Let each tensor hold what any of these has there; before anything is fitted, and not on a compiled model.
 
-        If it raises, `release`.
+        There is none for what cannot take the adapter's place, of which `fit` says why. If it raises, `release`.
 
         Raises:
             ModelError: what would be padded is in training.
-            ShapeError: the method is not the same with zeros, or another adapter shares the tensors.
-            ConfigError, TensorError, DoesNotFitError: PEFT does not load one of them onto this model.
+            ConfigError, TensorError: one of them is no adapter that PEFT loads.
         """
         model = self._model()
         assert model is not None
-        own = self._room.shapes
-        room = dict(own)
-        for checkpoint in {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values():
-            self._refuse_other_method(checkpoint)
-            skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
-            leaves = leaves_of(skeleton, self._name, bare=self._bare)
-            room |= {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
-        if room != own:
-            self._room.make(room, self._placement_of_own(room, model))
+        room, placement = self._room.shapes, Placement({}, {})
+        families = {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values()
+        for checkpoint in sorted(families, key=lambda checkpoint: checkpoint.nbytes, reverse=True):
+            with contextlib.suppress(DoesNotFitError, UnsupportedError):
+                self._refuse_other_method(checkpoint)
+                skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
+                leaves = leaves_of(skeleton, self._name, bare=self._bare)
+                larger = {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
+                if larger != room and len(larger) == len(room):
+                    room, placement = larger, self._placement_of_own(larger, model)
+        if placement.parts:
+            self._room.make(room, placement)
             self._absolutes.mark_clean()
 
     def _shared(self, paths: Iterable[str], model: nn.Module) -> str | None:
@@ -183,8 +186,11 @@ class Resident:
         """Give the adapter's tensors their own memory and shapes back, holding what they hold now."""
         self._room.release()
 
-    def fit_neutral(self) -> tuple[dict[Key, torch.Tensor], Records]:
+    def fit_neutral(self, merges: Sequence[Merge] = ()) -> tuple[dict[Key, torch.Tensor], Records]:
         """As `fit`, of the adapter as it was before any training, if the base model computes with it what it does.
+
+        Args:
+            merges: into the base weights, with which it is to do nothing either.
 
         Raises:
             UnsupportedError: it does something, or whether it does cannot be seen.
@@ -192,14 +198,25 @@ class Resident:
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
+        self._absolutes.refuse_without((), "The base model")
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
+        if merges and self.beside:
+            raise UnsupportedError(
+                "What is merged into the base weights would change what another adapter on the model computes.",
+                where=", ".join(sorted(self.beside)),
+                found=f"{len(self.beside)} adapters beside {self._name!r}",
+                expected="no other adapter on the model",
+                hint="peft_model.delete_adapter(…), or use a model of its own",
+            )
         checkpoint = self._checkpoint(model)
         skeleton = self._load(model, checkpoint, trained=False)
         new, own = leaves_of(skeleton, self._name, bare=self._bare), self._own(model)
         fitted = self._fitted(skeleton, new, model, checkpoint, trained=False)
+        merged = _merged(merges, own)
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
+            self._try_to_do_nothing_above(unit, merged)
             for name, _, _, tensor in named_tensors(merge_once(unit.layer)):
                 if not torch.equal(tensor, own[f"{unit.fqn}.{name}"]):
                     raise self._does_something(f"untrained, it changes {unit.fqn}.{name}")
@@ -221,6 +238,22 @@ class Resident:
             values = input_of(base)
             if values is None or not torch.equal(unit.layer(values), base(values)):
                 raise self._does_something(f"untrained, {unit.fqn} rounds otherwise than its base layer, or more")
+
+    def _try_to_do_nothing_above(self, unit: Unit, merged: Mapping[str, torch.Tensor]) -> None:
+        """The same with other values in its base, which is as before afterwards."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        tensors = {f"{unit.fqn}.{name}": tensor for name, _, _, tensor in named_tensors(base_of(unit.layer))}
+        own = {path: tensor.detach().clone() for path, tensor in tensors.items() if path in merged}
+        if own and isinstance(unit.layer, ModulesToSaveWrapper):
+            raise self._does_something(f"it has a copy of {unit.fqn}, so that nothing that is merged there would show")
+        with torch.no_grad():
+            for path in own:
+                tensors[path].copy_(merged[path])
+            if own:
+                self._try_to_do_nothing(unit)
+            for path, values in own.items():
+                tensors[path].copy_(values)
 
     def _does_something(self, reason: str) -> UnsupportedError:
         return UnsupportedError(
@@ -314,7 +347,8 @@ class Resident:
                 where="peft_type",
                 found=f"{checkpoint.config.get('peft_type')!r:.80}",
                 expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
+                hint="route='auto' merges it below an adapter that can be made to do nothing, if there is no other; a "
+                "base model without a PEFT adapter takes any method that merges",
             )
 
     def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
@@ -456,6 +490,18 @@ def residents(model: nn.Module) -> dict[str, str]:
         for name, config in configs.items() if isinstance(configs, Mapping) else ():
             if found.get(name, "LORA") == "LORA":  # an Assembly's members may have several of one name
                 found[name] = method_of(config)
+    return found
+
+
+def _merged(merges: Sequence[Merge], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full name → values of the base's tensors once these are merged into `own`."""
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for merge in merges:
+            pristine = [own[path] for _, path in merge.keys]
+            targets = [torch.empty_like(values) for values in pristine]
+            merge.write(targets, pristine)
+            found.update(zip((path for _, path in merge.keys), targets, strict=True))
     return found
 
 
