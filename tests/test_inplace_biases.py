@@ -95,7 +95,7 @@ def test_control_the_biases_are_a_part_of_the_adapter(name: str, tmp_path: Path)
     assert error(loaded, MLP.output(model, MLP.inputs())) > 1e-3
 
 
-@pytest.mark.parametrize("name", WITH_BIASES)
+@pytest.mark.parametrize("name", ["ADALORA", "BOFT", "DELORA", "GLORA", "MISS", "OFT", "VBLORA", "VERA"])
 def test_merged_they_are_those_of_merge_and_unload(name: str, tmp_path: Path) -> None:
     folders = adapters(name, tmp_path)
     model = MLP.build()
