@@ -63,7 +63,14 @@ class Method:
 # Why zeros around it are another adapter.
 _PLACES = "indices cannot be padded with zeros"
 _ATTENDED = "zeros are attended to"
-_BLOCKS = "other blocks of the weight"
+_ROTATIONS = (
+    "smaller blocks are more blocks, so that its tensor is larger in one dimension and smaller in the other; and "
+    "blocks of b stand in blocks of B, along a diagonal, only where b divides B"
+)
+_CIRCULANTS = (
+    "a block of 2b by 2b that is circulant has 2b numbers, and the four circulant ones of b that it takes the place of "
+    "have 4b"
+)
 
 _LINEAR = ["q_proj", "v_proj", "down_proj"]
 _ALL = {
@@ -96,8 +103,8 @@ METHODS: dict[str, Method] = {
         one_rank=_ATTENDED,
     ),
     "BEFT": Method({}, {"bert": ["query", "value"]}),
-    "BOFT": Method({"boft_block_size": 2}, ranks=("boft_block_size", (2, 4)), one_rank=_BLOCKS),
-    "C3A": Method({"block_size": 4}, deactivates=False, ranks=("block_size", (4, 8)), one_rank=_BLOCKS),
+    "BOFT": Method({"boft_block_size": 2}, ranks=("boft_block_size", (2, 4)), one_rank=_ROTATIONS),
+    "C3A": Method({"block_size": 4}, deactivates=False, ranks=("block_size", (4, 8)), one_rank=_CIRCULANTS),
     "CARTRIDGE": Method(
         {"num_virtual_tokens": 4},
         {"llama": None},
@@ -129,9 +136,7 @@ METHODS: dict[str, Method] = {
         one_rank=_PLACES,
     ),
     "GLORA": Method({}, ranks=("r", range(1, 9))),
-    "GRALORA": Method(
-        {"r": 4, "gralora_k": 2, "hybrid_r": 0}, outside={"alpha": 128}, ranks=("r", (4, 8)), one_rank=_BLOCKS
-    ),
+    "GRALORA": Method({"r": 4, "gralora_k": 2, "hybrid_r": 0}, outside={"alpha": 128}, ranks=("r", range(2, 9, 2))),
     "HIRA": Method({"r": 4}, ranks=("r", range(1, 9))),
     "HRA": Method({"r": 4}, outside={"apply_GS": True}, deactivates=False, ranks=("r", range(2, 9, 2))),
     "IA3": Method({"feedforward_modules": ["down_proj"]}, {"llama": ["q_proj", "down_proj"]}),
@@ -140,8 +145,7 @@ METHODS: dict[str, Method] = {
         merges=False,
         outside={"scaling": 2.0},
         deactivates=False,
-        ranks=("r", (4, 8)),
-        one_rank="its router weighs the ranks",
+        ranks=("r", range(1, 9)),
     ),
     "LN_TUNING": Method({}, {"llama": ["input_layernorm"], "bert": ["LayerNorm"]}),
     "LOHA": Method({"r": 4}, _on("llama", "conv2d"), outside={"alpha": 3}, ranks=("r", range(1, 9))),
@@ -149,7 +153,7 @@ METHODS: dict[str, Method] = {
     "LORA": Method(
         {"r": 4}, _on("llama", "gpt2", "conv2d", "embedding"), outside={"lora_alpha": 3}, ranks=("r", range(1, 9))
     ),
-    "MISS": Method({"r": 4}, ranks=("r", (4, 8)), one_rank="its rows are repeated"),
+    "MISS": Method({"r": 4}, ranks=("r", (2, 4, 8))),
     "MULTITASK_PROMPT_TUNING": Method(
         {"num_virtual_tokens": 4, "num_tasks": 2},
         {"llama": None},
@@ -163,7 +167,7 @@ METHODS: dict[str, Method] = {
         _on("llama", "conv2d"),
         outside={"use_cayley_neumann": False, "coft": True},
         ranks=("oft_block_size", (2, 4)),
-        one_rank=_BLOCKS,
+        one_rank=_ROTATIONS,
     ),
     "OSF": Method({}, deactivates=False),
     "PEANUT": Method({}, outside={"scaling": 2.0}, ranks=("r", range(1, 9))),
@@ -258,7 +262,8 @@ METHODS: dict[str, Method] = {
         {"llama": None},
         merges=False,
         in_place=False,
-        reason="its config names other adapters, which PEFT would load",
+        reason="its file lacks the classifier's layer 0, which PEFT takes for a part of the expert of that name, so "
+        "that each fresh load is another at random; the experts are in other files, which PEFT would load",
         deactivates=False,
     ),
 }

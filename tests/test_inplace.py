@@ -11,15 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, get_peft_model, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 
 import hotslot
+from adapters import make_adapter, save
 from compiling import Backend
 from hotslot.errors import DoesNotFitError, HotslotError, MergedError, ModelError, UnsupportedError
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, make_method_adapter, method_config, tensors_of
-from oracle import assert_same_output, assert_unchanged, fresh, snapshot
+from oracle import assert_same_output, assert_unchanged, error, fresh, snapshot
 from test_all_or_nothing import Fault, LineFault, OpFault
 from zoo import ZOO, Entry
 
@@ -120,10 +128,10 @@ def test_an_adapter_that_is_being_trained_gives_way(name: str, tmp_path: Path) -
 
 
 def attached(name: str, root: Path, entry: Entry = ZOO["llama"]) -> tuple[nn.Module, hotslot.Swapper, list[Path]]:
-    """A model that carries an adapter, and a swapper that has it and two others as "0", "1" and "2"."""
+    """A model that carries an adapter, and a swapper that has it and two others as "0", "1" and "2"; none is merged."""
     folders = three(name, entry, root)
     model = fresh(entry, folders[0])
-    return model, hotslot.attach(model, {str(i): folder for i, folder in enumerate(folders)}), folders
+    return model, hotslot.attach(model, {str(i): folder for i, folder in enumerate(folders)}, route="side"), folders
 
 
 def test_what_was_trained_comes_back(tmp_path: Path) -> None:
@@ -274,7 +282,7 @@ def test_what_another_adapter_shares_is_not_written(tmp_path: Path) -> None:
     same = [make_method_adapter(tmp_path / str(seed), "VERA", entry, seed=seed) for seed in range(3)]
     key = make_method_adapter(tmp_path / "key", "VERA", entry, seed=3, projection_prng_key=1)
     model = fresh(entry, same[0])
-    swapper = hotslot.attach(model, {"1": same[1], "key": key})
+    swapper = hotslot.attach(model, {"1": same[1], "key": key}, route="side")
     swapper.activate("key")
     swapper.rollback()
     model.load_adapter(str(same[2]), adapter_name="other")
@@ -359,7 +367,6 @@ BEYOND: list[tuple[str, dict[str, Any], type[HotslotError], str]] = [
     ("LOKR", {"decompose_factor": 2}, DoesNotFitError, "other parts|zeros around it"),
     ("IA3", {"feedforward_modules": ["q_proj", "down_proj"]}, DoesNotFitError, "zeros around it"),
     ("OFT", {"oft_block_size": 4}, DoesNotFitError, "zeros around it"),
-    ("OFT", {"bias": "all"}, UnsupportedError, "biases of the base model"),
     ("VBLORA", {"num_vectors": 8}, DoesNotFitError, "zeros around it"),
     ("PVERA", {"generator_seed": 3}, UnsupportedError, "Generator"),
     ("PSOFT", {"psoft_mag_a": False}, UnsupportedError, "vector_a"),
@@ -381,11 +388,11 @@ def test_what_has_other_shapes_is_refused(
     model = fresh(entry, first)
     before = snapshot(model), outside(model)
     with pytest.raises(kind, match=words) as caught:
-        hotslot.attach(model, {"second": second})
+        hotslot.attach(model, {"second": second}, route="side")
     for line in ("where: ", "found: ", "expected: ", "next step: "):
         assert line in str(caught.value)
     assert_unchanged(before[0], snapshot(model))
-    swapper = hotslot.attach(model)
+    swapper = hotslot.attach(model, route="side")
     assert swapper.fits(first)
     assert not swapper.fits(second)
     with pytest.raises(kind, match=words):
@@ -482,6 +489,25 @@ def test_a_prompt_encoder_that_is_being_trained_is_refused(tmp_path: Path) -> No
     model = get_peft_model(entry.build(), method_config("P_TUNING", entry))
     with pytest.raises(DoesNotFitError, match=r"PeftModel\.from_pretrained"):
         hotslot.attach(model, {"new": folder})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_what_peft_saves_of_a_mixture_is_not_all_of_it(depth: int, tmp_path: Path) -> None:
+    """Why there is nothing to be right about: no fresh load is another's. A PEFT that saves all of it fails here."""
+    entry = ZOO["llama"]
+    expert = make_adapter(tmp_path / "expert", entry, seed=1, r=4, target_modules=["q_proj"])
+    options = {"adapters": {"0": str(expert)}, "hidden_size": 16, "xlora_depth": depth, "xlora_size": 8}
+    model = get_peft_model(entry.build(), method_config("XLORA", entry, **options, enable_softmax=False))
+    first = [name for name, _ in model.named_parameters() if "classifier.layers.0." in name]
+    save(model, tmp_path / "mixture")
+    saved = load_peft_weights(str(tmp_path / "mixture"))
+    assert first
+    assert not any(".layers.0." in key or ".lora_" in key for key in saved)
+    outputs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        outputs.append(output("XLORA", entry, PeftModel.from_pretrained(entry.build(), tmp_path / "mixture").eval()))
+    assert error(*outputs) > 1e-3
 
 
 def test_a_mixture_that_names_other_adapters_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
 import hotslot
 from compiling import Backend
-from hotslot.errors import DoesNotFitError, ModelError
+from hotslot.errors import DoesNotFitError, ModelError, UnsupportedError
 from hotslot.testing import no_recompile, same_addresses
 from methods import METHODS, make_method_adapter, method_config, tensors_of
 from oracle import assert_same_output, assert_unchanged, fresh, snapshot
@@ -32,6 +32,7 @@ EXACT = [
     for entry in row.targets
     if (name, entry) != ("LOKR", "conv2d")  # whose factors are too small for two ranks
 ]
+INJECTORS = ("line", "before", "amid")
 INEXACT = [name for name, row in METHODS.items() if row.one_rank and row.available]
 # Options that leave room for several ranks in small layers, or say nothing of what is tested.
 MORE: dict[str, dict[str, Any]] = {"LOKR": {"decompose_factor": 2}}
@@ -84,6 +85,7 @@ def test_other_ranks_are_fresh_loads(name: str, entry_name: str, tmp_path: Path)
     first, *others = folders
     model = fresh(entry, folders[first])
     before, parameters = tensors_of(model), {key: id(param) for key, param in model.named_parameters()}
+    beside = outside(model)
     swapper = hotslot.attach(model, {str(rank): folder for rank, folder in folders.items()})
     assert {key: id(param) for key, param in model.named_parameters()} == parameters
     assert_same_output(output(name, entry, model), wanted[first])
@@ -100,7 +102,48 @@ def test_other_ranks_are_fresh_loads(name: str, entry_name: str, tmp_path: Path)
     swapper.detach()
     after = tensors_of(model)
     assert all(torch.equal(after[key], before[key]) for key in before)
+    assert beside == outside(model)
     assert_same_output(output(name, entry, model), wanted[first], exact=True)
+
+
+# What stands elsewhere than in the corner of zeros.
+BLOCKS: list[tuple[str, list[dict[str, Any]]]] = [
+    ("GRALORA", [{"r": 4, "gralora_k": 4}, {"r": 8, "gralora_k": 4, "hybrid_r": 0}, {"r": 16, "gralora_k": 4}]),
+    ("GRALORA", [{"r": 4, "hybrid_r": 2}, {"r": 8, "hybrid_r": 6}, {"r": 6, "hybrid_r": 3}]),
+    ("LILY", [{"r": 2, "num_B": 3}, {"r": 5, "num_B": 3}, {"r": 3, "num_B": 3}]),
+    ("MISS", [{"r": 3}, {"r": 6}, {"r": 1}]),  # of 16 columns
+    ("MISS", [{"r": 2, "init_weights": "mini", "mini_r": 4}, {"r": 8, "init_weights": "mini", "mini_r": 8}]),
+]
+
+
+@pytest.mark.parametrize(("name", "drawn"), BLOCKS)
+def test_blocks_are_padded_one_by_one(name: str, drawn: list[dict[str, Any]], tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folders = [make_method_adapter(tmp_path / str(i), name, entry, seed=i, **drawn[i]) for i in range(len(drawn))]
+    model = fresh(entry, folders[0])
+    before = snapshot(model), outside(model)
+    swapper = hotslot.attach(model, {str(i): folder for i, folder in enumerate(folders)})
+    for number in (1, 0, *range(len(drawn)), 0):
+        swapper.activate(str(number))
+        assert_same_output(output(name, entry, model), fresh_of(name, entry, folders[number]))
+        shown, given = get_peft_model_state_dict(model), load_peft_weights(str(folders[number]))
+        assert all(torch.equal(shown[key], given[key]) for key in given), "it does not show the adapter's own"
+        set_peft_model_state_dict(model, given)  # which stands where it is read
+        assert_same_output(output(name, entry, model), fresh_of(name, entry, folders[number]))
+    swapper.activate("1")
+    swapper.detach()
+    assert_unchanged(before[0], snapshot(model))
+    assert before[1] == outside(model)
+
+
+def test_rows_that_are_repeated_have_to_fill_the_larger_ones(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    one, other = (of_rank("MISS", entry, tmp_path / str(rank), rank, rank) for rank in (6, 4))
+    model = fresh(entry, one)
+    before = snapshot(model)
+    with pytest.raises(DoesNotFitError, match="with zeros around it"):
+        hotslot.attach(model, {"other": other}, route="side")
+    assert_unchanged(before, snapshot(model))
 
 
 def test_ranks_differ_from_module_to_module(tmp_path: Path) -> None:
@@ -184,12 +227,12 @@ def test_it_is_merged_and_taken_off_as_pefts_own(tmp_path: Path) -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["LOHA", "HIRA", "VERA", "TINYLORA", "PEANUT"])
+@pytest.mark.parametrize("name", ["LOHA", "HIRA", "VERA", "TINYLORA", "PEANUT", "GRALORA", "LILY", "MISS"])
 def test_other_ranks_compile_nothing(name: str, tmp_path: Path) -> None:
     entry = ZOO["mlp"]
     _, ranks = METHODS[name].ranks or ("", ())
     low, middle, high = sorted(random.Random(name).sample(list(ranks), 3))
-    alpha = [{"alpha": rank} if name == "LOHA" else {} for rank in (low, middle, high)]
+    alpha = [{"alpha": rank} if name in ("LOHA", "GRALORA") else {} for rank in (low, middle, high)]
     folders = [
         of_rank(name, entry, tmp_path / str(rank), rank, rank, target_modules=["up", "inner.2"], **options)
         for rank, options in zip((low, middle, high), alpha, strict=True)
@@ -221,13 +264,13 @@ def test_control_without_padding_it_compiles_anew(tmp_path: Path) -> None:
 # --- all or nothing ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("injector", ["line", "before", "amid"])
-def test_a_swap_that_is_broken_off_has_not_happened(injector: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("injector", "name"), [*zip(INJECTORS, ["LOHA"] * 3, strict=True), ("line", "GRALORA")])
+def test_a_swap_that_is_broken_off_has_not_happened(injector: str, name: str, tmp_path: Path) -> None:
     def fault(k: int) -> Any:
         return LineFault(k, KeyboardInterrupt) if injector == "line" else OpFault(k, Fault, injector)
 
-    entry = ZOO["conv2d"]
-    model, swapper, _, (low, _, high) = attached("LOHA", tmp_path, entry)
+    entry = ZOO["conv2d" if name == "LOHA" else "llama"]
+    model, swapper, _, (low, _, high) = attached(name, tmp_path, entry)
     swapper.activate(str(high))
     before = snapshot(model), outside(model), {key: value.shape for key, value in model.state_dict().items()}
     counting = fault(-1)
@@ -276,7 +319,7 @@ def test_what_zeros_would_change_is_refused_by_name(name: str, tmp_path: Path) -
     model = fresh(entry, of_rank(name, entry, tmp_path / "one", one, 1))
     before = snapshot(model), outside(model)
     with pytest.raises(DoesNotFitError, match="with zeros around it") as caught:
-        hotslot.attach(model, {"other": of_rank(name, entry, tmp_path / "other", other, 2)})
+        hotslot.attach(model, {"other": of_rank(name, entry, tmp_path / "other", other, 2)}, route="side")
     for words in (name, "where: ", "found: ", "expected: ", "next step: "):
         assert words in str(caught.value)
     assert_unchanged(before[0], snapshot(model))
@@ -290,8 +333,8 @@ def test_room_is_made_before_compiling(tmp_path: Path) -> None:
     model.compile(backend=Backend())
     before = snapshot(model)
     with pytest.raises(DoesNotFitError, match=r"at most \(32, 2\)(.|\n)*before torch\.compile"):
-        hotslot.attach(model, {"high": high})
-    swapper = hotslot.attach(model)
+        hotslot.attach(model, {"high": high}, route="side")
+    swapper = hotslot.attach(model, route="side")
     assert not swapper.fits(high)
     with pytest.raises(DoesNotFitError, match=r"before torch\.compile"):
         swapper.load("high", high)
@@ -317,8 +360,8 @@ def test_what_another_adapter_shares_is_not_padded(tmp_path: Path) -> None:
     model = fresh(entry, low)
     model.load_adapter(str(low), adapter_name="other")
     before = snapshot(model)
-    with pytest.raises(DoesNotFitError, match="'other' on the model shares"):
-        hotslot.attach(model, {"high": high})
+    with pytest.raises(UnsupportedError, match="'other' on the model shares"):
+        hotslot.attach(model, {"high": high}, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -329,7 +372,7 @@ def test_another_form_of_factors_is_refused(tmp_path: Path) -> None:
     model = fresh(entry, first)
     before = snapshot(model)
     with pytest.raises(DoesNotFitError, match="other parts"):
-        hotslot.attach(model, {"whole": whole})
+        hotslot.attach(model, {"whole": whole}, route="side")
     assert_unchanged(before, snapshot(model))
 
 
@@ -352,4 +395,4 @@ def test_a_method_that_zeros_change_is_found_out(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(LoHaLayer, "get_delta_weight", normalised)
     with pytest.raises(DoesNotFitError, match=r"LOHA(.|\n)*wrong by 0\.29"):
-        hotslot.attach(model, {"high": high})
+        hotslot.attach(model, {"high": high}, route="side")

@@ -206,7 +206,10 @@ def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
 def _attach_resident(
     model: nn.Module, adapters: Mapping[str, Source], adapter_name: str, route: str, plan: Plan | None, cache: Cache
 ) -> Swapper:
-    """`attach` where the adapter on the model is of a method without slots: others of that method take its place."""
+    """`attach` where the adapter on the model is of a method without slots: others of that method take its place.
+
+    With "auto" what cannot is merged, and the adapter's layers do nothing meanwhile.
+    """
     method = live.residents(model)[adapter_name]
     if isinstance(model, live.Assembly):
         raise UnsupportedError(
@@ -226,7 +229,8 @@ def _attach_resident(
             expected=f"adapters of {method} alone, which take its place",
             hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
         )
-    known = survey_all(model, adapters, "resident")
+    way = "resident" if route == "side" else "resident+merged"
+    known = survey_all(model, adapters, way)
     arena = not live.is_compiled(model)
     binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
     engine = None
@@ -236,7 +240,7 @@ def _attach_resident(
         engine = Engine(model, adapter_name, binding, empty=False)
         for entry in known.planned:
             entry.compile(binding)
-        return Swapper(engine, None, known.read, NO_SLOTS, None, "resident", cache)
+        return Swapper(engine, None, known.read, NO_SLOTS, None, way, cache)
     except BaseException:
         (engine or binding).release()
         raise

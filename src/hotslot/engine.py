@@ -74,7 +74,7 @@ class Entry:
         checkpoint: what was read.
         adapter: what it means, if that is known.
         route: "side": slots have to hold all of it; "merged": none of it; "auto": what they can; "resident": it takes
-            the place of an adapter of its own method.
+            the place of an adapter of its own method; "resident+merged": or it is merged below that one.
 
     Raises:
         UnsupportedError, CheckpointError: it cannot take that route on any model.
@@ -118,9 +118,7 @@ class Entry:
         memory, beside = binding.memory, binding.beside
         if self._compiled is None or self._compiled.memory is not memory or self._compiled.beside != beside:
             if binding.resident is not None:
-                values, records = binding.resident.fit(self.adapter.checkpoint)
-                nothing, nbytes = memory.neutral, self.adapter.checkpoint.nbytes
-                self._compiled = Compiled(memory, nothing, values, records, nbytes=nbytes, beside=beside)
+                self._compiled = self._in_the_place_of(binding.resident, binding)
                 return self._compiled
             sided, block, merges = self._split(binding)
             scalings = dict.fromkeys(binding.slots, live.NEUTRAL_SCALING)
@@ -129,6 +127,25 @@ class Entry:
             writes, nbytes = memory.compile(block, scalings), self.adapter.checkpoint.nbytes if block else 0
             self._compiled = Compiled(memory, writes, values, records, merges, nbytes)
         return self._compiled
+
+    def _in_the_place_of(self, resident: live.Resident, binding: Binding) -> Compiled:
+        """In the layers of the adapter that came with the model; or below them, which are to do nothing then."""
+        checkpoint, memory, beside = self.adapter.checkpoint, binding.memory, binding.beside
+        try:
+            values, records = resident.fit(checkpoint)
+            nbytes = checkpoint.nbytes
+            return Compiled(memory, memory.neutral, values, records, nbytes=nbytes, beside=beside)
+        except (DoesNotFitError, UnsupportedError) as error:
+            if self.route == "resident":
+                raise
+            refusal = error
+        try:
+            opaque(checkpoint)
+            merges = self._merges(binding, frozenset(), None)
+            values, records = resident.fit_neutral(merges.all)
+            return Compiled(memory, memory.neutral, values, records, merges, beside=beside)
+        except (DoesNotFitError, TensorError, UnsupportedError) as error:
+            raise refusal from error
 
     def _split(self, binding: Binding) -> tuple[Adapter, Block | None, Merges]:
         """What the slots hold, and how the rest is merged, if there is any.
@@ -165,7 +182,7 @@ class Entry:
         return self._merged[2]
 
     def _meaning(self, checkpoint: Checkpoint, route: str) -> Adapter:
-        if route == "resident":
+        if route.startswith("resident"):
             return opaque(checkpoint, merges=False)
         if route == "merged" and checkpoint.config.get("peft_type") != "LORA":
             return opaque(checkpoint)

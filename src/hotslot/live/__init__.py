@@ -16,7 +16,7 @@ from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
 from .pristine import PRISTINE
-from .resident import residents
+from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .saving import allow_saving, forbid_saving
 from .skeleton import hollow
@@ -41,6 +41,7 @@ __all__ = [
     "Memory",
     "Merges",
     "Records",
+    "Resident",
     "Slot",
     "Stagings",
     "Wrapping",

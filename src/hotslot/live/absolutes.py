@@ -19,10 +19,11 @@ from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import TOKENS, Adapter
 from .base import all_base_modules
 from .copies import Copy, base_copies
-from .discover import adapter_names, lora_layers, unwrap
+from .discover import adapted_layers, adapter_names, lora_layers, unwrap
 from .pristine import InMemory, Store, stores
 from .room import cut_to
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
+from .skeleton import base_tree
 from .state import peft_configs
 from .state_dict import SavedModule, ShownTokens
 from .tokens import (
@@ -285,7 +286,9 @@ class Absolutes:
                 hint="attach with this adapter among adapters=, so that its modules get copies too",
             )
         self.refuse_without({f"{fqn}.bias" for fqn in adapter.biases}, adapter.checkpoint.origin)
-        self._take_in_biases(adapter)
+        if model is not None:
+            refuse_other_biases(model, adapter)
+        self.take_in_biases(adapter.biases, adapter.checkpoint.origin)
         values = (
             self._token_values(adapter)
             | self._copied_values(adapter)
@@ -299,10 +302,10 @@ class Absolutes:
             for fqn, specs in adapter.saved.items()
             for name, spec in specs.items()
         }
-        self._refuse_torn(values, adapter)
+        self.refuse_torn(values, adapter.checkpoint.origin)
         return values
 
-    def _refuse_torn(self, values: Mapping[Key, torch.Tensor], adapter: Adapter) -> None:
+    def refuse_torn(self, values: Mapping[Key, torch.Tensor], what: str) -> None:
         """Raise if one tensor is to have two values: PEFT lets the copies of tied modules share it."""
         first: dict[int, Key] = {}
         for key, site in self.sites.items():
@@ -310,7 +313,7 @@ class Absolutes:
             one, two = values.get(other), values.get(key)
             if other != key and not (one is two or (one is not None and two is not None and torch.equal(one, two))):
                 raise UnsupportedError(
-                    f"{adapter.checkpoint.origin} has other values for a module than for the one that it is tied to.",
+                    f"{what} has other values for a module than for the one that it is tied to.",
                     where=".".join(filter(None, key)),
                     found=f"one parameter with {'.'.join(filter(None, other))}, by ensure_weight_tying of the adapter "
                     "that came with the model",
@@ -342,12 +345,13 @@ class Absolutes:
         biased = {prefix: config.bias for prefix, config in configs.items() if config and _has_biases(config)}
         if not biased:
             return
-        adapted = {fqn.replace(".base_layer", "") for fqn, _ in lora_layers(model)}
-        for fqn, module in base_biases(model).items():
+        adapted = {fqn.replace(".base_layer", "") for fqn in adapted_layers(model)}
+        for fqn, module in base_tree(model):
+            holder, param = module._parameters, module._parameters.get("bias")
             bias = next((bias for prefix, bias in biased.items() if fqn.startswith(prefix)), "none")
-            if bias == "all" or (bias == "lora_only" and fqn in adapted):
-                key, holder = ("", f"{fqn}.bias"), module._parameters
-                self.sites[key] = Site(holder, "bias", holder["bias"], None, [], lost=True)
+            if param is not None and (bias == "all" or (bias.endswith("_only") and fqn in adapted)):
+                key = "", f"{fqn}.bias"
+                self.sites[key] = Site(holder, "bias", param, None, [], lost=True)
                 self._foreign.add(key)
 
     def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
@@ -428,26 +432,30 @@ class Absolutes:
                 hint="use a model of its own for this adapter",
             )
 
-    def _take_in_biases(self, adapter: Adapter) -> None:
-        missing = [fqn for fqn in adapter.biases if ("", f"{fqn}.bias") not in self.sites]
+    def take_in_biases(self, fqns: Collection[str], what: str) -> None:
+        """Make sites of the biases of these modules of the base model, for which `what` has values.
+
+        Raises:
+            UnsupportedError: another adapter on the model has some, too.
+        """
         model = self._model()
-        if not missing or model is None:
+        if not fqns or model is None:
             return
         configs = [(name, config) for found in peft_configs(model).values() for name, config in found.items()]
         rivals = [one for one in configs if one[0] != self._adapter_name and _has_biases(one[1])]
         if rivals:
             raise UnsupportedError(
-                f"{adapter.checkpoint.origin} carries biases of the base model, and so does another adapter on it.",
+                f"{what} carries biases of the base model, and so does another adapter on it.",
                 where="bias",
                 found=f"bias of {rivals[0][0]!r}: {rivals[0][1].bias!r}",
                 expected="one adapter with biases, as in PEFT",
                 hint="use a model of its own for this adapter",
             )
-        refuse_other_biases(model, adapter)
         modules, dirty = base_biases(model), self.is_dirty()
-        for fqn in missing:
-            holder = modules[fqn]._parameters
-            self.sites["", f"{fqn}.bias"] = Site(holder, "bias", holder["bias"], None, [])
+        for fqn in fqns:
+            if ("", f"{fqn}.bias") not in self.sites:
+                holder = modules[fqn]._parameters
+                self.sites["", f"{fqn}.bias"] = Site(holder, "bias", holder["bias"], None, [])
         self._versions = [] if dirty else self._current_versions()
 
     @property

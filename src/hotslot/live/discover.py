@@ -116,6 +116,17 @@ def lora_layers_with_parents(model: nn.Module) -> Iterator[tuple[str, nn.Module,
             yield canonical_name(name, prefix), modules[parent], child, module
 
 
+def adapted_layers(model: nn.Module) -> Iterator[str]:
+    """Canonical path of every layer that PEFT has put around one of the base model's, of whatever method."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = unwrap(model)
+    prefix = base_prefix(model)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield canonical_name(name, prefix)
+
+
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of all LoRA adapters on the model, in the order of the layers."""
     names: dict[str, Any] = {}

@@ -101,10 +101,15 @@ class Plain:
         values = map(getitem, self._holders, self._keys)
         return (*values, *(leaf.read() for leaf in self._rates.values()))
 
-    def read_from(self, leaves: Mapping[str, Leaf]) -> tuple[Any, ...]:
-        """The same of a fresh load; what is equal is the same object as here, so that `write` need not compare."""
-        found = [leaves[path] for path in (*self._values, *self._rates)]
-        theirs = [leaf.read() for leaf in found if isinstance(leaf, (Value, Rate))]
+    def read_from(self, leaves: Mapping[str, Leaf], instead: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The same of a fresh load; what is equal is the same object as here, so that `write` need not compare.
+
+        Args:
+            leaves: of the fresh load.
+            instead: path → what to read there in the place of what it has.
+        """
+        found = [(path, leaves[path]) for path in (*self._values, *self._rates)]
+        theirs = [instead.get(path, leaf.read()) for path, leaf in found if isinstance(leaf, (Value, Rate))]
         return tuple(own if same(own, value) else value for own, value in zip(self.read(), theirs, strict=True))
 
     def write(self, plain: tuple[Any, ...]) -> None:

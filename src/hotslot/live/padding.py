@@ -1,22 +1,24 @@
-"""Whether layers of a method compute the same with zeros around an adapter's tensors: tried, in 64 bits, on a skeleton.
+"""Whether and where an adapter's tensors can stand in larger ones, such that its layers compute the same.
 
-Random values in the place of the adapter's, so that what holds for them holds for whatever is trained. For each kind
-of layer the forward and the merge are compared, with and without the padding, by what the adapter does there.
+It is tried, in 64 bits, on a skeleton, with random values in the place of the adapter's, so that what holds for them
+holds for whatever is trained. For each kind of layer the forward and the merge are compared, with and without the
+padding, by what the adapter does there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ..checkpoint import Checkpoint, from_tensors
-from .leaves import Held, Leaf
+from .leaves import Held, Leaf, Value
 from .merges import merge_once
-from .room import padded_to
+from .room import Part, Placement
 from .saved import named_tensors
 from .skeleton import Unit, base_of, input_of, units
 
@@ -39,8 +41,8 @@ def at_random(checkpoint: Checkpoint, kept: Container[str]) -> Checkpoint:
     return from_tensors(tensors, dict(checkpoint.config), origin=checkpoint.origin)
 
 
-def why_inexact(skeleton: Any, leaves: Mapping[str, Leaf], shapes: Mapping[str, torch.Size]) -> str | None:
-    """Why the layers do not compute the same once their tensors are padded; None if they do.
+def find_placement(skeleton: Any, leaves: Mapping[str, Leaf], shapes: Mapping[str, torch.Size]) -> Placement | str:
+    """Where its tensors can stand in larger ones; or why the layers do not compute the same with zeros around them.
 
     Args:
         skeleton: PEFT's fresh load of a checkpoint of `at_random`; it is used up.
@@ -63,28 +65,110 @@ def why_inexact(skeleton: Any, leaves: Mapping[str, Leaf], shapes: Mapping[str, 
         for tensor in held.values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.double()
-        return _tried(list(map(_Trial, _one_of_each_kind(found, larger))), held.values(), larger)
+        return _tried(
+            list(map(_Trial, _one_of_each_kind(found, larger))), leaves, {path: shapes[path] for path in padded}
+        )
 
 
-def _tried(trials: list[_Trial], tensors: Iterable[torch.Tensor], larger: Mapping[int, torch.Size]) -> str | None:
+def _tried(trials: list[_Trial], leaves: Mapping[str, Leaf], shapes: Mapping[str, torch.Size]) -> Placement | str:
     try:
         outputs = [trial.output() for trial in trials]
     except _FAILURES as error:
         return f"a layer could not be tried alone ({type(error).__name__}: {error!s:.100})"
     if not all(effect.any() for output in outputs for effect in output.values()):
         return "a layer does nothing, whatever the values"
-    merges = [_merged_or_nothing(trial) for trial in trials]
-    for tensor in tensors:
-        if id(tensor) in larger:
-            tensor.data = padded_to(tensor.data, larger[id(tensor)])
-    for trial, output, merged in zip(trials, outputs, merges, strict=True):
-        try:
-            reason = _difference(trial.output() | (trial.merged() if merged else {}), output | merged)
-        except _FAILURES as error:
-            reason = f"raises {type(error).__name__}: {error!s:.100}"
-        if reason is not None:
-            return f"{trial.fqn} {reason}"
-    return None
+    wanted = [output | _merged_or_nothing(trial) for trial, output in zip(trials, outputs, strict=True)]
+    reasons = []
+    for candidate in _candidates(leaves, shapes):
+        reason = _why_inexact(candidate, trials, wanted, leaves, shapes)
+        if reason is None:
+            return candidate
+        reasons.append(reason)
+    return reasons[0]
+
+
+def _why_inexact(
+    placement: Placement,
+    trials: list[_Trial],
+    wanted: list[Effects],
+    leaves: Mapping[str, Leaf],
+    shapes: Mapping[str, torch.Size],
+) -> str | None:
+    """Why the layers do not compute the same where their tensors stand so; None if they do. All is as before."""
+    tensors = [(leaf.tensor, leaf.tensor.data) for path in placement.parts if isinstance(leaf := leaves[path], Held)]
+    numbers = [(leaf, leaf.read()) for path in placement.numbers if isinstance(leaf := leaves[path], Value)]
+    try:
+        for (tensor, own), (path, part) in zip(tensors, placement.parts.items(), strict=True):
+            tensor.data = part.padded(own, shapes[path])
+        for (value, _), number in zip(numbers, placement.numbers.values(), strict=True):
+            value.write(number)
+        for trial, effects in zip(trials, wanted, strict=True):
+            try:
+                merged = trial.merged() if len(effects) > 1 else {}
+                reason = _difference(trial.output() | merged, effects)
+            except _FAILURES as error:
+                reason = f"raises {type(error).__name__}: {error!s:.100}"
+            if reason is not None:
+                return f"{trial.fqn} {reason}"
+        return None
+    finally:
+        for tensor, own in tensors:
+            tensor.data = own
+        for value, number in numbers:
+            value.write(number)
+
+
+def _candidates(leaves: Mapping[str, Leaf], shapes: Mapping[str, torch.Size]) -> Iterator[Placement]:
+    """Ways for tensors to stand in such of `shapes`, the simplest first."""
+    own = {path: leaf.tensor.shape for path in shapes if isinstance(leaf := leaves[path], Held)}
+    for numbers in ({}, *_stated_sizes(leaves, own, shapes)):
+        yield Placement({path: Part(shape) for path, shape in own.items()}, numbers)
+        for blocks in _blocks(own, shapes):
+            yield Placement({path: Part(shape, blocks[path]) for path, shape in own.items()}, numbers)
+        if all(size % n == 0 for path in own for n, size in zip(own[path], shapes[path], strict=True)):
+            yield Placement({path: Part(shape, repeated=True) for path, shape in own.items()}, numbers)
+
+
+def _blocks(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Ways to take the dimensions for several blocks of the rank, or of equal parts of it, of each tensor."""
+    pairs = {path: list(zip(shape, shapes[path], strict=True)) for path, shape in own.items()}
+    grown = {pair for of_one in pairs.values() for pair in of_one if pair[0] != pair[1]}
+    ranks = {Fraction(*pair): pair for pair in sorted(grown, reverse=True)}  # the smallest that grows by as much
+    common = [math.gcd(*pair) for pair in ranks.values()]
+    for count in range(1, max(common) + 1):
+        if all(parts % count for parts in common):
+            continue
+        blocks = {path: tuple(_blocks_of(pair, ranks, count) for pair in of_one) for path, of_one in pairs.items()}
+        if any(set(of_one) != {1} for of_one in blocks.values()):
+            yield blocks
+
+
+def _blocks_of(pair: tuple[int, int], ranks: Mapping[Fraction, tuple[int, int]], count: int) -> int:
+    """Of a dimension of this size that is to have that: one for each rank in it, and of `count` parts each."""
+    if pair[0] == pair[1]:
+        return 1
+    rank, padded = ranks[Fraction(*pair)]
+    return pair[0] // rank * math.gcd(count, rank, padded) if pair[0] % rank == 0 else 1
+
+
+def _stated_sizes(
+    leaves: Mapping[str, Leaf], own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
+) -> Iterator[Mapping[str, int]]:
+    """Path → what it would be of the larger tensors: of each attribute by which PEFT's layers may state a size."""
+    sizes: dict[str, dict[int, int]] = {}  # path of a module → size of a tensor within → that of the larger one
+    for path, shape in own.items():
+        grown = {n: size for n, size in zip(shape, shapes[path], strict=True) if n != size}
+        names = path.split(".")
+        for end in range(1, len(names)):
+            sizes.setdefault(".".join(names[:end]), {}).update(grown)
+    found: dict[str, dict[str, int]] = {}
+    for path, leaf in leaves.items():
+        if isinstance(leaf, Value) and type(leaf.read()) is int:
+            module, _, attribute = path.removesuffix(f"[{leaf.key!r}]").rpartition(".")
+            size = sizes.get(module, {}).get(leaf.read())
+            if size is not None:
+                found.setdefault(attribute, {})[path] = size
+    yield from found.values()
 
 
 def _merged_or_nothing(trial: _Trial) -> Effects:

@@ -7,23 +7,24 @@ load's tensors and numbers in them it is that fresh load.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
-from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..checkpoint import PEFT_PREFIX, Checkpoint, Schema, config_dict, from_tensors
+from ..errors import DoesNotFitError, MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
-from .absolutes import Absolutes, Key
+from .absolutes import Absolutes, Key, Merge
 from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
-from .padding import at_random, why_inexact
-from .room import Room
+from .padding import at_random, find_placement
+from .room import Placement, Room
 from .saved import named_tensors
 from .skeleton import Unit, base_of, base_tree, input_of, load, outline, units
 from .state import Records, peft_config, unused_columns
@@ -50,8 +51,8 @@ class Resident:
         self._absolutes = absolutes
         self.method = method_of(peft_config(model, adapter_name))
         if self.method == "XLORA":
-            raise _unsupported(self._what, "peft_type", "XLORA, whose config names other adapters", "another method")
-        refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
+            found = "XLORA, whose file lacks a layer of its classifier, and whose experts are in files of their own"
+            raise _unsupported(self._what, "peft_type", found, "another method")
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
         self._layers: dict[str, Any] = {
@@ -59,8 +60,9 @@ class Resident:
         }
         self._plain = Plain(self._state)
         self._keys = self._take_in()
-        self._room = Room(unwrap(model), self._held)
+        self._room = Room(unwrap(model), self._state)
         self._settled: weakref.WeakSet[Schema] = weakref.WeakSet()
+        self._placements: weakref.WeakKeyDictionary[Schema, Placement] = weakref.WeakKeyDictionary()
 
     def _take_in(self) -> dict[str, Key]:
         """Path → key of the site of each tensor."""
@@ -95,11 +97,11 @@ class Resident:
 
     def capture(self) -> tuple[Any, ...]:
         """The plain values as they are now, for `apply`, and how much of its tensors the live adapter fills."""
-        return self._plain.read(), self._room.extents.shapes
+        return self._plain.read(), self._room.extents.parts
 
     def apply(self, plain: tuple[Any, ...]) -> None:
-        """Write plain values and shapes, of `capture` or `fit`. Those that are there already stay the same objects."""
-        values, self._room.extents.shapes = plain
+        """Write what `capture` or `fit` has given. Plain values that are there already stay the same objects."""
+        values, self._room.extents.parts = plain
         self._plain.write(values)
 
     def refuse_if_merged(self) -> None:
@@ -137,10 +139,10 @@ class Resident:
         self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
         new = leaves_of(skeleton, self._name, bare=self._bare)
-        fitted = self._fitted(skeleton, new, model, checkpoint.origin, checkpoint)
+        fitted = self._fitted(skeleton, new, model, checkpoint)
+        self._take_in_biases(skeleton, checkpoint, fitted[0])
         if checkpoint.schema not in self._settled:
             self._refuse_unsettled(new, model, checkpoint)
-            self._refuse_inexact(new, model, checkpoint)
             self._settled.add(checkpoint.schema)
         self._refuse_beyond(new, model, checkpoint.origin)
         return fitted
@@ -148,25 +150,26 @@ class Resident:
     def make_room(self, checkpoints: Iterable[Checkpoint]) -> None:
         """Let each tensor hold what any of these has there; before anything is fitted, and not on a compiled model.
 
-        If it raises, `release`.
+        There is none for what cannot take the adapter's place, of which `fit` says why. If it raises, `release`.
 
         Raises:
             ModelError: what would be padded is in training.
-            ShapeError: the method is not the same with zeros, or another adapter shares the tensors.
-            ConfigError, TensorError, DoesNotFitError: PEFT does not load one of them onto this model.
+            ConfigError, TensorError: one of them is no adapter that PEFT loads.
         """
         model = self._model()
         assert model is not None
-        own = self._room.shapes
-        room = dict(own)
-        for checkpoint in {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values():
-            self._refuse_other_method(checkpoint)
-            skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
-            leaves = leaves_of(skeleton, self._name, bare=self._bare)
-            room |= {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
-        if room != own:
-            self._refuse_to_pad_own(room, model)
-            self._room.make(room)
+        room, placement = self._room.shapes, Placement({}, {})
+        families = {checkpoint.schema: checkpoint for checkpoint in checkpoints}.values()
+        for checkpoint in sorted(families, key=lambda checkpoint: checkpoint.nbytes, reverse=True):
+            with contextlib.suppress(DoesNotFitError, UnsupportedError):
+                self._refuse_other_method(checkpoint)
+                skeleton = outline(model, checkpoint, self._name) or self._load(model, checkpoint)
+                leaves = leaves_of(skeleton, self._name, bare=self._bare)
+                larger = {path: _larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
+                if larger != room and len(larger) == len(room):
+                    room, placement = larger, self._placement_of_own(larger, model)
+        if placement.parts:
+            self._room.make(room, placement)
             self._absolutes.mark_clean()
 
     def _shared(self, paths: Iterable[str], model: nn.Module) -> str | None:
@@ -183,8 +186,11 @@ class Resident:
         """Give the adapter's tensors their own memory and shapes back, holding what they hold now."""
         self._room.release()
 
-    def fit_neutral(self) -> tuple[dict[Key, torch.Tensor], Records]:
+    def fit_neutral(self, merges: Sequence[Merge] = ()) -> tuple[dict[Key, torch.Tensor], Records]:
         """As `fit`, of the adapter as it was before any training, if the base model computes with it what it does.
+
+        Args:
+            merges: into the base weights, with which it is to do nothing either.
 
         Raises:
             UnsupportedError: it does something, or whether it does cannot be seen.
@@ -192,13 +198,25 @@ class Resident:
         model = self._model()
         assert model is not None
         self.refuse_if_merged()
+        self._absolutes.refuse_without((), "The base model")
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
-        skeleton = self._load(model, self._checkpoint(model), trained=False)
-        fitted = self._fitted(skeleton, leaves_of(skeleton, self._name, bare=self._bare), model, self._what, None)
-        own = {f"{path}.{name}": tensor for path, name, tensor in _base_tensors(model)}
+        if merges and self.beside:
+            raise UnsupportedError(
+                "What is merged into the base weights would change what another adapter on the model computes.",
+                where=", ".join(sorted(self.beside)),
+                found=f"{len(self.beside)} adapters beside {self._name!r}",
+                expected="no other adapter on the model",
+                hint="peft_model.delete_adapter(…), or use a model of its own",
+            )
+        checkpoint = self._checkpoint(model)
+        skeleton = self._load(model, checkpoint, trained=False)
+        new, own = leaves_of(skeleton, self._name, bare=self._bare), self._own(model)
+        fitted = self._fitted(skeleton, new, model, checkpoint, trained=False)
+        merged = _merged(merges, own)
         for unit in units(skeleton):
             self._try_to_do_nothing(unit)
+            self._try_to_do_nothing_above(unit, merged)
             for name, _, _, tensor in named_tensors(merge_once(unit.layer)):
                 if not torch.equal(tensor, own[f"{unit.fqn}.{name}"]):
                     raise self._does_something(f"untrained, it changes {unit.fqn}.{name}")
@@ -221,6 +239,22 @@ class Resident:
             if values is None or not torch.equal(unit.layer(values), base(values)):
                 raise self._does_something(f"untrained, {unit.fqn} rounds otherwise than its base layer, or more")
 
+    def _try_to_do_nothing_above(self, unit: Unit, merged: Mapping[str, torch.Tensor]) -> None:
+        """The same with other values in its base, which is as before afterwards."""
+        from peft.utils.other import ModulesToSaveWrapper
+
+        tensors = {f"{unit.fqn}.{name}": tensor for name, _, _, tensor in named_tensors(base_of(unit.layer))}
+        own = {path: tensor.detach().clone() for path, tensor in tensors.items() if path in merged}
+        if own and isinstance(unit.layer, ModulesToSaveWrapper):
+            raise self._does_something(f"it has a copy of {unit.fqn}, so that nothing that is merged there would show")
+        with torch.no_grad():
+            for path in own:
+                tensors[path].copy_(merged[path])
+            if own:
+                self._try_to_do_nothing(unit)
+            for path, values in own.items():
+                tensors[path].copy_(values)
+
     def _does_something(self, reason: str) -> UnsupportedError:
         return UnsupportedError(
             f"{self._what} cannot be made to do nothing.",
@@ -231,47 +265,77 @@ class Resident:
         )
 
     def _fitted(
-        self, skeleton: nn.Module, new: Mapping[str, Leaf], model: nn.Module, origin: str, given: Checkpoint | None
+        self,
+        skeleton: nn.Module,
+        new: Mapping[str, Leaf],
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        *,
+        trained: bool = True,
     ) -> tuple[dict[Key, torch.Tensor], Records]:
-        self._refuse_other_structure(new, origin)
-        self._refuse_shared(new, model, origin)
-        room = self._room.shapes
-        extents = {
-            path: leaf.tensor.shape
-            for path, leaf in new.items()
-            if isinstance(leaf, Held) and leaf.tensor.shape != room[path]
-        }
-        plain = self._plain.read_from(new), extents
-        values = self._values(skeleton, new, given)
+        self._refuse_other_structure(new, checkpoint.origin)
+        self._refuse_shared(new, model, checkpoint.origin)
+        placement = self._placement(new, model, checkpoint)
+        plain = self._plain.read_from(new, placement.numbers), placement.parts
+        values = self._values(skeleton, new, checkpoint if trained else None)
+        for path, part in placement.parts.items():
+            if not part.in_corner:  # where those that are smaller are written
+                key = self._keys[path]
+                values[key] = part.padded(values[key], _larger(self._room.shapes[path], new[path]))
         return values, Records(unused_columns({}), {"": dict(vars(peft_config(skeleton, self._name)))}, plain)
 
     def _values(
         self, skeleton: nn.Module, new: Mapping[str, Leaf], given: Checkpoint | None
     ) -> dict[Key, torch.Tensor]:
         """What each tensor is to hold: views of the checkpoint's bytes where PEFT has taken those as they are."""
+        tensors = {self._keys[path]: leaf.tensor.detach() for path, leaf in new.items() if isinstance(leaf, Held)}
         names: dict[int, str] = {}
         if given is not None:
+            tensors |= {("", path): tensor for path, tensor in self._biases(skeleton, given).items()}
             saved = _saved(skeleton, self._name)
             names = {tensor.data_ptr(): name for name, tensor in saved.items() if name in given.tensors}
         values = {}
-        for path, leaf in new.items():
-            if isinstance(leaf, Held):
-                tensor, name = leaf.tensor.detach(), names.get(leaf.tensor.data_ptr())
-                in_file = given.tensor(name) if given is not None and name is not None else None
-                taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
-                values[self._keys[path]] = in_file if in_file is not None and taken else tensor.cpu().clone()
+        for key, tensor in tensors.items():
+            name = names.get(tensor.data_ptr())
+            in_file = given.tensor(name) if given is not None and name is not None else None
+            taken = in_file is not None and torch.equal(in_file.to(tensor), tensor)
+            values[key] = in_file if in_file is not None and taken else tensor.cpu().clone()
         return values
 
+    def _biases(self, skeleton: nn.Module, given: Checkpoint) -> dict[str, torch.Tensor]:
+        """Full name → values, of the base's biases that the checkpoint has in the place of the model's own."""
+        if not _has_biases(given.config):
+            return {}
+        # Which those are, PEFT is asked. In the file some have other names, by the layers that PEFT has put around.
+        carried = {tensor.data_ptr() for tensor in _saved(skeleton, self._name).values()}
+        return {
+            path: tensor
+            for path, tensor in _base_tensors(skeleton)
+            if path.rpartition(".")[2] == "bias" and tensor.data_ptr() in carried
+        }
+
+    def _take_in_biases(self, skeleton: nn.Module, given: Checkpoint, values: Mapping[Key, torch.Tensor]) -> None:
+        """Make sites of the base's biases that it has values for; those that are live and not its own have to go."""
+        biases, origin = self._biases(skeleton, given).keys(), given.origin
+        self._absolutes.refuse_without(biases, origin)
+        self._absolutes.take_in_biases([path.removesuffix(".bias") for path in biases], origin)
+        if biases:
+            self._absolutes.refuse_torn(values, origin)
+
+    def _own(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Full name → the base model's own values, of all its tensors; an adapter's may be live in their place."""
+        return {path: self._absolutes.own(("", path), tensor) for path, tensor in _base_tensors(model)}
+
     def _load(self, model: nn.Module, checkpoint: Checkpoint, *, trained: bool = True) -> PeftModel:
-        places = {f"{path}.{name}" if path else name: tensor for path, name, tensor in _base_tensors(model)}
-        skeleton = load(model, checkpoint, places.__getitem__, adapter_name=self._name, on_device=True, trained=trained)
-        for path, name, tensor in _base_tensors(skeleton):
-            full = f"{path}.{name}" if path else name
-            if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
-                continue  # PEFT did not look at it
-            if full not in places or not torch.equal(tensor, places[full]):
+        own = self._own(model)
+        skeleton = load(model, checkpoint, own.__getitem__, adapter_name=self._name, on_device=True, trained=trained)
+        biases = self._biases(skeleton, checkpoint)
+        for path, tensor in _base_tensors(skeleton):
+            if path in biases or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:
+                continue  # they are its own, or PEFT did not look at it
+            if path not in own or not torch.equal(tensor, own[path]):
                 raise _unsupported(
-                    checkpoint.origin, full, "other base weights, which PEFT has made on loading it", "the model's own"
+                    checkpoint.origin, path, "other base weights, which PEFT has made on loading it", "the model's own"
                 )
         return skeleton
 
@@ -283,9 +347,9 @@ class Resident:
                 where="peft_type",
                 found=f"{checkpoint.config.get('peft_type')!r:.80}",
                 expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
+                hint="route='auto' merges it below an adapter that can be made to do nothing, if there is no other; a "
+                "base model without a PEFT adapter takes any method that merges",
             )
-        refuse_base_biases(checkpoint.config, origin)
 
     def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:
         lacking = [path for path in new if path not in self._state]
@@ -342,21 +406,29 @@ class Resident:
                     checkpoint.origin, path, "random values: its file does not have them", "the same at each load"
                 )
 
-    def _refuse_inexact(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> None:
-        """Raise if it has another rank, and the method is not the same with zeros: tried once for a family."""
-        own = self._room.shapes
-        room = {path: _larger(shape, new[path]) for path, shape in own.items()}
+    def _placement(self, new: Mapping[str, Leaf], model: nn.Module, checkpoint: Checkpoint) -> Placement:
+        """Where it stands in tensors that are larger than its own: tried once for a family of adapters.
+
+        Raises:
+            ShapeError: its layers do not compute the same there.
+        """
+        room = {path: _larger(shape, new[path]) for path, shape in self._room.shapes.items()}
         where = next((path for path, shape in room.items() if shape != _shape(new[path])), None)
-        reason = self._why_inexact(model, checkpoint, room) if where is not None else None
-        if where is not None and reason is not None:
-            raise ShapeError(
-                f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do not "
-                "compute the same with zeros around it.",
-                where=where,
-                found=f"{self.method} of shape {tuple(_shape(new[where]))}; {reason}",
-                expected=f"{tuple(own[where])}, by the adapter on the model",
-                hint=self._elsewhere,
-            )
+        if where is None:
+            return Placement({}, {})
+        if checkpoint.schema not in self._placements:
+            found = self._find_placement(model, checkpoint, room)
+            if isinstance(found, str):
+                raise ShapeError(
+                    f"{checkpoint.origin} has another rank or size than {self._name!r} on the model, and its layers do "
+                    "not compute the same with zeros around it.",
+                    where=where,
+                    found=f"{self.method} of shape {tuple(_shape(new[where]))}; {found}",
+                    expected=f"{tuple(self._room.shapes[where])}, by the adapter on the model",
+                    hint=self._elsewhere,
+                )
+            self._placements[checkpoint.schema] = found
+        return self._placements[checkpoint.schema]
 
     def _refuse_beyond(self, new: Mapping[str, Leaf], model: nn.Module, origin: str) -> None:
         """Raise if it is larger than the model's own tensors."""
@@ -364,7 +436,7 @@ class Resident:
         room = {path: _larger(shape, new[path]) for path, shape in own.items()}
         where = next((path for path, shape in room.items() if shape != own[path]), None)
         if where is not None:
-            self._refuse_to_pad_own(room, model)
+            self._placement_of_own(room, model)
             raise ShapeError(
                 f"{origin} is of a larger rank or size than there is room for.",
                 where=where,
@@ -374,27 +446,34 @@ class Resident:
                 f"it; or {self._elsewhere}",
             )
 
-    def _refuse_to_pad_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> None:
-        """Raise if the adapter that is live may not be padded to `room`, part of which is larger than it has."""
+    def _placement_of_own(self, room: Mapping[str, torch.Size], model: nn.Module) -> Placement:
+        """Where the adapter that is live would stand in `room`, part of which is larger than it has.
+
+        Raises:
+            ShapeError: its layers would not compute the same there, or others compute with its tensors.
+        """
         own = self._room.shapes
         growing = [path for path in room if room[path] != own[path]]
-        reason = self._why_inexact(model, self._checkpoint(model), room) or self._shared(growing, model)
-        if reason is not None:
+        found = self._shared(growing, model) or self._find_placement(model, self._checkpoint(model), room)
+        if isinstance(found, str):
             raise ShapeError(
                 f"{self._what} cannot be padded to the rank or size of a larger one.",
                 where=growing[0],
-                found=f"{self.method} of shape {tuple(own[growing[0]])}; {reason}",
+                found=f"{self.method} of shape {tuple(own[growing[0]])}; {found}",
                 expected=f"layers that compute the same with zeros around it, up to {tuple(room[growing[0]])}",
                 hint=self._elsewhere,
             )
+        return found
 
-    def _why_inexact(self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]) -> str | None:
-        """Why tensors of the checkpoint's shapes may not be padded to `room`; None if they may."""
-        own = {f"base_model.model.{path}.{name}" for path, name, _ in _base_tensors(model)}  # a file may have copies
+    def _find_placement(
+        self, model: nn.Module, checkpoint: Checkpoint, room: Mapping[str, torch.Size]
+    ) -> Placement | str:
+        """See `find_placement`, of tensors of the checkpoint's shapes."""
+        own = {PEFT_PREFIX + path for path, _ in _base_tensors(model)}  # a file may have copies
         skeleton = self._load(model, at_random(checkpoint, own))
         leaves = leaves_of(skeleton, self._name, bare=self._bare)
         shapes = {path: room[path] for path, leaf in leaves.items() if isinstance(leaf, Held) and path in room}
-        return why_inexact(skeleton, leaves, shapes)
+        return find_placement(skeleton, leaves, shapes)
 
 
 def method_of(config: PeftConfig) -> str:
@@ -414,10 +493,21 @@ def residents(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def refuse_base_biases(config: Mapping[str, Any], what: str) -> None:
-    """Raise if the adapter carries biases of the base model."""
-    if config.get("bias", "none") not in ("none", None, False):
-        raise _unsupported(what, "bias", f"bias={config['bias']!r}: biases of the base model", "bias='none'")
+def _merged(merges: Sequence[Merge], own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Full name → values of the base's tensors once these are merged into `own`."""
+    found: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for merge in merges:
+            pristine = [own[path] for _, path in merge.keys]
+            targets = [torch.empty_like(values) for values in pristine]
+            merge.write(targets, pristine)
+            found.update(zip((path for _, path in merge.keys), targets, strict=True))
+    return found
+
+
+def _has_biases(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter carries biases of the base model."""
+    return config.get("bias", "none") not in ("none", None)
 
 
 def _saved(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -443,12 +533,13 @@ def _larger(shape: torch.Size, leaf: Leaf) -> torch.Size:
     return torch.Size(map(max, shape, other)) if len(shape) == len(other) else shape
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(full name, tensor) of the base model alone, under each of its names."""
     for path, module in base_tree(model):
         for holder in (module._parameters, module._buffers):
             for name, tensor in holder.items():
                 if tensor is not None:
-                    yield path, name, tensor.detach()
+                    yield f"{path}.{name}" if path else name, tensor.detach()
 
 
 def _unsupported(what: str, where: str, found: str, expected: str) -> UnsupportedError:

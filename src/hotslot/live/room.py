@@ -1,18 +1,17 @@
-"""Room in the tensors of an adapter that no slots hold: zeros beyond what is live, and who is shown what.
+"""Room in the tensors of an adapter that no slots hold: where a smaller one stands in them, and who is shown what.
 
-An adapter of a lower rank stands in the first rows and columns of each tensor that has a rank. `state_dict()` shows it
-in its own shapes, and takes it back in those.
+`state_dict()` shows what is live in its own shapes, and takes it back in those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .leaves import Held
+from .leaves import Held, Leaf, Value
 from .training import refuse_padding_while_training
 
 
@@ -21,22 +20,66 @@ def cut_to(padded: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return padded[tuple(map(slice, shape))]
 
 
-def padded_to(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """A copy in the corner of zeros of `shape`."""
-    padded = tensor.new_zeros(shape)
-    cut_to(padded, tensor.shape).copy_(tensor)
-    return padded
+class Part(NamedTuple):
+    """How a tensor stands in a larger one.
+
+    Attributes:
+        shape: its own.
+        blocks: of how many equal blocks each dimension is, which are padded one by one; none: it is in the corner.
+        repeated: whether it is repeated until the larger one is full. Else there are zeros around it.
+    """
+
+    shape: torch.Size
+    blocks: tuple[int, ...] = ()
+    repeated: bool = False
+
+    @property
+    def in_corner(self) -> bool:
+        """Whether it stands in the corner of zeros."""
+        return not self.repeated and set(self.blocks) <= {1}
+
+    def cut_from(self, padded: torch.Tensor) -> torch.Tensor:
+        """What stands there; a view where it can be one."""
+        return cut_to(padded, self.shape) if not self.blocks else self._places(padded).reshape(self.shape)
+
+    def padded(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """A tensor of `shape` in which this one stands."""
+        if self.repeated:
+            return tensor.repeat([size // own for size, own in zip(shape, self.shape, strict=True)])
+        padded = tensor.new_zeros(shape)
+        places = self._places(padded)
+        places.copy_(tensor.reshape(places.shape))
+        return padded
+
+    def _places(self, padded: torch.Tensor) -> torch.Tensor:
+        """The view of its places, in which each dimension is two: blocks, and what is in a block."""
+        for dim in reversed(range(len(self.shape))):
+            count = self.blocks[dim] if self.blocks else 1
+            padded = padded.unflatten(dim, (count, -1)).narrow(dim + 1, 0, self.shape[dim] // count)
+        return padded
+
+
+class Placement(NamedTuple):
+    """Where an adapter stands in larger tensors so that its layers compute the same.
+
+    Attributes:
+        parts: path → part, of the tensors that have room to spare.
+        numbers: path → what PEFT's layers are to read there, where they take the tensors' size from a number.
+    """
+
+    parts: Mapping[str, Part]
+    numbers: Mapping[str, int]
 
 
 class Extents:
     """How much of its padded tensors the live adapter fills: a part of the records, shared with the hooks.
 
     Attributes:
-        shapes: path → shape of what is live, of the tensors that have room to spare.
+        parts: path → how what is live stands there, of the tensors that have room to spare.
     """
 
     def __init__(self) -> None:
-        self.shapes: Mapping[str, torch.Size] = {}
+        self.parts: Mapping[str, Part] = {}
 
 
 class Room:
@@ -44,13 +87,15 @@ class Room:
 
     Args:
         model: the model, of which modules that hold such tensors get hooks.
-        held: path → tensor, all that the adapter has.
+        state: path → leaf, all that the adapter has.
     """
 
-    def __init__(self, model: nn.Module, held: Mapping[str, Held]) -> None:
+    def __init__(self, model: nn.Module, state: Mapping[str, Leaf]) -> None:
         self.extents = Extents()
-        self._held = held
-        self._before: list[tuple[Held, torch.Tensor]] = []  # what had another memory, and which
+        held = {path: leaf for path, leaf in state.items() if isinstance(leaf, Held)}
+        self._held, self._values = held, {path: leaf for path, leaf in state.items() if isinstance(leaf, Value)}
+        self._before: dict[str, torch.Tensor] = {}  # what had another memory, and which
+        self._numbers: dict[str, int] = {}  # and what stated another size, and which
         self._handles: list[Any] = []
         for module, tensors in _by_module(model, held):
             shown = ShownCorner(tensors, self.extents)
@@ -62,35 +107,42 @@ class Room:
         """Path → shape that there is room for."""
         return {path: leaf.tensor.shape for path, leaf in self._held.items()}
 
-    def make(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Make these tensors larger, what they hold in the corner of zeros; the objects stay.
+    def make(self, shapes: Mapping[str, torch.Size], placement: Placement) -> None:
+        """Make these tensors larger, with what they hold in its places; the objects stay.
 
         If it raises, `release`.
 
         Raises:
             ModelError: one of them has a gradient or an optimizer's state.
         """
-        growing = {path: shape for path, shape in shapes.items() if shape != self._held[path].tensor.shape}
-        tensors = [self._held[path].tensor for path in growing]
+        tensors = [self._held[path].tensor for path in placement.parts]
         refuse_padding_while_training(tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
-        self.extents.shapes = {path: self._held[path].tensor.shape for path in growing}
+        self.extents.parts = placement.parts
         with torch.inference_mode(False), torch.no_grad():
-            for path, shape in growing.items():
+            for path, part in placement.parts.items():
                 tensor = self._held[path].tensor
-                self._before.append((self._held[path], tensor.data))
-                tensor.data = padded_to(tensor.data, shape)
+                self._before[path] = tensor.data
+                tensor.data = part.padded(tensor.data, shapes[path])
+        for path, number in placement.numbers.items():
+            self._numbers[path] = self._values[path].read()
+            self._values[path].write(number)
 
     def release(self) -> None:
         """Give the tensors their own memory back, at their own shapes, holding what they hold there now."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for path, number in self._numbers.items():
+            self._values[path].write(number)
         with torch.inference_mode(False), torch.no_grad():
-            for leaf, original in self._before:
-                tensor = leaf.holder.get(leaf.key)
+            for path, original in self._before.items():
+                tensor, part = self._held[path].holder.get(self._held[path].key), self.extents.parts.get(path)
                 if tensor is not None and tensor.data_ptr() != original.data_ptr():  # else it was deleted, or undone
-                    tensor.data = _like(tensor, original).copy_(cut_to(tensor.data, original.shape))
+                    if part is None or part.shape != original.shape:
+                        part = Part(original.shape)
+                    tensor.data = _like(tensor, original).copy_(part.cut_from(tensor.data))
         self._before.clear()
+        self._numbers.clear()
 
 
 def _like(tensor: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
@@ -125,9 +177,9 @@ class ShownCorner:
 
     def __call__(self, module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
-        for name, shape in self._shown(module):
+        for name, part in self._shown(module):
             if prefix + name in state_dict:
-                state_dict[prefix + name] = cut_to(state_dict[prefix + name], shape).contiguous()
+                state_dict[prefix + name] = part.cut_from(state_dict[prefix + name]).contiguous()
 
     def on_load(
         self,
@@ -141,26 +193,26 @@ class ShownCorner:
         errors: list[str],
     ) -> None:
         """Called by `load_state_dict()`: what fits is what `state_dict` shows."""
-        for name, shape in self._shown(module):
+        for name, part in self._shown(module):
             given, key = state_dict.get(prefix + name), prefix + name
             if given is None:
                 continue
             own = self._now(module, name).detach()
-            if given.shape == shape:
-                state_dict[key] = padded_to(given, own.shape)
+            if given.shape == part.shape:
+                state_dict[key] = part.padded(given, own.shape)
             else:
                 errors.append(
                     f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
-                    f"the shape in current model is {shape}."
+                    f"the shape in current model is {part.shape}."
                 )
                 state_dict[key] = own
 
-    def _shown(self, module: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-        """(name, shape of what is live) of its tensors that have room to spare."""
+    def _shown(self, module: nn.Module) -> Iterator[tuple[str, Part]]:
+        """(name, how what is live stands there) of its tensors that have room to spare."""
         for name, (path, tensor) in self._tensors.items():
-            shape, now = self._extents.shapes.get(path), self._now(module, name)
-            if shape is not None and now is not None and (now is tensor or not isinstance(tensor, nn.Parameter)):
-                yield name, shape
+            part, now = self._extents.parts.get(path), self._now(module, name)
+            if part is not None and now is not None and (now is tensor or not isinstance(tensor, nn.Parameter)):
+                yield name, part
 
     def _now(self, module: nn.Module, name: str) -> Any:
         found = module._parameters.get(name)

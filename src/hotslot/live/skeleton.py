@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import PEFT_PREFIX, Checkpoint
 from ..errors import ConfigError, ShapeError, TensorError, UnexpectedTargetError, UnsupportedError
 from ..methods import Rules, refuse_endless
 from .discover import canonical_name, innermost, unwrap
@@ -165,7 +165,7 @@ def load(
     """`PeftModel.from_pretrained` of the checkpoint onto a copy of the base model, and without a file.
 
     Of the base's tensors it has copies where PEFT has put something, and elsewhere none: they are on meta, or with
-    `on_device` one NaN each, where the live ones are. Tied tensors are apart.
+    `on_device` one NaN each, where the live ones are, unless the file has values for them. Tied tensors are apart.
 
     Args:
         model: the live model; only read.
@@ -182,7 +182,7 @@ def load(
     touched = _touched(model, checkpoint)
 
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
-        if path.startswith(touched):
+        if path.startswith(touched) or (on_device and PEFT_PREFIX + path in checkpoint.tensors):
             return own(path).detach().clone()
         return _hollow(tensor) if on_device else _nothing(tensor)
 
