@@ -620,12 +620,24 @@ def flux_loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def _weighted(loras: dict[str, Path], both: float, one: float) -> Outputs:
+    """What diffusers computes with two at a time."""
+    pipe = loaded(FLUX, loras["both"], name="both")
+    pipe.load_lora_weights(loras["one"], adapter_name="one")
+    pipe.transformer.eval().requires_grad_(False)
+    pipe.transformer.set_adapters(["both", "one"], [both, one])
+    set_scale(pipe.text_encoder, "both", both)
+    return FLUX.outputs(pipe)
+
+
 @pytest.mark.parametrize("way", WAYS.values(), ids=list(WAYS))
 def test_compiled_pipelines_do_not_compile_again(way: Callable[[Any, Any], None], flux_loras: dict[str, Path]) -> None:
     """Over other ranks, alphas, targets, components, blends, and none."""
     pipe, backend = FLUX.build(), Backend()
     base = FLUX.outputs(pipe)
     wanted = {name: fresh(FLUX, source) for name, source in flux_loras.items()}
+    weights = [{"both": 0.7, "one": 0.4}, {"both": 0.2, "one": 1.5}]
+    blends = [_weighted(flux_loras, both, one) for both, one in (weight.values() for weight in weights)]
     swapper = hotslot.attach(pipe, adapters=flux_loras, plan=hotslot.plan(pipe, flux_loras, max_blend=2))
     way(pipe, backend)
     FLUX.outputs(pipe)
@@ -634,8 +646,9 @@ def test_compiled_pipelines_do_not_compile_again(way: Callable[[Any, Any], None]
     for name in ("both", "one", "both"):
         swapper.activate(name)
         assert_same(FLUX.outputs(pipe), wanted[name])
-    swapper.activate({"both": 0.7, "one": 0.4})
-    FLUX.outputs(pipe)
+    for blend, want in zip(weights, blends, strict=True):
+        swapper.activate(blend)
+        assert_same(FLUX.outputs(pipe), want)
     swapper.deactivate()
     assert_same(FLUX.outputs(pipe), base)
     assert backend.graphs == compiled
