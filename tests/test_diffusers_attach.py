@@ -217,7 +217,7 @@ def test_every_kind_of_pipeline(name: str, tmp_path: Path) -> None:
         assert_same(kind.outputs(pipe), fresh(kind, source), exact=True)
 
 
-@pytest.mark.parametrize("name", [name for name in DIALECTS if "bfl_control" not in name])
+@pytest.mark.parametrize("name", DIALECTS)
 def test_files_of_every_trainer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dialect = DIALECTS[name]
     with sizes_of_the_tiny_flux(monkeypatch):
@@ -266,15 +266,6 @@ def test_files_like_one_before_are_read_without_the_converter(
     for seed in range(2):  # the control: of other alphas each time
         swapper.load("kohya", DIALECTS["sd: kohya_sd"].save(tmp_path / f"{seed}.safetensors", seed=seed))
         assert len(asked) > seed
-
-
-def test_norms_of_a_control_lora_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the base's own weights, and nobody's delta."""
-    pipe = FLUX.build()
-    before = facts(FLUX, pipe)
-    with sizes_of_the_tiny_flux(monkeypatch), pytest.raises(UnsupportedError, match=r"norm_q\.weight"):
-        hotslot.attach(pipe, adapters={"a": DIALECTS["flux: bfl_control"].save(tmp_path / "a.safetensors", seed=1)})
-    assert_nothing_changed(before, facts(FLUX, pipe))
 
 
 def test_a_wan_lora_of_text_to_video_on_image_to_video(tmp_path: Path) -> None:

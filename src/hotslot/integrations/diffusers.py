@@ -158,8 +158,10 @@ def _load(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
             return _swap(pipe, read(whole(pipe), source, **_of_reading(given)), adapter_name, kept)
     room, known = next(filter(None, map(_rooms.get, models.values())), None), _adapter_names(models)
     _complain_if_compiled(pipe, room)
+    _note_norms(models)
     result = run()
     added = {adapter_name} if adapter_name is not None else _adapter_names(models) - known
+    _note_norms(models, added)
     for name in added:
         if to_second:
             _apart.setdefault(models["transformer_2"], set()).add(name)
@@ -167,6 +169,11 @@ def _load(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
             _load_second_transformer(pipe, source, name, given)
         _make_room(pipe, name, room)
     return result
+
+
+def _note_norms(models: Mapping[str, nn.Module], adapter_names: Collection[str] | None = None) -> None:
+    for model in models.values():
+        live.note_norms(model, adapter_names)
 
 
 def _load_second_transformer(pipe: Any, source: Any, adapter_name: str, options: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from .low_rank import blended
 from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
+from .norms import note_norms
 from .pristine import PRISTINE
 from .resident import residents
 from .saved import refuse_adapted_and_saved, saved_modules
@@ -65,6 +66,7 @@ __all__ = [
     "is_on_gpu",
     "matching_targets",
     "model_of",
+    "note_norms",
     "note_stream",
     "ordered",
     "outline_bytes",
