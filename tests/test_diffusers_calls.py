@@ -905,6 +905,64 @@ def test_offloading_by_models_and_casting_by_layers(offload: Callable[[Any], Non
         assert_outputs(outputs(pipe), wanted[first])
 
 
+def test_sequential_offloading_is_refused_and_diffusers_own_load_goes_on(
+    lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the refusal says; by accelerate's own hooks, as diffusers calls them where there is a GPU."""
+    from accelerate import cpu_offload
+
+    def offload(pipe: Any) -> None:
+        cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+
+    monkeypatch.setattr(diffusers.FluxPipeline, "enable_sequential_cpu_offload", offload)
+    first, second = lora(seed=1, components=BOTH), lora(seed=2, r=2)
+    wanted = {file: expected(FLUX, file) for file in (None, first, second)}
+
+    def hooks(pipe: Any) -> dict[str, int]:
+        return {name: id(m._hf_hook) for name, m in pipe.transformer.named_modules() if hasattr(m, "_hf_hook")}
+
+    def refuses(pipe: Any, act: Callable[[], Any]) -> None:
+        before, own = hooks(pipe), dict(pipe.transformer.named_parameters())
+        assert len(before) > 10
+        assert all(param.is_meta for param in own.values())
+        with pytest.raises(errors.ModelError, match=r"offloaded layer by layer(.*\n)*.*without hotswap"):
+            act()
+        assert hooks(pipe) == before
+        found = dict(pipe.transformer.named_parameters())
+        assert found.keys() == own.keys()
+        assert all(found[name] is param for name, param in own.items())
+
+    with patched():
+        pipe = loaded(FLUX, first)
+        pipe.enable_sequential_cpu_offload()
+        for file in (second, first):
+            refuses(pipe, lambda file=file: swap(pipe, file))
+            refuses(pipe, lambda file=file: hotslot.attach(pipe, {"a": file}, adapter_name="other"))
+            pipe.delete_adapters("style")
+            pipe.load_lora_weights(file, adapter_name="style")
+            assert hooks(pipe)
+            assert_outputs(FLUX.outputs(pipe), wanted[file])
+    pipe = FLUX.build()
+    pipe.enable_sequential_cpu_offload()
+    for route in ("side", "merged", "auto"):
+        refuses(pipe, lambda route=route: hotslot.attach(pipe, {"a": first}, route=route))
+        assert pipe.get_list_adapters() == {}
+    assert_outputs(FLUX.outputs(pipe), wanted[None])
+    pipe.remove_all_hooks()
+    for route in ("merged", "side"):
+        swapper = hotslot.attach(pipe, {"a": first, "b": second}, route=route)
+        swapper.activate("a")
+        assert_outputs(FLUX.outputs(pipe), wanted[first])
+        swapper.detach()
+        pipe.enable_sequential_cpu_offload()
+        assert_outputs(FLUX.outputs(pipe), wanted[None])
+        pipe.remove_all_hooks()
+    swapper = hotslot.attach(pipe, {"a": first, "b": second})
+    swapper.activate("a")
+    pipe.enable_sequential_cpu_offload()
+    refuses(pipe, lambda: swapper.activate("b"))
+
+
 # -- patching --------------------------------------------------------------------------------------------------------
 
 

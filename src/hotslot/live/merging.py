@@ -24,6 +24,7 @@ from .absolutes import Absolutes, Key, Merge
 from .discover import roots, unwrap
 from .low_rank import LowRank, narrowed, together
 from .merges import ByPeft, Constant, Keeping, Merges, Rotated, Scaled, merge_once
+from .offloading import refuse_offloaded
 from .pristine import PRISTINE, Stores, stores
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
@@ -62,7 +63,10 @@ class Merger:
 
         def own(name: str) -> torch.Tensor:
             holder, key = places[name]
-            return self._absolutes.own(("", name), holder[key])
+            values = self._absolutes.own(("", name), holder[key])
+            if values.is_meta:
+                refuse_offloaded(model)
+            return values
 
         prepared: list[Merge | None] = []
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE, PARTS
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
+from .offloading import refuse_offloaded
 from .quantised import has_bias, has_dora
 
 if TYPE_CHECKING:
@@ -171,11 +172,14 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
 
     Raises:
         UnsupportedError: the adapter uses something on this layer that hotslot does not swap.
+        ModelError: its parameters have no memory.
     """
     slots = {}
     for fqn, parent, child, layer in lora_layers_with_parents(model):
         held = _held(layer, adapter_name)
         if held:
+            if any(entry.param.is_meta for entry in held.values()):
+                refuse_offloaded(model)
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
             experts = getattr(layer, "num_experts", 1)
