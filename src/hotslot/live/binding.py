@@ -192,6 +192,8 @@ class Binding:
         if isinstance(model, Assembly):
             model.refuse_if_replaced()
         try:
+            if self.resident is not None:
+                self.resident.refuse_if_taken_out()
             self.memory.refuse_if_replaced()
             self.absolutes.refuse_if_replaced()
         except ModelError:

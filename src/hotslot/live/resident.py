@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint, Schema, config_dict, from_tensors
-from ..errors import MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..checkpoint import PEFT_PREFIX, Checkpoint, Schema, config_dict, from_tensors
+from ..errors import MergedError, ModelError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key
+from .calls import Calls, calls_of
 from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
@@ -54,9 +55,11 @@ class Resident:
         refuse_base_biases(vars(peft_config(model, adapter_name)), f"the adapter {adapter_name!r} on the model")
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
+        modules = dict(innermost(model).named_modules())
         self._layers: dict[str, Any] = {
-            name: module for name, module in innermost(model).named_modules() if hasattr(module, "merged_adapters")
+            name: module for name, module in modules.items() if hasattr(module, "merged_adapters")
         }
+        self._places = [(modules[name.rpartition(".")[0]]._modules, name) for name in self._layers]
         self._plain = Plain(self._state)
         self._keys = self._take_in()
         self._room = Room(unwrap(model), self._held)
@@ -83,7 +86,13 @@ class Resident:
     def _elsewhere(self) -> str:
         if self.method in NOT_MERGEABLE:
             return "put such an adapter on the model with PeftModel.from_pretrained, and attach to that"
-        return "attach to the base model without a PEFT adapter: there adapters are merged, whatever their shapes"
+        return f"{self._calls.unload}, and attach to the base model: there adapters are merged, whatever their shapes"
+
+    @property
+    def _calls(self) -> Calls:
+        model = self._model()
+        assert model is not None
+        return calls_of(model)
 
     @property
     def beside(self) -> frozenset[str]:
@@ -109,7 +118,20 @@ class Resident:
                 raise MergedError(
                     f"Cannot hot-swap adapter '{self._name}' because it is currently merged into the base weights.",
                     where=name,
-                    hint="unmerge it first: peft_model.unmerge_adapter()",
+                    hint=f"unmerge it first: {self._calls.unmerge}",
+                )
+
+    def refuse_if_taken_out(self) -> None:
+        """Raise if a layer of the adapter is no longer in the model: a swap would write where nobody looks."""
+        for siblings, name in self._places:
+            found = siblings.get(name.rpartition(".")[2])
+            layer = self._layers[name]
+            if found is not layer and (found is None or unwrap(found) is not layer):
+                raise ModelError(
+                    f"The layers of adapter {self._name!r} were taken out of the model (unload, merge_and_unload).",
+                    where=name,
+                    expected=f"the layer of {self.method} that was there at attach",
+                    hint="attach again",
                 )
 
     def refuse_to_grow(self) -> None:
@@ -119,7 +141,7 @@ class Resident:
             where=self._name,
             found=f"an adapter of {self.method}",
             expected="a LoRA, or a base model without a PEFT adapter on it",
-            hint="attach to the base model: peft_model.unload()",
+            hint=f"attach to the base model: {self._calls.unload}",
         )
 
     # -- what is to be live ------------------------------------------------------------------------------------------
@@ -129,10 +151,12 @@ class Resident:
 
         Raises:
             MergedError: an adapter is merged into the base weights, which the method may look at.
+            ModelError: the adapter's layers were taken out of the model.
             ConfigError, TensorError, DoesNotFitError, UnsupportedError: it cannot, and where.
         """
         model = self._model()
         assert model is not None
+        self.refuse_if_taken_out()
         self.refuse_if_merged()
         self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
@@ -191,6 +215,7 @@ class Resident:
         """
         model = self._model()
         assert model is not None
+        self.refuse_if_taken_out()
         self.refuse_if_merged()
         if self.method in NOT_MERGEABLE:
             raise self._does_something(NOT_MERGEABLE[self.method])
@@ -207,7 +232,10 @@ class Resident:
     def _checkpoint(self, model: nn.Module) -> Checkpoint:
         """What is live, as PEFT would save it."""
         config = config_dict(peft_config(model, self._name))
-        return from_tensors(_saved(model, self._name), config, origin=self._what)
+        saved = _saved(model, self._name)
+        if self._bare:  # without a PeftModel around the model, whose name PEFT's files have
+            saved = {PEFT_PREFIX + name: value for name, value in saved.items()}
+        return from_tensors(saved, config, origin=self._what)
 
     def _try_to_do_nothing(self, unit: Unit) -> None:
         """Raise if the layer's forward is not its base's: some compute what they merge in another way."""
@@ -227,7 +255,7 @@ class Resident:
             where=self._name,
             found=f"an adapter of {self.method}: {reason}",
             expected="one that changes no weight as long as it is untrained",
-            hint="with peft_model.disable_adapter(): …, at the price of a recompilation",
+            hint=f"{self._calls.disable}, at the price of a recompilation",
         )
 
     def _fitted(
@@ -283,7 +311,7 @@ class Resident:
                 where="peft_type",
                 found=f"{checkpoint.config.get('peft_type')!r:.80}",
                 expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="attach to the base model without a PEFT adapter: there a method that merges can follow any other",
+                hint=f"{self._calls.unload}, and attach to the base model: a method that merges can follow any other",
             )
         refuse_base_biases(checkpoint.config, origin)
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE, PARTS
+from .calls import UNMERGE
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
 from .offloading import refuse_offloaded
@@ -163,7 +164,7 @@ class Slot:
             raise MergedError(
                 f"Cannot hot-swap adapter '{self.adapter_name}' because it is currently merged into the base weights.",
                 where=self.fqn,
-                hint="unmerge it first: peft_model.unmerge_adapter(), or unfuse_lora() in diffusers",
+                hint=f"unmerge it first: {UNMERGE}",
             )
 
 
