@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hotslot
 from compiling import Backend
 from hotslot import errors
-from hotslot.integrations import diffusers as patched_calls
+from hotslot.integrations.diffusers import patching as patched_calls
 from hotslot.testing import no_recompile, same_addresses
 from oracle import assert_same_output, assert_unchanged, error, snapshot
 from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, make_lokr, make_lora

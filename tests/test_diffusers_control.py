@@ -19,7 +19,7 @@ import hotslot
 from compiling import Backend
 from dialects import DIALECTS, sizes_of_the_tiny_flux
 from hotslot import errors
-from hotslot.integrations import diffusers as patched_calls
+from hotslot.integrations.diffusers import patching as patched_calls
 from hotslot.testing import no_recompile, same_addresses
 from oracle import assert_same_output
 from pipelines import _FLUX, PIPELINES, Kind, _denoiser, _model, load_plain, make_lora
