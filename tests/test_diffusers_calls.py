@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import hotslot
 from compiling import Backend
 from hotslot import errors
-from hotslot.integrations import diffusers as patched_calls
+from hotslot.integrations.diffusers import patching as patched_calls
 from hotslot.testing import no_recompile, same_addresses
 from oracle import assert_same_output, assert_unchanged, error, snapshot
 from pipelines import ATTENTION, CLIP, PIPELINES, Kind, load_plain, make_lokr, make_lora
@@ -392,6 +392,21 @@ def test_load_lora_adapter_with_hotswap(lora: Callable[..., Path]) -> None:
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, first))
 
 
+def test_network_alphas_of_one_model(lora: Callable[..., Path]) -> None:
+    """Beside the tensors, as `pipe.lora_state_dict` gives them."""
+    first, second = (tensors_of(lora(seed=seed, metadata=False)) for seed in (1, 2))
+    alphas = {key.replace(".lora_A.weight", ".alpha"): 1.0 + i % 3 for i, key in enumerate(second) if "lora_A" in key}
+    options = {"prefix": "transformer", "adapter_name": "style", "network_alphas": alphas}
+    oracle = FLUX.build()
+    oracle.transformer.load_lora_adapter(dict(second), **options)
+    want = FLUX.outputs(oracle)
+    assert differ(want, expected(FLUX, lora(seed=2, metadata=False)))  # the control
+    with patched():
+        pipe = loaded(FLUX, first)
+        pipe.transformer.load_lora_adapter(second, hotswap=True, **options)
+        assert_outputs(FLUX.outputs(pipe), want)
+
+
 # -- what goes wrong today -------------------------------------------------------------------------------------------
 
 
@@ -725,6 +740,12 @@ def _in_place(pipe: Any, backend: Any) -> None:
     pipe.transformer.compile(backend=backend, fullgraph=True)
 
 
+def base_weight(pipe: Any) -> Tensor:
+    layer: Any = models(FLUX, pipe)["transformer"].get_submodule("transformer_blocks.0.attn.to_q")
+    weight: Tensor = layer.base_layer.weight
+    return weight.detach().clone()
+
+
 def _blocks(pipe: Any, backend: Any) -> None:
     pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)
 
@@ -736,6 +757,9 @@ def test_compiled_pipelines(compile_: Callable[..., None], lora: Callable[..., P
     weighted = fresh(FLUX, second)
     weighted.set_adapters("style", 0.5)
     want = FLUX.outputs(weighted)
+    oracle = fresh(FLUX, first)
+    oracle.fuse_lora()
+    fused = base_weight(oracle)
     with patched():
         pipe, backend = loaded(FLUX, first, rank=8), Backend()
         compile_(pipe, backend)
@@ -753,10 +777,14 @@ def test_compiled_pipelines(compile_: Callable[..., None], lora: Callable[..., P
         pipe.disable_lora()
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, None))
         pipe.enable_lora()
+        weight = base_weight(pipe)
         pipe.fuse_lora()
         assert pipe.fused_loras == {"style"}
         assert all(layer.merged for layer in models(FLUX, pipe)["transformer"].modules() if hasattr(layer, "merged"))
+        assert_same_output(base_weight(pipe), fused)
+        assert error(fused, weight) > 1e-3
         pipe.unfuse_lora()
+        assert_same_output(base_weight(pipe), weight)
         pipe.delete_adapters("style")
         assert pipe.get_list_adapters() == {}
         pipe.load_lora_weights(second, adapter_name="other")
@@ -823,6 +851,116 @@ def test_group_offloading(before: bool, lora: Callable[..., Path]) -> None:
             swap(pipe, {key: value / 0 for key, value in tensors_of(second).items()})
         assert hooked(pipe) >= count
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, first))
+
+
+def offloaded_as_a_whole(pipe: Any) -> None:
+    """Each model moves as its forward pass begins: by accelerate's own hooks, the CPU in the place of a GPU."""
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def cast_by_layers(pipe: Any) -> None:
+    """To 32 bits as a layer runs, and back to 8."""
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("offload", [offloaded_as_a_whole, cast_by_layers])
+def test_offloading_by_models_and_casting_by_layers(offload: Callable[[Any], None], lora: Callable[..., Path]) -> None:
+    """Hooks are the same ones after a swap, and after one that fails."""
+    first, second = lora(seed=1, components=BOTH), lora(seed=2, r=2)
+
+    def hooks(pipe: Any) -> dict[str, int]:
+        """Of accelerate and of diffusers."""
+        found = {}
+        for name, model in models(FLUX, pipe).items():
+            for path, module in model.named_modules():
+                for key in ("_hf_hook", "_diffusers_hook"):
+                    if hasattr(module, key):
+                        found[f"{name}.{path}.{key}"] = id(getattr(module, key))
+        return found
+
+    def outputs(pipe: Any) -> Outputs:
+        with torch.no_grad():
+            return {"transformer": pipe.transformer(**FLUX.inputs["transformer"]()).sample}
+
+    wanted = {}
+    for file in (first, second):
+        pipe = fresh(FLUX, file)
+        offload(pipe)
+        wanted[file] = outputs(pipe)
+    assert differ(wanted[first], wanted[second])
+    with patched():
+        pipe = loaded(FLUX, first)
+        offload(pipe)
+        for model in models(FLUX, pipe).values():
+            model.eval()
+        before = hooks(pipe)
+        assert before
+        for file in (second, first):
+            swap(pipe, file)
+            assert hooks(pipe) == before
+            assert_outputs(outputs(pipe), wanted[file])
+        with pytest.raises(errors.NonFiniteError):
+            swap(pipe, {key: value / 0 for key, value in tensors_of(second).items()})
+        assert hooks(pipe) == before
+        assert_outputs(outputs(pipe), wanted[first])
+
+
+def test_sequential_offloading_is_refused_and_diffusers_own_load_goes_on(
+    lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the refusal says; by accelerate's own hooks, as diffusers calls them where there is a GPU."""
+    from accelerate import cpu_offload
+
+    def offload(pipe: Any) -> None:
+        cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
+
+    monkeypatch.setattr(diffusers.FluxPipeline, "enable_sequential_cpu_offload", offload)
+    first, second = lora(seed=1, components=BOTH), lora(seed=2, r=2)
+    wanted = {file: expected(FLUX, file) for file in (None, first, second)}
+
+    def hooks(pipe: Any) -> dict[str, int]:
+        return {name: id(m._hf_hook) for name, m in pipe.transformer.named_modules() if hasattr(m, "_hf_hook")}
+
+    def refuses(pipe: Any, act: Callable[[], Any]) -> None:
+        before, own = hooks(pipe), dict(pipe.transformer.named_parameters())
+        assert len(before) > 10
+        assert all(param.is_meta for param in own.values())
+        with pytest.raises(errors.ModelError, match=r"offloaded layer by layer(.*\n)*.*without hotswap"):
+            act()
+        assert hooks(pipe) == before
+        found = dict(pipe.transformer.named_parameters())
+        assert found.keys() == own.keys()
+        assert all(found[name] is param for name, param in own.items())
+
+    with patched():
+        pipe = loaded(FLUX, first)
+        pipe.enable_sequential_cpu_offload()
+        for file in (second, first):
+            refuses(pipe, lambda file=file: swap(pipe, file))
+            refuses(pipe, lambda file=file: hotslot.attach(pipe, {"a": file}, adapter_name="other"))
+            pipe.delete_adapters("style")
+            pipe.load_lora_weights(file, adapter_name="style")
+            assert hooks(pipe)
+            assert_outputs(FLUX.outputs(pipe), wanted[file])
+    pipe = FLUX.build()
+    pipe.enable_sequential_cpu_offload()
+    for route in ("side", "merged", "auto"):
+        refuses(pipe, lambda route=route: hotslot.attach(pipe, {"a": first}, route=route))
+        assert pipe.get_list_adapters() == {}
+    assert_outputs(FLUX.outputs(pipe), wanted[None])
+    pipe.remove_all_hooks()
+    for route in ("merged", "side"):
+        swapper = hotslot.attach(pipe, {"a": first, "b": second}, route=route)
+        swapper.activate("a")
+        assert_outputs(FLUX.outputs(pipe), wanted[first])
+        swapper.detach()
+        pipe.enable_sequential_cpu_offload()
+        assert_outputs(FLUX.outputs(pipe), wanted[None])
+        pipe.remove_all_hooks()
+    swapper = hotslot.attach(pipe, {"a": first, "b": second})
+    swapper.activate("a")
+    pipe.enable_sequential_cpu_offload()
+    refuses(pipe, lambda: swapper.activate("b"))
 
 
 # -- patching --------------------------------------------------------------------------------------------------------

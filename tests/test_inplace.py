@@ -195,8 +195,11 @@ def test_layers_without_pefts_model_around_them(tmp_path: Path) -> None:
     folder = make_method_adapter(tmp_path / "new", "LOHA", entry, seed=1)
     base = entry.build()
     inject_adapter_in_model(LoHaConfig(r=4, alpha=3, target_modules=METHODS["LOHA"].targets["llama"]), base)
-    hotslot.attach(base.eval(), {"new": folder}).activate("new")
+    swapper = hotslot.attach(base.eval(), {"new": folder})
+    swapper.activate("new")
     assert_same_output(output("LOHA", entry, base), fresh_of("LOHA", entry, folder), exact=True)
+    swapper.deactivate()
+    assert_same_output(output("LOHA", entry, base), output("LOHA", entry, entry.build()), exact=True)
 
 
 def test_heads_are_swapped_along(tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
             where=beside,
             found=f"adapters on the model: {methods}",
             expected="LoRA adapters, or no adapter",
-            hint=f"attach(model, adapter_name={beside!r}) swaps adapters of that method; unload() it for any other",
+            hint=f"attach(model, adapter_name={beside!r}) swaps adapters of that method; for any other: "
+            f"{live.calls_of(model).unload}",
         )
     return False
 
@@ -227,7 +228,7 @@ def _attach_resident(
             where=adapter_name,
             found="route='merged'" if route == "merged" else f"a plan of {len(plan.slots) if plan else 0} slots",
             expected=f"adapters of {method} alone, which take its place",
-            hint="attach(model) without these arguments; or attach to the base model: peft_model.unload()",
+            hint="attach(model) without these arguments; or attach to the base model: " + live.calls_of(model).unload,
         )
     way = "resident" if route == "side" else "resident+merged"
     known = survey_all(model, adapters, way)

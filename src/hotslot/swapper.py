@@ -435,7 +435,8 @@ class Swapper:
         with self._lent(adapter, blend) as loan:
             with self._lock:  # a blend is made before anybody waits for it
                 target = self._state(adapter, blend, loan)
-            return self._swap(lambda engine: target, in_flight, timeout_seconds, read_seconds=loan.seconds)
+            with self._abandoning(target):
+                return self._swap(lambda engine: target, in_flight, timeout_seconds, read_seconds=loan.seconds)
 
     def deactivate(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> SwapReport:
         """Make the slot neutral: the model computes what its base computes."""
@@ -475,6 +476,7 @@ class Swapper:
                 read_seconds = loan.seconds
                 with self._lock:
                     wanted = self._state(adapter, blend, loan)
+                loans.enter_context(self._abandoning(wanted))
 
             def choose() -> State:
                 return wanted or engine.neutral
@@ -616,6 +618,17 @@ class Swapper:
                 self._library.finish_packing()
             yield loan
 
+    @contextmanager
+    def _abandoning(self, target: State) -> Iterator[None]:
+        """For a block that is to make a blend live, without which it is not kept."""
+        try:
+            yield
+        except BaseException:
+            if isinstance(target.entry, Blend):
+                with self._lock:
+                    self._library.blender.abandon(target.entry)
+            raise
+
     def _names(self, adapter: str | Mapping[str, float], blend: str | None) -> list[str]:
         """Which adapters are asked for: by name, so that the order in which a blend is written makes no other of it."""
         self._bound()
@@ -641,7 +654,8 @@ class Swapper:
             return State(ingredients[0].entry)
         try:
             mixed = self._library.blender.blend(ingredients, engine.binding, svd=blend == "svd")
-            mixed.compile(engine.binding)
+            with self._abandoning(State(mixed)):
+                mixed.compile(engine.binding)
         except (RankError, UnexpectedTargetError) as error:
             biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
             raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
@@ -657,6 +671,8 @@ class Swapper:
         if read_seconds is not None and report.nbytes:
             report = replace(report, tier="disk", seconds=report.seconds + read_seconds)
         self._recorder.add(report)
+        if isinstance(target.entry, Blend):
+            self._library.blender.hold(target.entry)
         if report.changed:
             self._tell(report)
         if logger.isEnabledFor(logging.DEBUG):

@@ -125,7 +125,7 @@ class MergedBlend(Blend):
 
 
 class Blender:
-    """Makes blends, and holds the last few in a tier of host memory, where they may go as adapters may.
+    """Makes blends, and holds the last few that were live in a tier of host memory, where they may go as adapters may.
 
     Args:
         tier: where they are held.
@@ -161,14 +161,13 @@ class Blender:
         key = tuple((entry.name, entry.version, weight) for entry, weight in ingredients), room, dtypes
         held = self._held.get(key)
         if held is not None and self._tier.get(held.place) is held:
-            self._held.move_to_end(key)
             return held
         for ingredient in ingredients:
             _refuse_absolute(ingredient.entry, binding)
         if any(ingredient.entry.compile(binding).merges.all for ingredient in ingredients):
-            return self._hold(MergedBlend(ingredients, key, binding))
+            return self._made(MergedBlend(ingredients, key, binding))
         if len(ingredients) == 1:
-            return self._hold(_weighted(ingredients[0], key))
+            return self._made(_weighted(ingredients[0], key))
         recipe = self._recipe(ingredients, binding, svd)
         name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
         nbytes = recipe.schema.nbytes
@@ -184,7 +183,7 @@ class Blender:
         except BaseException:
             self._tier.release(nbytes)
             raise
-        return self._hold(blend, reserved=nbytes)
+        return self._made(blend, reserved=nbytes)
 
     def forget(self, name: str) -> None:
         """Let go of the blends that have this adapter in them; of one that is live, once it is not."""
@@ -197,12 +196,22 @@ class Blender:
             self._retire(self._held.popitem()[1])
         self._recipes.clear()
 
-    def _hold(self, blend: Blend, *, reserved: int = 0) -> Blend:
-        self._tier.add(blend.place, blend, reserved=reserved)
-        self._held[blend.key] = blend
-        self._held.move_to_end(blend.key)
+    def hold(self, blend: Blend) -> None:
+        """Keep a blend that has been activated, and let go of the one that was not used for longest."""
+        if self.holds(blend):  # else it is one that was forgotten, and has come back by a rollback
+            self._held[blend.key] = blend
+            self._held.move_to_end(blend.key)
         if len(self._held) > KEPT_BLENDS:
             self._retire(self._held.popitem(last=False)[1])
+
+    def abandon(self, blend: Blend) -> None:
+        """Let go of a blend that has not been activated, unless it was before."""
+        if self._held.get(blend.key) is not blend:
+            self._retire(blend)
+
+    def _made(self, blend: Blend, *, reserved: int = 0) -> Blend:
+        """In the tier, until it is held or abandoned."""
+        self._tier.add(blend.place, blend, reserved=reserved)
         return blend
 
     def _retire(self, blend: Blend) -> None:

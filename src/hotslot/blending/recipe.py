@@ -192,7 +192,7 @@ def _config(
     """The config of the blend, or that of each component."""
     checkpoints = [entry.adapter.checkpoint for entry, _ in ingredients]
     parts = {prefix: part.config for one in reversed(checkpoints) for prefix, part in one.components.items()}
-    bases = {**checkpoints[0].config}
+    bases = {key: value for key, value in checkpoints[0].config.items() if key != "base_values"}  # as the model's own
     if "components" in bases:
         bases["components"] = {prefix.removesuffix("."): config for prefix, config in parts.items()}
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,7 +47,8 @@ class Schema:
     """All of an adapter but its values. Adapters of one family, saved alike, share one; so does what is made of it.
 
     An adapter of several models, such as a pipeline's, has a config of its own for each: `config["components"]` is the
-    name of a model → the config, and the names of the model's tensors begin with its name.
+    name of a model → the config, and the names of the model's tensors begin with its name. `config["base_values"]` are
+    the names of those that are no part of an adapter, but values for the models' own tensors of these names.
 
     Attributes:
         config: the content of adapter_config.json, read-only.
@@ -69,6 +70,12 @@ class Schema:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return max((spec.stop for spec in self.tensors.values()), default=0)
+
+    @property
+    def base_values(self) -> Collection[str]:
+        """Names of the tensors that are values for the models' own, of an adapter of several models."""
+        names: Collection[str] = self.config.get("base_values", ())
+        return names
 
     def with_config(self, config: dict[str, Any]) -> Schema:
         """The same tensors under another config."""
@@ -92,7 +99,10 @@ class Schema:
         if configs is None:
             return MappingProxyType({"": self})
         specs: dict[str, list[TensorSpec]] = {f"{name}.": [] for name in configs}
+        apart = frozenset(self.base_values)
         for spec in self.tensors.values():
+            if spec.name in apart:
+                continue
             path = spec.name.removeprefix(PEFT_PREFIX)
             prefix = path[: path.find(".") + 1]
             specs[prefix].append(spec._replace(name=PEFT_PREFIX + path.removeprefix(prefix)))

@@ -7,6 +7,7 @@ touches a live model, and the first of the line that imports peft.
 from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
+from .calls import calls_of
 from .conversion import converted, is_converted
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .guard import guard, unguard
@@ -15,6 +16,7 @@ from .low_rank import blended
 from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
+from .norms import note_norms
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
@@ -52,6 +54,7 @@ __all__ = [
     "base_modules",
     "blended",
     "build_config",
+    "calls_of",
     "converted",
     "count_slots",
     "find_slots",
@@ -66,6 +69,7 @@ __all__ = [
     "is_on_gpu",
     "matching_targets",
     "model_of",
+    "note_norms",
     "note_stream",
     "ordered",
     "outline_bytes",

@@ -17,9 +17,11 @@ from torch import nn
 
 from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import TOKENS, Adapter
+from .assembly import Assembly
 from .base import all_base_modules
 from .copies import Copy, base_copies
 from .discover import adapted_layers, adapter_names, lora_layers, unwrap
+from .norms import Norms
 from .pristine import InMemory, Store, stores
 from .room import cut_to
 from .saved import base_biases, named_tensors, refuse_other_biases, saved_wrappers
@@ -107,10 +109,11 @@ class Merge(Protocol):
 
 
 class AbsoluteImage(NamedTuple):
-    """The sites' values at one moment, and the modules of which `state_dict` showed them."""
+    """The sites' values at one moment, the modules of which `state_dict` showed them, and what `Norms` said."""
 
     values: dict[Key, torch.Tensor]
     shown: frozenset[str]
+    norms: frozenset[str]
 
 
 class Absolutes:
@@ -136,6 +139,8 @@ class Absolutes:
         self._foreign: set[Key] = set()  # may hold something else than the model's own values
         self._versions: list[int] = []
         self._take_in_lost_biases(model)
+        self._norms = Norms(model, adapter_name)
+        self._take_in_norms(model)
         self.mark_clean()
 
     def find(self, model: nn.Module, wrapped: Collection[str], rooms: Mapping[str, int]) -> None:
@@ -228,7 +233,8 @@ class Absolutes:
     # -- state of the model -----------------------------------------------------------------------------------------
 
     def refuse_if_replaced(self) -> None:
-        """Raise if the model no longer has one of the tensors."""
+        """Raise if the model no longer has one of the tensors, or another adapter has written the norms."""
+        self._norms.refuse_if_others_came(self._model())
         for fqn, wrapper in self._wrappers.items():
             if self._adapter_name not in wrapper.modules_to_save:
                 raise ModelError(
@@ -354,6 +360,16 @@ class Absolutes:
                 self.sites[key] = Site(holder, "bias", param, None, [], lost=True)
                 self._foreign.add(key)
 
+    def _take_in_norms(self, model: nn.Module) -> None:
+        """Sites of the norms that an adapter of diffusers' has put in place before hotslot came."""
+        found = dict(self._norms.of_resident(model))
+        modules = all_base_modules(model) if found else {}
+        for path, own in found.items():
+            fqn, _, name = path.rpartition(".")
+            holder = modules[fqn]._parameters
+            self.sites["", path] = Site(holder, name, holder[name], None, [own])
+            self._foreign.add(("", path))
+
     def _token_values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
         values: dict[Key, torch.Tensor] = {}
         origin, model = adapter.checkpoint.origin, self._model()
@@ -399,7 +415,8 @@ class Absolutes:
         values = {}
         for copy in differing:
             if last[id(copy.holder[copy.name])] is copy:
-                self._refuse_beside_others(adapter, f"{copy.fqn}.{copy.name}")
+                if not isinstance(model, Assembly):  # norms of a pipeline are whose they are to all its LoRAs
+                    self._refuse_beside_others(adapter, f"{copy.fqn}.{copy.name}")
                 values[self._take_in_base(copy)] = adapter.checkpoint.tensor(copy.spec.name)
         return values
 
@@ -417,6 +434,7 @@ class Absolutes:
         if known is None:
             known, dirty = ("", f"{copy.fqn}.{copy.name}"), self.is_dirty()
             self.sites[known] = Site(copy.holder, copy.name, param, None, [])
+            self._norms.take_in(known[1])
             self._versions = [] if dirty else self._current_versions()
         return known
 
@@ -540,7 +558,8 @@ class Absolutes:
                         written.add(id(site.tensor))
                 self._foreign.update(given)
                 written.update(map(id, _write(given, values)))
-        self._show({fqn for fqn, _ in values}, values)
+        norms = frozenset(path for fqn, path in values if not fqn) if self._norms.used else frozenset()
+        self._show({fqn for fqn, _ in values}, values, norms)
 
     def _merge(self, merges: Sequence[Merge]) -> set[int]:
         """Write what is computed from the model's own values; returns the ids of the tensors."""
@@ -566,7 +585,8 @@ class Absolutes:
             values = {
                 key: site.tensor.detach().clone() for key, site in self.sites.items() if dirty or key in self._foreign
             }
-        return AbsoluteImage(values, frozenset(fqn for fqn, shown in self._shown.items() if shown))
+        shown = frozenset(fqn for fqn, shown in self._shown.items() if shown)
+        return AbsoluteImage(values, shown, self._norms.said)
 
     def restore(self, image: AbsoluteImage) -> None:
         """Put an image back, bit for bit; what it has no values for gets the model's own."""
@@ -580,7 +600,7 @@ class Absolutes:
                         self._foreign.discard(key)
                 self._foreign.update(given)
                 _write(given, values)
-        self._show(image.shown, values)
+        self._show(image.shown, values, image.norms)
 
     def _fitted(self, values: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
         """An image's values, with places that were made since."""
@@ -592,12 +612,13 @@ class Absolutes:
                 fitted[fqn, TOKENS], fitted[fqn, PLACES] = rows.values(given, tokens)
         return fitted
 
-    def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor]) -> None:
-        """Let `state_dict` and PEFT's records say whose values are live."""
+    def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor], norms: Collection[str]) -> None:
+        """Let `state_dict`, PEFT's records and diffusers' say whose values are live."""
         for fqn in self._shown:
             self._shown[fqn] = fqn in fqns
         for fqn, rows in self._tokens.items():
             rows.note(tokens_in(values[fqn, PLACES]) if (fqn, PLACES) in values else [])
+        self._norms.say(self._model(), {path: self.sites["", path].own() for path in norms})
         self.mark_clean()
 
 

@@ -22,6 +22,7 @@ from .dropout import SlotDropout
 from .ledger import Ledger
 from .memory import Homes, Image, Writes, bind, note_sizes
 from .merging import Merger
+from .offloading import refuse_offloaded
 from .resident import Resident
 from .scaling import ScalingMap
 from .slots import Slot, compact
@@ -190,8 +191,15 @@ class Binding:
         model = self._model()
         if isinstance(model, Assembly):
             model.refuse_if_replaced()
-        self.memory.refuse_if_replaced()
-        self.absolutes.refuse_if_replaced()
+        try:
+            if self.resident is not None:
+                self.resident.refuse_if_taken_out()
+            self.memory.refuse_if_replaced()
+            self.absolutes.refuse_if_replaced()
+        except ModelError:
+            if model is not None:
+                refuse_offloaded(model)
+            raise
 
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others may have written since hotslot did."""

@@ -65,7 +65,7 @@ def base_copies(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             own: Any = getattr(modules[fqn], name, None)
             if own is None or own.shape != spec.shape:
                 raise UnsupportedError(
-                    f"{adapter.checkpoint.origin} carries the base model's embeddings, resized.",
+                    f"{adapter.checkpoint.origin} carries weights of the base model, resized.",
                     where=f"{fqn}.{name}",
                     found=f"shape {tuple(spec.shape)}",
                     expected=f"the model's own, shape {tuple(own.shape) if own is not None else None}",

@@ -19,6 +19,7 @@ from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import MAGNITUDE, Adapter
 from .base import base_modules, parameter_name
 from .discover import canonical_name, lora_layers, roots, unwrap
+from .offloading import refuse_offloaded
 from .photo import ABSENT, Photo
 from .quantised import has_bias, is_repacked
 from .saved import refuse_adapted_and_saved, saved_wrappers
@@ -257,7 +258,10 @@ def _inject(
         for fqn, shape in shapes.items()
         if shape.parameter is not None
     ]
-    _refuse_compiled_targets([*targeted, *(parameter.rpartition(".")[0] for parameter in parameters)])
+    adapted = [*targeted, *(parameter.rpartition(".")[0] for parameter in parameters)]
+    _refuse_compiled_targets(adapted)
+    if any(param.is_meta for name in adapted for param in inner.get_submodule(name).parameters()):
+        refuse_offloaded(inner)
     before = _layers_with_parents(inner)
     active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
     own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]

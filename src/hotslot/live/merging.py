@@ -24,6 +24,7 @@ from .absolutes import Absolutes, Key, Merge
 from .discover import roots, unwrap
 from .low_rank import LowRank, narrowed, together
 from .merges import ByPeft, Constant, Keeping, Merges, Rotated, Scaled, merge_once
+from .offloading import refuse_offloaded
 from .pristine import PRISTINE, Stores, stores
 from .saved import named_tensors
 from .skeleton import SKELETON, Unit, base_of, base_tree, load, outline, units
@@ -62,18 +63,23 @@ class Merger:
 
         def own(name: str) -> torch.Tensor:
             holder, key = places[name]
-            return self._absolutes.own(("", name), holder[key])
+            values = self._absolutes.own(("", name), holder[key])
+            if values.is_meta:
+                refuse_offloaded(model)
+            return values
 
         prepared: list[Merge | None] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's and torch's advice to whoever trains
+            fqns: list[str] = []
             for prefix, part in checkpoint.components.items():
                 skeleton = load(roots(model)[prefix], part, partial(_within, prefix, own))
                 found = [Unit(prefix + unit.fqn, unit.layer) for unit in units(skeleton)]
                 prepared += [
                     _prepare(unit, checkpoint, own, places, self._fused) for unit in found if unit.fqn not in besides
                 ]
-                prepared += _stated(part, prefix, [unit.fqn for unit in found], places)
+                fqns += [unit.fqn for unit in found]
+            prepared += _stated(checkpoint, fqns, places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
             self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
             return self.priced(kept)
@@ -210,11 +216,11 @@ def _within(prefix: str, own: Callable[[str], torch.Tensor], path: str) -> torch
     return own(prefix + path)
 
 
-def _stated(checkpoint: Checkpoint, prefix: str, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
-    """What the file itself has of the base's tensors where PEFT puts nothing: biases, weights of embeddings."""
+def _stated(checkpoint: Checkpoint, fqns: Collection[str], places: Mapping[str, Any]) -> Iterator[Merge]:
+    """What the file itself has of the base's tensors where PEFT puts nothing: biases, weights of embeddings, norms."""
     inside = tuple(f"{fqn}." for fqn in fqns)
     for name in checkpoint.tensors:
-        path = prefix + name.removeprefix(PEFT_PREFIX)
+        path = name.removeprefix(PEFT_PREFIX)
         if path.startswith(inside) or path not in places:
             continue
         holder, key = places[path]

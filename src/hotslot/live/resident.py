@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..checkpoint import PEFT_PREFIX, Checkpoint, Schema, config_dict, from_tensors
-from ..errors import DoesNotFitError, MergedError, ShapeError, UnexpectedTargetError, UnsupportedError
+from ..errors import DoesNotFitError, MergedError, ModelError, ShapeError, UnexpectedTargetError, UnsupportedError
 from ..methods import NOT_MERGEABLE
 from .absolutes import Absolutes, Key, Merge
+from .calls import Calls, calls_of
 from .discover import callable_roots, innermost, roots, unwrap
 from .leaves import Fact, Held, Leaf, Plain, described, leaves_of, same_leaf
 from .merges import merge_once
@@ -55,9 +56,11 @@ class Resident:
             raise _unsupported(self._what, "peft_type", found, "another method")
         self._bare = len(callable_roots(model)) == 1
         self._state = leaves_of(model, adapter_name, bare=self._bare)
+        modules = dict(innermost(model).named_modules())
         self._layers: dict[str, Any] = {
-            name: module for name, module in innermost(model).named_modules() if hasattr(module, "merged_adapters")
+            name: module for name, module in modules.items() if hasattr(module, "merged_adapters")
         }
+        self._places = [(modules[name.rpartition(".")[0]]._modules, name) for name in self._layers]
         self._plain = Plain(self._state)
         self._keys = self._take_in()
         self._room = Room(unwrap(model), self._state)
@@ -85,7 +88,13 @@ class Resident:
     def _elsewhere(self) -> str:
         if self.method in NOT_MERGEABLE:
             return "put such an adapter on the model with PeftModel.from_pretrained, and attach to that"
-        return "attach to the base model without a PEFT adapter: there adapters are merged, whatever their shapes"
+        return f"{self._calls.unload}, and attach to the base model: there adapters are merged, whatever their shapes"
+
+    @property
+    def _calls(self) -> Calls:
+        model = self._model()
+        assert model is not None
+        return calls_of(model)
 
     @property
     def beside(self) -> frozenset[str]:
@@ -111,7 +120,20 @@ class Resident:
                 raise MergedError(
                     f"Cannot hot-swap adapter '{self._name}' because it is currently merged into the base weights.",
                     where=name,
-                    hint="unmerge it first: peft_model.unmerge_adapter()",
+                    hint=f"unmerge it first: {self._calls.unmerge}",
+                )
+
+    def refuse_if_taken_out(self) -> None:
+        """Raise if a layer of the adapter is no longer in the model: a swap would write where nobody looks."""
+        for siblings, name in self._places:
+            found = siblings.get(name.rpartition(".")[2])
+            layer = self._layers[name]
+            if found is not layer and (found is None or unwrap(found) is not layer):
+                raise ModelError(
+                    f"The layers of adapter {self._name!r} were taken out of the model (unload, merge_and_unload).",
+                    where=name,
+                    expected=f"the layer of {self.method} that was there at attach",
+                    hint="attach again",
                 )
 
     def refuse_to_grow(self) -> None:
@@ -121,7 +143,7 @@ class Resident:
             where=self._name,
             found=f"an adapter of {self.method}",
             expected="a LoRA, or a base model without a PEFT adapter on it",
-            hint="attach to the base model: peft_model.unload()",
+            hint=f"attach to the base model: {self._calls.unload}",
         )
 
     # -- what is to be live ------------------------------------------------------------------------------------------
@@ -131,10 +153,12 @@ class Resident:
 
         Raises:
             MergedError: an adapter is merged into the base weights, which the method may look at.
+            ModelError: the adapter's layers were taken out of the model.
             ConfigError, TensorError, DoesNotFitError, UnsupportedError: it cannot, and where.
         """
         model = self._model()
         assert model is not None
+        self.refuse_if_taken_out()
         self.refuse_if_merged()
         self._refuse_other_method(checkpoint)
         skeleton = self._load(model, checkpoint)
@@ -197,6 +221,7 @@ class Resident:
         """
         model = self._model()
         assert model is not None
+        self.refuse_if_taken_out()
         self.refuse_if_merged()
         self._absolutes.refuse_without((), "The base model")
         if self.method in NOT_MERGEABLE:
@@ -207,7 +232,7 @@ class Resident:
                 where=", ".join(sorted(self.beside)),
                 found=f"{len(self.beside)} adapters beside {self._name!r}",
                 expected="no other adapter on the model",
-                hint="peft_model.delete_adapter(…), or use a model of its own",
+                hint="delete the other adapters, or use a model of its own",
             )
         checkpoint = self._checkpoint(model)
         skeleton = self._load(model, checkpoint, trained=False)
@@ -225,7 +250,10 @@ class Resident:
     def _checkpoint(self, model: nn.Module) -> Checkpoint:
         """What is live, as PEFT would save it."""
         config = config_dict(peft_config(model, self._name))
-        return from_tensors(_saved(model, self._name), config, origin=self._what)
+        saved = _saved(model, self._name)
+        if self._bare:  # without a PeftModel around the model, whose name PEFT's files have
+            saved = {PEFT_PREFIX + name: value for name, value in saved.items()}
+        return from_tensors(saved, config, origin=self._what)
 
     def _try_to_do_nothing(self, unit: Unit) -> None:
         """Raise if the layer's forward is not its base's: some compute what they merge in another way."""
@@ -261,7 +289,7 @@ class Resident:
             where=self._name,
             found=f"an adapter of {self.method}: {reason}",
             expected="one that changes no weight as long as it is untrained",
-            hint="with peft_model.disable_adapter(): …, at the price of a recompilation",
+            hint=f"{self._calls.disable}, at the price of a recompilation",
         )
 
     def _fitted(
@@ -347,8 +375,8 @@ class Resident:
                 where="peft_type",
                 found=f"{checkpoint.config.get('peft_type')!r:.80}",
                 expected=f"{self.method!r}, as {self._name!r} on the model",
-                hint="route='auto' merges it below an adapter that can be made to do nothing, if there is no other; a "
-                "base model without a PEFT adapter takes any method that merges",
+                hint="route='auto' merges it below an adapter that can be made to do nothing, if there is no other; or "
+                f"{self._calls.unload}, and attach to the base model: a method that merges can follow any other",
             )
 
     def _refuse_other_structure(self, new: Mapping[str, Leaf], origin: str) -> None:

@@ -116,8 +116,9 @@ def shadow(model: nn.Module, place: Place) -> nn.Module:
         # PEFT writes into these, and so do transformers and diffusers.
         for name in ("peft_config", "_hf_peft_config_loaded", "_prepare_lora_hotswap_kwargs"):
             attributes.pop(name, None)
-        if "config" in attributes:
-            attributes["config"] = copy.deepcopy(attributes["config"])
+        for name in ("config", "_internal_dict"):  # the latter is diffusers', whose loader writes into it
+            if name in attributes:
+                attributes[name] = copy.deepcopy(attributes[name])
         attributes["_parameters"] = {
             name: None if tensor is None else _like(tensor, place(f"{path}{name}", tensor.detach()))
             for name, tensor in module._parameters.items()

@@ -12,8 +12,10 @@ from torch import nn
 from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE, PARTS
+from .calls import UNMERGE
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
+from .offloading import refuse_offloaded
 from .quantised import has_bias, has_dora
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ class Slot:
             raise MergedError(
                 f"Cannot hot-swap adapter '{self.adapter_name}' because it is currently merged into the base weights.",
                 where=self.fqn,
-                hint="unmerge it first: peft_model.unmerge_adapter(), or unfuse_lora() in diffusers",
+                hint=f"unmerge it first: {UNMERGE}",
             )
 
 
@@ -171,11 +173,14 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
 
     Raises:
         UnsupportedError: the adapter uses something on this layer that hotslot does not swap.
+        ModelError: its parameters have no memory.
     """
     slots = {}
     for fqn, parent, child, layer in lora_layers_with_parents(model):
         held = _held(layer, adapter_name)
         if held:
+            if any(entry.param.is_meta for entry in held.values()):
+                refuse_offloaded(model)
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
             experts = getattr(layer, "num_experts", 1)

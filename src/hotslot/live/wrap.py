@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ModelError, UnsupportedError
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
+from .offloading import refuse_offloaded
 from .saved import saved_modules
 from .tokens import token_rooms
 
@@ -215,6 +216,7 @@ def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
 def _refuse_meta(fqn: str, module: nn.Module) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if tensor.is_meta:
+            refuse_offloaded(module, fqn)
             raise ModelError(
                 "A module that an adapter saves whole, or has tokens of, has parameters without memory.",
                 where=f"{fqn}.{name}",

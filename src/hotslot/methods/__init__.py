@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 
-from ..checkpoint import Checkpoint, Schema
+from ..checkpoint import Checkpoint, Schema, TensorSpec
 from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
@@ -100,4 +100,8 @@ def _of_components(checkpoint: Checkpoint) -> Adapter:
                 expected="A, B, bias and magnitude",
                 hint="attach to the component alone: hotslot.attach(pipe.unet, …)",
             )
-    return Adapter(checkpoint, targets, {}, {}, {}, {}, (), lora_bias)
+    copies: dict[str, dict[str, TensorSpec]] = {}
+    for name in checkpoint.schema.base_values:
+        fqn, _, own = name.rpartition(".")
+        copies.setdefault(fqn, {})[own] = checkpoint.tensors[name]
+    return Adapter(checkpoint, targets, copies, {}, {}, {}, (), lora_bias)

@@ -90,7 +90,7 @@ class Adapter:
     Attributes:
         base_copies: base module's path → parameter name → where the checkpoint has a copy of it. PEFT saves the weight
             of an embedding or output layer along with a LoRA on it; such a copy says nothing if it equals the
-            model's own, and otherwise takes its place.
+            model's own, and otherwise takes its place. So do norms in a LoRA of a pipeline.
         saved: base module's path → name within it → where the checkpoint has values of its own for it: the modules of
             `modules_to_save`.
         biases: base module's path → "bias" → where the checkpoint has one for it: `bias="all"` and `"lora_only"`.

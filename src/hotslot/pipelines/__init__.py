@@ -75,6 +75,8 @@ def whole(model: Any) -> nn.Module:
             hint="load them first",
         )
     for member in members.values():
+        live.note_norms(live.unwrap(member))  # while the LoRAs on it are those that may have brought them
+    for member in members.values():
         known = live.Assembly.of(member)
         if isinstance(known, Components) and known.are(members):
             known.follow(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -38,10 +38,16 @@ _TARGETS = ("exclude_modules", "layers_to_transform", "layers_pattern")  # optio
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch.Size\((.*?)\).*?torch.Size\((.*?)\)")
 
 
-def configuration(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The config of an adapter of several models: name of a component → its config."""
+def configuration(parts: Mapping[str, Mapping[str, Any]], base_values: Collection[str] = ()) -> dict[str, Any]:
+    """The config of an adapter of several models.
+
+    Args:
+        parts: name of a component → its config.
+        base_values: names of tensors that are values for the components' own.
+    """
     methods = {str(part.get("peft_type")) for part in parts.values()}
-    return {"peft_type": next(iter(sorted(methods - {"LORA"})), "LORA"), "components": dict(parts)}
+    config = {"peft_type": next(iter(sorted(methods - {"LORA"})), "LORA"), "components": dict(parts)}
+    return config | ({"base_values": sorted(base_values)} if base_values else {})
 
 
 class Place(NamedTuple):
@@ -163,6 +169,7 @@ class Conversion:
         Where that comes out, the tensor belongs.
         """
         copies = {name: live.hollow(model) for name, model in self._models.items()}
+        widths = {name: _widths(copy) for name, copy in copies.items()}
         twin = self._shell.around(copies, lambda *_, **__: (_numbered(answer), *answer.more))
         with (
             warnings.catch_warnings(record=True) as said,
@@ -174,6 +181,7 @@ class Conversion:
                 twin.load_lora_weights({}, adapter_name=_NAME, **options)
                 if not options.get("load_into_transformer_2"):  # by which Wan's loads everything into that one
                     _load_left_out(answer, copies)
+                self._refuse_widened(widths, copies)
                 family = self._family(answer, copies)
             except HotslotError:
                 raise
@@ -202,7 +210,8 @@ class Conversion:
                     places.append(Place(f"{name}.{key}", None, tuple(tensor.shape), None))
                 else:
                     places.append(_place(f"{name}.{key}", tensor, sources, self._origin))
-        self._refuse_base_weights(copies)
+        norms = [_place(name, tensor, sources, self._origin) for name, tensor in self._norms(copies, configs)]
+        places += norms
         found = {place.source for place in places}
         lost = [source for source in sources if source not in found]
         if lost or not places:
@@ -217,24 +226,41 @@ class Conversion:
                 expected=f"modules of {', '.join(self._models)} of a {self._shell.cls.__name__}",
                 hint=whose,
             )
-        return Family(places, configuration(configs))
+        return Family(places, configuration(configs, [place.name for place in norms]))
 
-    def _refuse_base_weights(self, copies: Mapping[str, nn.Module]) -> None:
-        """Raise if the file has others for the pipeline's own weights: the norms of Flux's control LoRAs."""
-        own = [
-            f"{name}.{key}"
-            for name, copy in copies.items()
-            for key, tensor in copy.named_parameters()
-            if tensor.dim() < 2 and f".{_NAME}" not in key and tensor.any()
-        ]
-        if own:
-            raise UnsupportedError(
-                f"{self._origin} has values for the pipeline's own weights, beside LoRA's.",
-                where=own[0],
-                found=f"{len(own)} of them",
-                expected="LoRA matrices alone",
-                hint="load it with diffusers itself: the norms of a control LoRA stay until unload_lora_weights",
-            )
+    def _refuse_widened(self, widths: Mapping[str, Mapping[str, int]], copies: Mapping[str, nn.Module]) -> None:
+        """Raise if diffusers has put a layer of more inputs in the place of one: it does for Flux's control LoRAs."""
+        for name, copy in copies.items():
+            found = _widths(copy)
+            for path, width in widths[name].items():
+                if found[path] != width:
+                    widens = path == _WIDENED
+                    raise ShapeError(
+                        f"{self._origin} was made for a layer of more inputs than this pipeline's.",
+                        where=f"{name}.{path}",
+                        found=f"{found[path]} inputs",
+                        expected=f"{width}, by the pipeline; compiled code and the other LoRAs have them",
+                        hint="let diffusers widen the layer first: pipe.load_lora_weights(…) of such a LoRA, without "
+                        "hotswap and before hotslot.attach"
+                        if widens
+                        else "this LoRA was made for another base model",
+                    )
+
+    def _norms(self, copies: Mapping[str, nn.Module], configs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of the pipeline's own that the file has values for: the norms of Flux's control LoRAs."""
+        for name, copy in copies.items():
+            for key, tensor in copy.named_parameters():
+                if tensor.dim() > 1 or f".{_NAME}" in key or not tensor.any():
+                    continue
+                if name not in configs:
+                    raise UnsupportedError(
+                        f"{self._origin} has norms, and no LoRA beside them.",
+                        where=f"{name}.{key}",
+                        found="values for the pipeline's own weights alone",
+                        expected="LoRA matrices of the same component, too",
+                        hint="load it with diffusers itself",
+                    )
+                yield f"{name}.{key}", tensor
 
     def _refuse_absent_components(self, answer: Answer) -> None:
         cls: Any = self._shell.cls
@@ -262,6 +288,12 @@ class Conversion:
             refuse_endless(config, paths, self._origin)
             for option in ("rank_pattern", "alpha_pattern"):
                 Rules(config.get(option) or {}, paths, option, self._origin)
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    """Path → number of inputs of each linear layer, PEFT's looked through."""
+    found = {name.replace(".base_layer", ""): m for name, m in model.named_modules() if type(m) is nn.Linear}
+    return {name: module.in_features for name, module in found.items() if f".{_NAME}" not in name}
 
 
 def _numbered(answer: Answer) -> dict[str, Tensor]:
