@@ -221,10 +221,12 @@ def compiled(pattern: str, sizes: _Paths, key: str, where: str, origin: str) -> 
         expected = f"a regular expression that takes at most {MAX_STEPS:,} steps"
         raise _refusal(f"{key!r:.200}: {refused}", expected, where, origin) from None
     except (re.error, RecursionError, OverflowError, ValueError) as error:
+        # Python says where its stack ended, which is another place for each caller.
+        said = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ConfigError(
             f"{origin} has a pattern that is no regular expression.",
             where=where,
-            found=f"{key!r:.200}: {error}",
+            found=f"{key!r:.200}: {said}",
             expected="what Python's re module compiles, as PEFT does",
             hint="the config was edited or belongs to another adapter: save the adapter again with save_pretrained",
         ) from error
