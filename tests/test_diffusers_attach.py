@@ -884,3 +884,23 @@ def test_rank_beyond_the_plan(loras: dict[str, Path]) -> None:
     with pytest.raises((RankError, UnexpectedTargetError)):
         hotslot.attach(pipe, adapters={"both": loras["both"]}, plan=small, route="side")
     assert hotslot.Swapper.of(pipe) is None
+
+
+# --- a gallery ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gallery_in_a_folder_within_a_budget(tmp_path: Path) -> None:
+    """Each file by its name; read again by whoever read it first, when it has had to leave memory."""
+    gallery = tmp_path / "gallery"
+    gallery.mkdir()
+    for seed in range(5):
+        (make_lora(SD, tmp_path / str(seed), seed=seed) / FILE).rename(gallery / f"style{seed}.safetensors")
+    size = max(sum(tensor.nbytes for tensor in load_file(path).values()) for path in gallery.iterdir())
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, gallery, cache=hotslot.Cache(host_bytes=int(3.5 * size) + 8_000 * 3))
+    assert swapper.adapters == tuple(f"style{seed}" for seed in range(5))
+    for name in ("style3", "style0", "style4", "style1", "style3"):
+        swapper.activate(name)
+        swapper.check_integrity()
+        assert_same(SD.outputs(pipe), fresh(SD, gallery / f"{name}.safetensors"))
+    assert swapper.metrics().misses
