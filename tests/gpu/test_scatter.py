@@ -61,7 +61,7 @@ def arena(swapper: hotslot.Swapper) -> torch.Tensor:
 
 
 def kernels(swapper: hotslot.Swapper, name: str) -> int:
-    return len(swapper._entry(name).compile(swapper.engine.binding).writes.scatters)
+    return len(swapper._library.peek(name).compile(swapper.engine.binding).writes.scatters)
 
 
 @contextmanager
