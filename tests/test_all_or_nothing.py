@@ -31,7 +31,7 @@ from oracle import Snapshot, TensorFacts, assert_same_output, assert_unchanged, 
 from zoo import ZOO, Entry
 
 SOURCES = Path(hotslot.__file__).parent
-EXHAUSTIVE = 450  # up to so many steps each of them; above, a tenth of the first and last times that each line runs
+EXHAUSTIVE = 300  # up to so many steps each of them; above, a tenth of the first and last times that each line runs
 RENEWED = 7  # after every seventh failure the next swap must succeed
 
 
