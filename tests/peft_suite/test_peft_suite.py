@@ -63,6 +63,7 @@ def test_a_hotswap_that_does_nothing_fails():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("HOTSLOT_PEFT_ITSELF" not in os.environ, reason="wanted where hotslot fails: HOTSLOT_PEFT_ITSELF=1")
 def test_peft_itself_passes():
     """If this fails, the fault is in how the tests are run, or in PEFT, and not in hotslot."""
     for name, seen in outcomes_of("peft.utils.hotswap", "eager").items():
