@@ -191,6 +191,19 @@ def test_what_has_gone_from_memory_is_gone(gallery: Path) -> None:
     assert swapper.host_bytes <= 3.2 * largest(gallery)
 
 
+def test_what_is_replaced_while_it_is_live_counts_until_rollback_needs_it_no_more(gallery: Path) -> None:
+    model = MLP.build()
+    swapper = hotslot.attach(model, {"a": gallery / "a00", "b": gallery / "a01"})
+    both = swapper.host_bytes
+    swapper.activate("a")
+    swapper.load("a", gallery / "a02")
+    assert swapper.host_bytes == both + size(gallery / "a00")
+    swapper.activate("b")
+    assert swapper.host_bytes == both + size(gallery / "a00"), "it was live before"
+    swapper.activate("a")
+    assert swapper.host_bytes == both
+
+
 def test_less_room_than_for_three_is_refused_with_nothing_touched(gallery: Path) -> None:
     model, swapper = attached(gallery, 2.5)
     swapper.activate("a00")
@@ -473,6 +486,15 @@ def test_what_comes_and_goes_in_a_watched_folder(own: Path, gallery: Path, caplo
     swapper.activate("a00")
     watch.look(swapper)
     assert "b00" not in swapper.adapters
+
+    time.sleep(max(0.0, max(path.stat().st_ctime for path in own.rglob("*")) + 2.1 - time.time()))
+    watch.look(swapper)  # at files that the clock can tell from later ones
+    os.rename(own / "a04", own / ".a04")
+    watch.look(swapper)
+    assert "a04" not in swapper.adapters
+    os.rename(own / ".a04", own / "a04")
+    watch.look(swapper)
+    assert "a04" in swapper.adapters, "the same files, back again"
 
     make_adapter(own / "c00", MLP, seed=99, r=32, target_modules=["up"])
     (own / "d00").mkdir()
