@@ -416,36 +416,48 @@ def test_who_edits_the_live_config_does_not_edit_the_loaded_adapter(folders: dic
     assert_reloads(MLP, model, tmp_path)
 
 
-def test_what_a_user_wrote_into_the_records_does_not_outlive_the_adapter(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Not even where the next adapter has the same shapes and the same config."""
-    sibling = make_adapter(tmp_path, MLP, seed=9, **B)
-    model = fresh(MLP, folders["a"])
-    swapper = hotslot.attach(model, adapters={"b": folders["b"], "sibling": sibling})
-    swapper.activate("b")
-    edit_records(model)
-    swapper.activate("sibling")
-    assert_says(model, fresh(MLP, sibling))
-
-
-def test_what_a_user_wrote_into_the_records_comes_back_with_rollback(folders: dict[str, Path]) -> None:
-    model = fresh(MLP, folders["a"])
-    swapper = hotslot.attach(model, adapters={"b": folders["b"], "subset": folders["subset"]})
-    swapper.activate("b")
-    edit_records(model)
-    before = snapshot(model)
-    swapper.activate("subset")
-    swapper.rollback()
-    assert_unchanged(before, snapshot(model))
-
-
 def edit_records(model: nn.Module) -> None:
     for layer in lora_layers(model).values():
         layer.lora_alpha["default"] = 99
         layer.lora_dropout["default"].p = 0.7
         layer.set_scale("default", 1.0)
     model.peft_config["default"].lora_alpha = 99
+
+
+def edit_dropout(model: nn.Module) -> None:
+    for layer in lora_layers(model).values():
+        layer.lora_dropout["default"].p = 0.7
+
+
+EDITS = [edit_records, edit_dropout]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_a_user_wrote_into_the_records_does_not_outlive_the_adapter(
+    edit: Callable[[nn.Module], None], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Not even where the next adapter has the same shapes and the same config."""
+    sibling = make_adapter(tmp_path, MLP, seed=9, **B)
+    model = fresh(MLP, folders["a"])
+    swapper = hotslot.attach(model, adapters={"b": folders["b"], "sibling": sibling})
+    swapper.activate("b")
+    edit(model)
+    swapper.activate("sibling")
+    assert_says(model, fresh(MLP, sibling))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_a_user_wrote_into_the_records_comes_back_with_rollback(
+    edit: Callable[[nn.Module], None], folders: dict[str, Path]
+) -> None:
+    model = fresh(MLP, folders["a"])
+    swapper = hotslot.attach(model, adapters={"b": folders["b"], "subset": folders["subset"]})
+    swapper.activate("b")
+    edit(model)
+    before = snapshot(model)
+    swapper.activate("subset")
+    swapper.rollback()
+    assert_unchanged(before, snapshot(model))
 
 
 def test_the_report_says_what_happened(folders: dict[str, Path]) -> None:

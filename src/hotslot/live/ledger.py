@@ -11,60 +11,13 @@ from torch import nn
 
 from .discover import roots
 from .dropout import SlotDropout
+from .edits import CountingDict, edits
 from .scaling import ScalingMap
 from .slots import Slot
 from .state import Columns, Records, peft_configs, unused_columns
 
 _WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias", "use_dora")  # attributes of a layer: dicts by adapter name
 _MUTABLE = (list, dict, set)
-_edits = [0]  # of any RecordMap: they are rare, and a few readings in vain cost less than to tell them apart
-
-
-class RecordMap(dict[str, Any]):
-    """adapter_name → record, as PEFT's own dict, which counts its changes: what nobody has changed need not be read.
-
-    A copy or a pickle of the layer gets a plain dict.
-    """
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        _edits[0] += 1
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: str) -> None:
-        _edits[0] += 1
-        super().__delitem__(key)
-
-    def __ior__(self, other: Any) -> RecordMap:  # type: ignore[override,misc]
-        self.update(other)
-        return self
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """As dict's."""
-        _edits[0] += 1
-        super().update(*args, **kwargs)
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        """As dict's."""
-        _edits[0] += 1
-        return super().setdefault(key, default)
-
-    def pop(self, *args: Any) -> Any:
-        """As dict's."""
-        _edits[0] += 1
-        return super().pop(*args)
-
-    def popitem(self) -> tuple[str, Any]:
-        """As dict's."""
-        _edits[0] += 1
-        return super().popitem()
-
-    def clear(self) -> None:
-        """As dict's."""
-        _edits[0] += 1
-        super().clear()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
 
 
 class Ledger:
@@ -76,7 +29,7 @@ class Ledger:
         adapter_name: PEFT's name.
         slots: all slots of it.
         ranks: fqn → rank that the layer's state_dict shows.
-        watch: put RecordMaps in the place of the layers' dicts. Not where compiled code may know those.
+        watch: put CountingDicts in the place of the layers' dicts. Not where compiled code may know those.
     """
 
     def __init__(self, adapter_name: str, slots: Mapping[str, Slot], ranks: dict[str, int], *, watch: bool) -> None:
@@ -85,18 +38,17 @@ class Ledger:
         if watch:
             for layer, key in self._records():
                 if type(layer.__dict__[key]) is dict:
-                    layer.__dict__[key] = RecordMap(layer.__dict__[key])
+                    layer.__dict__[key] = CountingDict(layer.__dict__[key])
         self._columns: list[tuple[list[dict[str, Any]], list[str]]] = [
             ([layer.__dict__[key] for layer in self._layers], [name] * len(slots)) for key in _WATCHED
         ]
-        watched = all(type(record) is RecordMap for records, _ in self._columns for record in records)
-        self._watched = len(_WATCHED) if watched else 0
+        self._watched = all(type(record) is CountingDict for records, _ in self._columns for record in records)
         dropouts = [_dropout_record(layer.lora_dropout[name]) for layer in self._layers]
         self._columns += [(dropouts, ["p"] * len(slots)), ([ranks] * len(slots), list(slots))]
         self._unused = unused_columns(slots)
         self._configs: dict[str, Any] = {}  # the model's config objects, those that are not shown too
-        self._said: Columns | None = None  # by `apply`, when there had been so many edits:
-        self._edits = 0
+        self._said: Columns = ()  # by `apply`, when there had been so many edits:
+        self._edits = -1
 
     def _records(self) -> list[tuple[Any, str]]:
         return [(layer, key) for key in _WATCHED for layer in self._layers]
@@ -104,28 +56,28 @@ class Ledger:
     def capture(self, model: nn.Module | None) -> Records:
         """The records as they are now."""
         configs = peft_configs(model) if model is not None else {}
-        known: Columns = ()
-        if self._said is not None and self._edits == _edits[0]:
-            known = self._said[: self._watched]
-        read = (tuple(map(dict.__getitem__, *column)) for column in self._columns[len(known) :])
+        if self._watched and self._edits == edits.count:
+            columns = self._said
+        else:
+            columns = tuple(tuple(map(dict.__getitem__, *column)) for column in self._columns)
         name = self._adapter_name
         own = {prefix: dict(found[name].__dict__) for prefix, found in configs.items() if name in found}
-        return Records((*known, *read), own)
+        return Records(columns, own)
 
     def apply(self, records: Records, model: nn.Module | None, current: Records | None = None) -> None:
         """Make the model's records say `records`, of which `current` is known to be said already.
 
         Compiled code guards none of them, but for the config object: that stays the same one.
         """
-        self._said, self._edits = None, _edits[0]
+        self._edits, before = -1, edits.count
         said = current.columns if current is not None else [None] * len(self._columns)
         columns = self._widened(records.columns)
         for (holders, keys), old, new in zip(self._columns, said, columns, strict=True):
-            if old != new:
+            if old is not new and old != new:
                 deque(map(dict.__setitem__, holders, keys, new), maxlen=0)  # for their effect, in C
         if model is not None:
             self._apply_configs(records.configs, model)
-        self._said = columns
+        self._said, self._edits = columns, before
 
     def _apply_configs(self, configs: Mapping[str, Mapping[str, Any]], model: nn.Module) -> None:
         name = self._adapter_name
@@ -153,7 +105,7 @@ class Ledger:
     def release(self) -> None:
         """Give the layers plain dicts again, unless another adapter of theirs has a Ledger, too."""
         for layer, key in self._records():
-            if type(layer.__dict__[key]) is RecordMap and not isinstance(layer.scaling, ScalingMap):
+            if type(layer.__dict__[key]) is CountingDict and not isinstance(layer.scaling, ScalingMap):
                 layer.__dict__[key] = dict(layer.__dict__[key])
 
 
