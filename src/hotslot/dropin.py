@@ -23,7 +23,8 @@ from torch import nn
 from . import checkpoint as checkpoints
 from . import live
 from .block import arrange, pack
-from .engine import Engine, Entry, State
+from .engine import Engine, State
+from .entry import Entry
 from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
 from .leases import Gate
 from .methods import PARTS, TOKENS, is_of_training, refuse_unsupported_options, split_key

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from . import live
-from .engine import Engine, Entry
+from .engine import Engine
+from .entry import Entry
 from .errors import RankError, UnexpectedTargetError
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit

@@ -22,7 +22,7 @@ from .blending import Blender
 from .cache import Cache, Tier, user_folder
 from .cache.packed import PackedFiles
 from .checkpoint import Checkpoint, Files, keep_buffer, read_files
-from .engine import Entry
+from .entry import Entry
 from .errors import CacheFullError, ChangedError, UnknownAdapterError
 from .pipelines import Request
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import live
 from .checkpoint import Checkpoint, Files, survey
-from .engine import Entry
+from .entry import Entry
 from .pipelines import Request, read, request
 
 

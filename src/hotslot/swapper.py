@@ -24,7 +24,8 @@ from . import live
 from .blending import Blend, Ingredient, needed_ranks
 from .cache import Cache
 from .checkpoint import Checkpoint, Files, Source
-from .engine import Engine, Entry, State
+from .engine import Engine, State
+from .entry import Entry
 from .errors import (
     CheckpointError,
     DoesNotFitError,

@@ -14,7 +14,7 @@ import xxhash
 from .. import live
 from ..cache import Tier
 from ..checkpoint import Checkpoint, each_config
-from ..engine import Compiled, Entry
+from ..entry import Compiled, Entry
 from ..errors import NonFiniteError, RankError, UnsupportedError
 from ..live import Binding, Writes
 from ..methods import Adapter, interpret

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoint import Schema, TensorSpec, each_config
-from ..engine import Entry
+from ..entry import Entry
 from ..errors import UnsupportedError
 from ..live import OUT_PROJ, Binding, Memory
 from ..live.corner import band

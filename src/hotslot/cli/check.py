@@ -15,7 +15,7 @@ from .terminal import add_row, new_table, printable
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
-    from ..engine import Entry
+    from ..entry import Entry
     from ..methods import Adapter
 
 
@@ -133,7 +133,7 @@ def _skeleton(source: str, model_class: str | None) -> _Skeleton:
 
 
 def _check_one(skeleton: _Skeleton, source: str) -> tuple[Verdict, Adapter | None]:
-    from ..engine import Entry
+    from ..entry import Entry
     from ..planning import plan_adapters, refuse_unfit
 
     known: dict[str, Any] = {"adapter": source}

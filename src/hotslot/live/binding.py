@@ -19,8 +19,9 @@ from .absolutes import Absolutes, Key, Merge
 from .assembly import Assembly
 from .discover import is_compiled, roots, unwrap
 from .dropout import SlotDropout
+from .homes import Homes, bind, note_sizes
 from .ledger import Ledger
-from .memory import Homes, Image, Writes, bind, note_sizes
+from .memory import Image, Writes
 from .merging import Merger
 from .offloading import refuse_offloaded
 from .resident import Resident
