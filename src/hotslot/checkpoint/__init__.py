@@ -6,19 +6,16 @@ of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` d
 
 from .buffers import keep_buffer
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
+from .configs import config_dict, parse_config
 from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
+from .locating import CONFIG_NAME, WEIGHTS_NAME, locate
 from .recent import Recent
 from .safetensors_file import DTYPES, Piece, open_data, parse_header, read_header
 from .sources import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     FileFamily,
     Source,
-    config_dict,
     from_tensors,
-    locate,
-    parse_config,
     read,
     read_file,
     read_files,

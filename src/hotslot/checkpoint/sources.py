@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from enum import Enum
-from pathlib import Path, PurePath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import AdapterNotFoundError, ConfigError, HotslotError, TensorError
+from ..errors import ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
 from .checkpoint import Checkpoint, Schema, TensorSpec
+from .configs import SAVE_AGAIN, config_dict, parse_config
 from .files import Files
-from .limits import MAX_CONFIG_BYTES, MAX_CONFIG_DEPTH, MAX_NUMBER_BITS, bad_name
+from .limits import MAX_CONFIG_BYTES, bad_name
+from .locating import locate, not_found, said
 from .recent import Recent
 from .safetensors_file import (
     DTYPES,
@@ -28,15 +28,9 @@ from .safetensors_file import (
     open_data,
     open_regular,
     parse_header,
-    pickle_refused,
     read_header,
     refuse_other_size,
 )
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
-_SAVE_AGAIN = "the file was edited or is another: save the adapter again with save_pretrained"
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, torch.Tensor] | Checkpoint"
 
@@ -79,7 +73,7 @@ def _refuse_components(config: Mapping[str, Any], origin: str) -> None:
             where="components",
             found=f"{config['components']!r:.80}",
             expected="the adapter of one model",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
 
 
@@ -105,40 +99,6 @@ def _read(
         return from_tensors(source, config, pin_memory=pin_memory)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     return read_files(locate(source, config, **hub), pin_memory=pin_memory)
-
-
-def locate(
-    source: str | os.PathLike[str],
-    config: Any = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-) -> Files:
-    """The files of a folder or a Hub id, whose are downloaded if they are not there; see `read`.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-    _refuse_escape(subfolder)
-    folder, given = Path(source, subfolder or ""), None
-    if config is not None:
-        given = json.dumps(config_dict(config)).encode()
-    try:
-        if folder.is_dir():
-            return Files(_local_weights(folder), folder / CONFIG_NAME, given, str(folder))
-        if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
-            raise _not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
-        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
-        if config is None:
-            _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
-        return Files(weights, weights.parent / CONFIG_NAME, given, str(source))
-    except HotslotError:
-        raise
-    except OSError as error:  # no permission, a name too long, a broken disk
-        raise _not_found(str(folder), "a folder that can be read", _said(error)) from error
 
 
 def read_files(files: Files, *, pin_memory: bool = False) -> Checkpoint:
@@ -191,7 +151,7 @@ def _mapped_errors(files: Files) -> Iterator[None]:
     except HotslotError:
         raise
     except OSError as error:
-        raise _not_found(str(files.weights.parent), "a folder that can be read", _said(error)) from error
+        raise not_found(str(files.weights.parent), "a folder that can be read", said(error)) from error
 
 
 def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
@@ -206,7 +166,7 @@ def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
         with open_data(path, header, _nbytes(specs)) as (data, fill):
             fill(0, data.numel())
     except OSError as error:
-        raise _not_found(str(path), "a file that can be read", _said(error)) from error
+        raise not_found(str(path), "a file that can be read", said(error)) from error
     metadata: dict[str, str] = json.loads(header).get("__metadata__") or {}
     specs, data = aligned(specs, data)
     return Checkpoint.checked(Schema({}, specs), data, str(path)), metadata
@@ -240,20 +200,7 @@ class FileFamily:
         except HotslotError:
             raise
         except OSError as error:
-            raise _not_found(str(path), "a file that can be read", _said(error)) from error
-
-
-def _refuse_escape(subfolder: str | None) -> None:
-    """A subfolder lies within the source, whoever chose it: that is what callers who pass one on rely on."""
-    path = PurePath(subfolder or "")
-    if path.is_absolute() or ".." in path.parts:
-        raise AdapterNotFoundError(
-            "The subfolder leads out of the adapter's folder.",
-            where="subfolder",
-            found=f"{subfolder!r:.200}",
-            expected="a relative path without '..'",
-            hint="give the folder itself as the source",
-        )
+            raise not_found(str(path), "a file that can be read", said(error)) from error
 
 
 # (header, or names, dtypes and shapes; config) → what adapters of this family share
@@ -333,77 +280,9 @@ def _nbytes(specs: list[TensorSpec]) -> int:
     return max((spec.stop for spec in specs), default=0)
 
 
-def _local_weights(folder: Path) -> Path:
-    if (folder / WEIGHTS_NAME).is_file():
-        return folder / WEIGHTS_NAME
-    if (folder / PICKLE_NAME).is_file():
-        raise pickle_refused(folder / PICKLE_NAME)
-    held = sorted(path.name for path in folder.iterdir())[:10]
-    raise _not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
-
-
-def _from_hub(
-    repo: str,
-    name: str,
-    *,
-    subfolder: str | None,
-    revision: str | None,
-    cache_dir: Any,
-    token: str | bool | None,
-) -> Path:
-    from huggingface_hub import errors, hf_hub_download
-
-    kinds = _hub_errors()
-    options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-    try:
-        return Path(hf_hub_download(repo, name, **options))
-    except errors.EntryNotFoundError as error:  # also a repository that is not cached when the Hub is out of reach
-        if name == WEIGHTS_NAME and _hub_has_pickle(repo, options):
-            raise pickle_refused(Path(repo, PICKLE_NAME)) from error
-        raise _not_found(repo, f"a folder of that name, or {name} in the Hub's repository", _said(error)) from error
-    except kinds as error:
-        expected = "a folder of that name, or a repository of the Hub that can be read"
-        raise _not_found(repo, expected, _said(error)) from error
-
-
-def _hub_has_pickle(repo: str, options: dict[str, Any]) -> bool:
-    """Whether the repository has the weights as a pickle only; it is not downloaded."""
-    from huggingface_hub import file_exists, try_to_load_from_cache
-
-    path = f"{options['subfolder']}/{PICKLE_NAME}" if options["subfolder"] else PICKLE_NAME
-    if isinstance(try_to_load_from_cache(repo, path, options["cache_dir"], options["revision"]), str):
-        return True
-    try:
-        return bool(file_exists(repo, path, revision=options["revision"], token=options["token"]))
-    except _hub_errors():
-        return False
-
-
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """Whatever huggingface_hub raises. Its HTTP client's errors are among them; which client that is has changed."""
-    from huggingface_hub import errors
-
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
-    return *kinds, OSError
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), ''):.200}"
-
-
-def _not_found(source: str, expected: str, found: str) -> AdapterNotFoundError:
-    return AdapterNotFoundError(
-        f"No adapter at {source:.200}.",
-        where=f"{source:.200}",
-        found=found,
-        expected=expected,
-        hint="give the folder that save_pretrained wrote, or a Hub id with its subfolder and revision",
-    )
-
-
 def _config_text(path: Path) -> bytes:
     if not path.is_file():
-        raise _not_found(str(path.parent), f"{path.name} in it", "weights without it")
+        raise not_found(str(path.parent), f"{path.name} in it", "weights without it")
     with open_regular(path) as file:
         text = file.read(MAX_CONFIG_BYTES + 1)  # not as many as its size is said to be: some files grow, or say 0
     if len(text) > MAX_CONFIG_BYTES:
@@ -412,93 +291,6 @@ def _config_text(path: Path) -> bytes:
             where=path,
             found=f"{path.stat().st_size:,} bytes",
             expected=f"at most {MAX_CONFIG_BYTES:,}",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     return text
-
-
-def parse_config(text: bytes, path: Path) -> dict[str, Any]:
-    """The content of a text like adapter_config.json's; `path` is where it stands.
-
-    Raises:
-        ConfigError: it is no such thing.
-    """
-    try:
-        parsed = json.loads(text.decode(), object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except HotslotError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is no JSON.", where=path, found=str(error), expected="what save_pretrained wrote", hint=_SAVE_AGAIN
-        ) from error
-    if not isinstance(parsed, dict):
-        raise ConfigError(
-            f"{path} is no JSON object.",
-            where=path,
-            found=f"a JSON {type(parsed).__name__}",
-            expected="an object",
-            hint=_SAVE_AGAIN,
-        )
-    return config_dict(parsed)
-
-
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ConfigError(
-            f"{path} has a key twice, of which readers see one or the other.",
-            where=twice,
-            found="the same key twice",
-            expected="each key once",
-            hint=_SAVE_AGAIN,
-        )
-    return found
-
-
-def config_dict(config: Any) -> dict[str, Any]:
-    """The content that adapter_config.json would have: of a peft config, or of a dict like it."""
-    if is_dataclass(config) and not isinstance(config, type):
-        # A peft config's own to_dict may have been overridden to describe a padded adapter.
-        to_dict = getattr(config, "to_dict", None)
-        config = to_dict() if to_dict is not None else asdict(config)
-    if not isinstance(config, Mapping):
-        raise ConfigError(
-            "The config is neither a peft config nor a dict.",
-            where="config",
-            found=type(config).__name__,
-            expected="a peft config or a dict like its JSON",
-            hint="pass the LoraConfig that the adapter was trained with",
-        )
-    plain = _plain(config)
-    assert isinstance(plain, dict)
-    return plain
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """As JSON would give it back: enums as their values, sets as sorted lists, tuples as lists."""
-    if depth > MAX_CONFIG_DEPTH:  # json reads 900 levels, at which PEFT's own code runs out of stack
-        raise ConfigError(
-            "The config is nested too deeply.",
-            where="config",
-            found=f"more than {MAX_CONFIG_DEPTH} levels",
-            expected="three or four, as PEFT writes it",
-            hint=_SAVE_AGAIN,
-        )
-    if isinstance(value, Mapping):
-        return {str(_plain(key, depth + 1)): _plain(entry, depth + 1) for key, entry in value.items()}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, int) and value.bit_length() > MAX_NUMBER_BITS:
-        raise ConfigError(
-            "The config holds a number that is beyond all bounds.",
-            where="config",
-            found=f"a whole number of {value.bit_length():,} bits",
-            expected=f"at most {MAX_NUMBER_BITS:,}",
-            hint=_SAVE_AGAIN,
-        )
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(entry, depth + 1) for entry in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry, depth + 1) for entry in value]
-    return value

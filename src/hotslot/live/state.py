@@ -112,7 +112,7 @@ def _build(options: Mapping[str, Any], origin: str) -> Any:
             hint="update peft",
         )
     unknown = sorted(key for key, value in options.items() if key not in kind.__dataclass_fields__ and value)
-    if unknown and method != "LORA":  # whose options `hotslot.methods.lora` has looked at, one by one
+    if unknown and method != "LORA":  # whose options `hotslot.methods` has looked at, one by one
         raise ConfigError(
             f"{origin} has options that this PEFT does not know.",
             where=unknown[0],

@@ -13,14 +13,8 @@ from ..checkpoint import Checkpoint, Schema, TensorSpec
 from ..errors import UnsupportedError
 from . import lora
 from .base import MAGNITUDE, PARTS, Adapter, Meaning, Part, Target
-from .lora import (
-    is_of_training,
-    neutral_config,
-    refuse_biased_embeddings,
-    refuse_unsupported_options,
-    split_key,
-    trained_otherwise,
-)
+from .lora import refuse_biased_embeddings, split_key
+from .lora_options import is_of_training, neutral_config, refuse_unsupported_options, trained_otherwise
 from .opaque import NOT_MERGEABLE, opaque
 from .patterns import Rules, refuse_endless
 from .tokens import TOKENS, Tokens

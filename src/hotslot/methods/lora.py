@@ -7,60 +7,31 @@ import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from ..checkpoint import PEFT_PREFIX, Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
 from .base import MAGNITUDE, PARTS, Adapter, Target
+from .lora_options import (
+    SAVE_AGAIN,
+    Parts,
+    is_of_training,
+    read_names,
+    refuse_bad_values,
+    refuse_on_parameters,
+    refuse_transposed_attention,
+    refuse_unsupported_options,
+    refuse_variants,
+    trained_otherwise,
+)
 from .patterns import Rules, refuse_endless
 from .tokens import TOKENS, read_tokens
 
 logger = logging.getLogger(__name__)
 
-# Options that say what the tensors mean or whom they belong to.
-_READ = frozenset(
-    {
-        "alpha_pattern", "bias", "ensure_weight_tying", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save",
-        "r", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
-    }
-)  # fmt: skip
-
-# Options without influence on what a trained adapter computes: they chose the targets (the tensors' names say which),
-# or took part in initialising or training it, or describe its origin.
-_WITHOUT_EFFECT = frozenset(
-    {
-        "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
-        "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core",
-        "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
-        "use_qalora",  # of GPTQ layers alone, where A is smaller
-    }
-)  # fmt: skip
-
-# Options by which an adapter is trained otherwise than plain LoRA, and run just the same → what plain LoRA has there.
-# It is taken as the plain LoRA that it is; what else its file has, training alone would read.
-_TRAINED_OTHERWISE: Mapping[str, Any] = {"monteclora_config": None, "velora_config": None}
-_MICA = "mica"  # an initialisation by which B stays as it is
-_OF_TRAINING = re.compile(r".+\.(?:lora_monteclora_sampler|lora_velora_embed)(?:\..+)?")
-
-# Option → why an adapter that uses it is refused.
-_REFUSED = {
-    "alora_invocation_tokens": "aLoRA begins at an invocation token of its own",
-    "layer_replication": "it changes how many layers the base model has",
-    "use_bdlora": "block-diagonal LoRA has another forward pass",
-    "arrow_config": "Arrow routes between several adapters",
-    "kasa_config": "KaSA removes part of the base weights",
-    "megatron_config": "Megatron layers hold a shard of each tensor",
-}
-
-# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change them when
-# PEFT loads the adapter, so that it is right only on weights that a swap would have to rewrite.
-_BENIGN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", _MICA, "true", "false")
-
 _NESTED = ".base_layer"  # where PEFT keeps what a layer of its own stands around
 
-_BIASES = ("none", "all", "lora_only")
 _LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
-_SAVE_AGAIN = "the config was edited or belongs to another adapter: save the adapter again with save_pretrained"
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
 _BASE_COPY = re.compile(
@@ -71,23 +42,22 @@ _BIAS = re.compile(r"(?P<fqn>.+)\.bias")
 _BIAS_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)(?P<path>(?:\..+)?)\.bias")
 # What save_embedding_layers=True saves of one: the original's tensors, and once more the copy's.
 _COPY_IN_WRAPPER = re.compile(r"(?P<which>original_module|modules_to_save)\.(?P<suffix>weight|bias)")
-_Parts: TypeAlias = "dict[str, dict[str, TensorSpec]]"
 
 
 def interpret(checkpoint: Checkpoint) -> Adapter:
     """See `hotslot.methods.interpret`."""
     config, origin = checkpoint.config, checkpoint.origin
     refuse_unsupported_options(config, origin)
-    _refuse_bad_values(config, origin)
+    refuse_bad_values(config, origin)
     use_rslora, lora_bias = bool(config.get("use_rslora")), bool(config.get("lora_bias"))
     dropout = float(config.get("lora_dropout") or 0.0)
     targets = {}
-    parameters = _strings(config, "target_parameters", origin)
-    _refuse_on_parameters(config, parameters, origin)
-    tensors = _sorted(checkpoint, _strings(config, "modules_to_save", origin), config.get("bias", "none"))
+    parameters = read_names(config, "target_parameters", origin)
+    refuse_on_parameters(config, parameters, origin)
+    tensors = _sorted(checkpoint, read_names(config, "modules_to_save", origin), config.get("bias", "none"))
     modules, tokens = tensors.targets, read_tokens(config, tensors.tokens, origin)
-    _refuse_transposed_attention(config, modules, origin)
-    _refuse_variants(config, modules, origin)
+    refuse_transposed_attention(config, modules, origin)
+    refuse_variants(config, modules, origin)
     keys = _pattern_keys(modules, parameters, config, origin)
     paths = {path for found in keys.values() for path in found}
     refuse_endless(config, paths, origin)
@@ -115,168 +85,6 @@ def interpret(checkpoint: Checkpoint) -> Adapter:
     return Adapter(checkpoint, targets, tensors.copies, tensors.saved, tensors.biases, tokens, parameters, lora_bias)
 
 
-def neutral_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The config of an adapter that adds nothing: as small as these modules allow, and scaled by 1.
-
-    Args:
-        ranks: module path → its smallest rank (1, or the number of groups of a grouped convolution).
-    """
-    odd = {re.escape(fqn): rank for fqn, rank in ranks.items() if rank != 1}
-    return {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "rank_pattern": odd,
-        "alpha_pattern": dict(odd),
-        "target_modules": sorted(ranks),
-        "inference_mode": True,
-    }
-
-
-def refuse_unsupported_options(config: Mapping[str, Any], origin: str) -> None:
-    """Raise if `config` uses a LoRA option that hotslot does not swap, or a key that it does not know."""
-    for option, reason in _REFUSED.items():
-        if _is_used(config, option):
-            raise UnsupportedError(
-                f"{origin} uses {option}, which hotslot does not swap: {reason}.",
-                where=option,
-                found=f"{config[option]!r:.200}",
-                expected="the option unused",
-                hint="load it with PEFT itself; docs/supported.md lists what hotslot swaps",
-            )
-    if (bias := config.get("bias", "none")) not in _BIASES:
-        raise ConfigError(
-            f"{origin} has an unknown kind of biases.",
-            where="bias",
-            found=f"{bias!r:.80}",
-            expected=f"one of {', '.join(map(repr, _BIASES))}",
-            hint=_SAVE_AGAIN,
-        )
-    init = config.get("init_lora_weights", True)
-    if init not in _BENIGN_INITS:
-        raise UnsupportedError(
-            f"{origin} is initialised in a way that rewrites the base weights, or that hotslot does not know.",
-            where="init_lora_weights",
-            found=f"{init!r:.80}",
-            expected=f"one of {', '.join(map(repr, _BENIGN_INITS[:7]))}",
-            hint="convert it to plain LoRA: PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)",
-        )
-    known = _READ | _WITHOUT_EFFECT | _TRAINED_OTHERWISE.keys() | _REFUSED.keys() | {"init_lora_weights"}
-    unknown = sorted(config.keys() - known)
-    for key in unknown:
-        if config[key]:
-            raise ConfigError(
-                f"{origin} has an option that hotslot does not know.",
-                where=key or "an option without a name",
-                found=f"{config[key]!r:.200}",
-                expected="an option of PEFT 0.21's LoraConfig",
-                hint="a newer PEFT wrote it; update hotslot, or remove the key if it has no effect",
-            )
-    if unknown:  # one line: a hostile config has a million
-        shown = ", ".join(f"{key:.80} = {config[key]!r}" for key in unknown[:8])
-        more = f" and {len(unknown) - 8:,} more" if len(unknown) > 8 else ""
-        logger.warning("%s has unknown options, which are taken as unused: %s%s", origin, shown, more)
-
-
-def trained_otherwise(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the config that change how the adapter is trained and nothing else → what plain LoRA has there."""
-    used = {option: plain for option, plain in _TRAINED_OTHERWISE.items() if _is_used(config, option)}
-    return used | ({"init_lora_weights": True} if config.get("init_lora_weights") == _MICA else {})
-
-
-def is_of_training(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether training alone reads this tensor, by its name in a file or a model."""
-    return any(_is_used(config, key) for key in _TRAINED_OTHERWISE) and _OF_TRAINING.fullmatch(name) is not None
-
-
-def _is_used(config: Mapping[str, Any], option: str) -> bool:
-    return bool(config.get(option)) or isinstance(config.get(option), Mapping)  # PEFT fills {} up with its defaults
-
-
-def _refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
-    dropout = config.get("lora_dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
-        raise ConfigError(
-            f"{origin} has no valid dropout.",
-            where="lora_dropout",
-            found=f"{dropout!r:.80}",
-            expected="a number from 0 to 1",
-            hint=_SAVE_AGAIN,
-        )
-
-
-def _refuse_transposed_attention(config: Mapping[str, Any], modules: Iterable[str], origin: str) -> None:
-    # Linear and Conv1D know which of the two they are, and PEFT corrects the option. Its MultiheadAttention does not,
-    # and transposes the projection's square update.
-    attention = next((fqn for fqn in modules if fqn.endswith(".base_layer.out_proj")), None)
-    if config.get("fan_in_fan_out") and attention is not None:
-        raise UnsupportedError(
-            f"{origin} uses fan_in_fan_out on a MultiheadAttention, whose update PEFT then transposes.",
-            where=attention,
-            found=f"fan_in_fan_out: {config['fan_in_fan_out']!r:.80}",
-            expected="fan_in_fan_out: false",
-            hint="load it with PEFT itself",
-        )
-
-
-def _refuse_on_parameters(config: Mapping[str, Any], parameters: tuple[str, ...], origin: str) -> None:
-    used = [key for key in ("lora_dropout", "lora_bias", "fan_in_fan_out", "use_dora") if config.get(key)]
-    used += trained_otherwise(config)
-    if parameters and used:
-        raise UnsupportedError(
-            f"{origin} adapts bare parameters with an option that PEFT refuses there.",
-            where="target_parameters",
-            found=", ".join(f"{key}: {config[key]!r:.80}" for key in used),
-            expected="no dropout, bias, transposition, DoRA or other variant on bare parameters",
-            hint="the config was edited, for PEFT trains no such adapter: " + _SAVE_AGAIN,
-        )
-
-
-def _refuse_variants(config: Mapping[str, Any], modules: _Parts, origin: str) -> None:
-    """Raise if PEFT has no such variant of LoRA, or not on these layers, and so nobody has trained the adapter."""
-    variants = [*trained_otherwise(config), *(["use_dora"] if config.get("use_dora") else [])]
-    if variants in ([], ["use_dora"]):
-        return
-    for option in set(variants) & _TRAINED_OTHERWISE.keys():
-        if not isinstance(config[option], Mapping):
-            raise ConfigError(
-                f"{origin} has an invalid value.",
-                where=option,
-                found=f"{config[option]!r:.80}",
-                expected="an object: the options of the variant",
-                hint=_SAVE_AGAIN,
-            )
-    kinds = ({"lora_A.weight"}, {"lora_embedding_A"}) if variants == ["init_lora_weights"] else ({"lora_A.weight"},)
-    odd = [
-        fqn
-        for fqn, parts in modules.items()
-        if not any(kind <= parts.keys() for kind in kinds)
-        or fqn.endswith(".base_layer.out_proj")
-        or ("lora_A.weight" in parts and len(parts["lora_A.weight"].shape) > 2)
-    ]
-    if len(variants) > 1 or odd:
-        raise UnsupportedError(
-            f"{origin} uses a variant of LoRA where PEFT refuses it.",
-            where=odd[0] if odd else variants[0],
-            found=", ".join(f"{key}: {config[key]!r:.80}" for key in variants),
-            expected="one variant, on linear layers; MiCA on embeddings too",
-            hint="the config was edited, for PEFT trains no such adapter: " + _SAVE_AGAIN,
-        )
-
-
-def _strings(config: Mapping[str, Any], key: str, origin: str) -> tuple[str, ...]:
-    values = config.get(key) or ()
-    if not isinstance(values, (list, tuple)) or not all(isinstance(value, str) and value for value in values):
-        raise ConfigError(
-            f"{origin} has an invalid list.",
-            where=key,
-            found=f"{values!r:.200}",
-            expected="a list of names",
-            hint=_SAVE_AGAIN,
-        )
-    return tuple(values)
-
-
 class _Pattern:
     """`rank_pattern` over `r`, or `alpha_pattern` over `lora_alpha`, matched as PEFT's `get_pattern_key` does."""
 
@@ -294,7 +102,7 @@ class _Pattern:
                 where=pattern_key,
                 found=f"{patterns!r:.80}",
                 expected="an object: pattern → number",
-                hint=_SAVE_AGAIN,
+                hint=SAVE_AGAIN,
             )
         numbers = {str(key): self._number(value, f"{pattern_key}[{key!r:.200}]") for key, value in patterns.items()}
         self._rules = Rules(numbers, paths, pattern_key, origin)
@@ -312,7 +120,7 @@ class _Pattern:
                 where=where,
                 found=f"{value!r:.80}",
                 expected=f"a {'whole number from 1' if self._whole else 'finite number'}, by PEFT's LoraConfig",
-                hint=_SAVE_AGAIN,
+                hint=SAVE_AGAIN,
             )
         return value
 
@@ -326,7 +134,7 @@ def refuse_biased_embeddings(adapter: Adapter) -> None:
                 where=fqn,
                 found="lora_bias: true",
                 expected="lora_bias: false, since PEFT's embeddings have no place for it",
-                hint=_SAVE_AGAIN,
+                hint=SAVE_AGAIN,
             )
 
 
@@ -343,11 +151,11 @@ def split_key(name: str) -> tuple[str, str] | None:
 class _Tensors(NamedTuple):
     """A checkpoint's tensors by what they are: module path → name within the module → tensor."""
 
-    targets: _Parts
-    copies: _Parts
-    saved: _Parts
-    biases: _Parts
-    tokens: _Parts
+    targets: Parts
+    copies: Parts
+    saved: Parts
+    biases: Parts
+    tokens: Parts
 
 
 def _sorted(checkpoint: Checkpoint, saved_names: tuple[str, ...], bias: str) -> _Tensors:
@@ -445,7 +253,7 @@ _A_AND_B = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embed
 _MAX_PARAMETERS_OF_A_MODULE = 64
 
 
-def _rank_by_size(fqn: str, modules: _Parts, ranks: list[int]) -> int | None:
+def _rank_by_size(fqn: str, modules: Parts, ranks: list[int]) -> int | None:
     """Which of the ranks of a module's bare parameters this layer has, by its size among those of all; None if any.
 
     A has as many rows as the rank times the experts, and of these each parameter has as many.
@@ -487,7 +295,7 @@ def _pattern_keys(
                 where=fqn,
                 found=f"{len(names):,} of target_parameters",
                 expected=f"at most {_MAX_PARAMETERS_OF_A_MODULE}",
-                hint=_SAVE_AGAIN,
+                hint=SAVE_AGAIN,
             )
         keys[fqn] = names or [fqn.removesuffix(".base_layer.out_proj")]
     return keys
@@ -517,7 +325,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"{', '.join(sorted(have))}, use_dora: {config.get('use_dora')!r:.80}",
             expected=f"a {MAGNITUDE} of each module with DoRA, and none without",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     if "lora_B.bias" in have and not lora_bias:
         raise TensorError(
@@ -525,7 +333,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"lora_B.bias {parts['lora_B.bias'].shape}, lora_bias: false in the config",
             expected="lora_bias: true",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     if lora_bias and "lora_B.weight" in have and "lora_B.bias" not in have:
         raise TensorError(
@@ -533,7 +341,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=", ".join(sorted(have)),
             expected="lora_B.bias too, by lora_bias in the config",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     a, b = (parts[suffix] for suffix in sorted(have - _WITHOUT_RANK))
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or 0 in a.shape + b.shape:
@@ -542,7 +350,7 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=f"A {a.shape}, B {b.shape}",
             expected="A [R, …], B [O, R]",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     # A grouped convolution's B holds the ranks of one group; how many groups there are, the base layer will say.
     agree = a.shape[0] == b.shape[1] if len(a.shape) == 2 else a.shape[0] % b.shape[1] == 0
@@ -563,5 +371,5 @@ def _check_parts(fqn: str, parts: Mapping[str, TensorSpec], rank: int, config: M
             where=fqn,
             found=bias.shape,
             expected=f"{(b.shape[0],)}, by lora_B.weight",
-            hint=_SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
