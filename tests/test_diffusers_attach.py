@@ -904,3 +904,57 @@ def test_a_gallery_in_a_folder_within_a_budget(tmp_path: Path) -> None:
         swapper.check_integrity()
         assert_same(SD.outputs(pipe), fresh(SD, gallery / f"{name}.safetensors"))
     assert swapper.metrics().misses
+
+
+def put_in(gallery: Path, name: str, folder: Path, **records: str) -> Path:
+    """A LoRA as a file of a gallery, with a trainer's records of its own in the metadata."""
+    gallery.mkdir(exist_ok=True)
+    with safe_open(folder / FILE, "pt") as file:
+        metadata = {**(file.metadata() or {}), **records}
+    save_file(load_file(folder / FILE), gallery / f"{name}.safetensors", metadata)
+    return gallery / f"{name}.safetensors"
+
+
+def test_of_a_gallery_one_of_each_kind_is_read(tmp_path: Path) -> None:
+    """The others' headers tell what slots to plan: what is wrong with their values shows when they are needed."""
+    gallery = tmp_path / "gallery"
+    for seed in range(4):
+        put_in(gallery, f"style{seed}", make_lora(SD, tmp_path / str(seed), seed=seed, r=3), ss_seed=str(seed))
+    broken = load_file(gallery / "style2.safetensors")
+    next(iter(broken.values())).fill_(float("nan"))
+    save_file(broken, gallery / "style2.safetensors", {"ss_seed": "2"})
+    pipe = SD.build()
+    with pytest.raises(NonFiniteError):  # the control: all are read
+        hotslot.attach(pipe, {path.stem: path for path in gallery.iterdir()})
+    swapper = hotslot.attach(pipe, gallery)
+    assert swapper.adapters == tuple(f"style{seed}" for seed in range(4))
+    assert swapper.metrics().host_adapters == 1
+    swapper.activate("style3")
+    with pytest.raises(NonFiniteError):
+        swapper.activate("style2")
+    assert swapper.active == "style3"
+    assert_same(SD.outputs(pipe), fresh(SD, gallery / "style3.safetensors"))
+
+
+def test_a_gallerys_files_of_equal_tensors_may_have_other_alphas(tmp_path: Path) -> None:
+    """Which are among the metadata, and so are the trainers' records that are left out of account until then."""
+    gallery = tmp_path / "gallery"
+    for name, alpha in (("weak", 1), ("strong", 12)):
+        put_in(gallery, name, make_lora(SD, tmp_path / name, seed=1, r=3, lora_alpha=alpha), ss_tag=name)
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, gallery)
+    assert swapper.metrics().host_adapters == 1
+    for name in ("strong", "weak", "strong"):
+        swapper.activate(name)
+        assert_same(SD.outputs(pipe), fresh(SD, gallery / f"{name}.safetensors"))
+
+
+def test_a_gallerys_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    gallery = tmp_path / "gallery"
+    for seed in range(2):
+        path = put_in(gallery, f"style{seed}", make_lora(SD, tmp_path / str(seed), seed=seed), ss_seed=str(seed))
+    path.write_bytes(path.read_bytes()[:-8])
+    pipe = SD.build()
+    with pytest.raises(CorruptFileError, match="style1"):
+        hotslot.attach(pipe, gallery)
+    assert hotslot.Swapper.of(pipe) is None

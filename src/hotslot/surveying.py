@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import live
-from .checkpoint import Checkpoint, Files, survey
+from .checkpoint import Checkpoint
 from .entry import Entry
-from .pipelines import Request, read, request
+from .pipelines import LoraFile, Request, read, request, survey
 
 
 class Surveyed(NamedTuple):
@@ -48,15 +48,18 @@ def survey_all(
     found = Surveyed([], [], {})
     for name, source in sources.items():
         asked = request(model, source, pin_memory=pin)
-        if lazy and isinstance(asked, Files) and not live.is_converted(model):
-            schema = survey(asked)
-            families[schema.digest] += 1
-            found.unread[name] = asked
-            if families[schema.digest] <= of_family:
-                outline = Checkpoint.outline(schema, asked.origin, number=families[schema.digest])
-                found.planned.append(Entry(name, outline, route=route))
-        else:
-            entry = Entry(name, read(model, asked, pin_memory=pin), route=route)
-            found.planned.append(entry)
-            found.read.append((entry, asked))
+        schema = survey(model, asked) if lazy else None
+        if schema is None:
+            checkpoint = read(model, asked, pin_memory=pin)
+            if not lazy or not isinstance(asked, LoraFile):
+                entry = Entry(name, checkpoint, route=route)
+                found.planned.append(entry)
+                found.read.append((entry, asked))
+                continue
+            schema = checkpoint.schema  # the values are let go of: there may be more of them than there is room for
+        families[schema.digest] += 1
+        found.unread[name] = asked
+        if families[schema.digest] <= of_family:
+            outline = Checkpoint.outline(schema, asked.origin, number=families[schema.digest])
+            found.planned.append(Entry(name, outline, route=route))
     return found

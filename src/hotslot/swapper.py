@@ -23,7 +23,7 @@ from . import checkpoint as checkpoints
 from . import live
 from .blending import Blend, Ingredient, needed_ranks
 from .cache import Cache
-from .checkpoint import Checkpoint, Files, Source
+from .checkpoint import Checkpoint, Source
 from .engine import Engine, State
 from .entry import Entry
 from .errors import (
@@ -38,7 +38,7 @@ from .fitting import fit, prepare
 from .leases import InFlight, check_in_flight
 from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
-from .pipelines import Request, read, request, whole
+from .pipelines import Request, read, request, survey, whole
 from .planning import Plan
 from .report import Fit, SwapReport
 
@@ -210,8 +210,8 @@ class Swapper:
             name: yours to choose; a name that is taken gets the new adapter, and what is live stays live.
             source: a folder, a Hub id, or a dict of tensors with `config`.
             config: a peft config or a dict like adapter_config.json.
-            lazy: of a folder or a Hub id read the config and the file's header alone, and the values when they are
-                needed, if an adapter of equal header and config has been found to fit.
+            lazy: of a folder or a Hub id, or a pipeline's file, read the config and the file's header alone, and the
+                values when they are needed, if an adapter of equal header and config has been found to fit.
             **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
@@ -220,12 +220,11 @@ class Swapper:
             CacheFullError: there is no room for it within `Cache.host_bytes`.
         """
         asked = self._request(source, config, hub)
-        if lazy and isinstance(asked, Files) and not live.is_converted(self._bound().model):
-            schema = checkpoints.survey(asked)
-            if schema.digest in self._proven:
-                self._library.know(name, asked, schema.nbytes)
-                return
-        self._library.load(name, asked)
+        schema = survey(self._bound().model, asked) if lazy else None
+        if schema is not None and schema.digest in self._proven:
+            self._library.know(name, asked, schema.nbytes)
+        else:
+            self._library.load(name, asked)
 
     def update(
         self,

@@ -17,12 +17,12 @@ from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import CONFIG_NAME, Checkpoint, Files, Source, config_dict
+from ..checkpoint import CONFIG_NAME, Checkpoint, Files, Schema, Source, config_dict
 from ..errors import AdapterNotFoundError, ConfigError, ModelError, UnexpectedTargetError
 from .components import Components
 from .conversion import configuration
 
-__all__ = ["LoraFile", "Request", "listed", "read", "request", "whole"]
+__all__ = ["LoraFile", "Request", "listed", "read", "request", "survey", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,11 @@ class LoraFile:
 
     source: Any
     options: Mapping[str, Any]
+
+    @property
+    def origin(self) -> str:
+        """What the user called the adapter, for messages."""
+        return str(self.source)
 
     @property
     def nbytes(self) -> int:
@@ -132,6 +137,20 @@ def read(
         return model.read(asked.source, pin_memory=pin_memory, **asked.options)
     checkpoint = checkpoints.read_files(asked, pin_memory=pin_memory) if isinstance(asked, Files) else asked
     return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
+
+
+def survey(model: nn.Module, asked: Request) -> Schema | None:
+    """All of an adapter but its values, of which none is read; None where only reading it tells.
+
+    Raises:
+        CheckpointError: as `read`, but for what values may be at fault.
+    """
+    if isinstance(asked, LoraFile):
+        assert isinstance(model, Components)
+        return model.survey(asked.source, **asked.options)
+    if isinstance(asked, Files) and not isinstance(model, Components) and not live.is_converted(model):
+        return checkpoints.survey(asked)
+    return None
 
 
 def listed(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:

@@ -12,10 +12,10 @@ from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import Checkpoint, FileFamily, Recent
+from ..checkpoint import Checkpoint, FileFamily, Recent, Schema
 from ..errors import AdapterNotFoundError, PickleRefusedError
 from .conversion import Answer, Conversion, Family, Shell
-from .straight import family_of_files, header_here
+from .straight import Outline, family_of_files, header_here
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -38,6 +38,7 @@ class Components(live.Assembly):
         self._shell = Shell.of(pipe)
         self._families: Recent[Any, Family] = Recent()
         self._files: Recent[Any, _Seen] = Recent()
+        self._outlines: Recent[Any, Outline] = Recent()
 
     def are(self, members: Mapping[str, nn.Module]) -> bool:
         """Whether these are its members, compiled or not."""
@@ -76,7 +77,20 @@ class Components(live.Assembly):
             ask = functools.partial(conversion.ask, options=options)
             family = family_of_files(header, answer, places, checkpoint, ask)
             self._files.put((header.content, asked), _Seen(family))
+        if header is not None:
+            self._outlines.put((header.tensors, asked), Outline.of(header, checkpoint))
         return checkpoint
+
+    def survey(self, source: Any, **options: Any) -> Schema | None:
+        """What an adapter will be but for its values, if a file of the same tensors has been read; else None.
+
+        Its metadata may say something else of alphas. That is found when it is read.
+        """
+        options = {key: value for key, value in options.items() if value is not None}
+        _refuse_path(source, options)
+        header = header_here(source, options)
+        outline = self._outlines.get((header.tensors, repr(sorted(options.items())))) if header is not None else None
+        return outline.of_another(header) if header is not None and outline is not None else None
 
     def _family(self, conversion: Conversion, answer: Answer, options: Mapping[str, Any]) -> Family:
         key = answer.key, repr(sorted(options.items()))

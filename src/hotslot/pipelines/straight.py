@@ -6,6 +6,7 @@ the very memory that they were said to be in, then any file with this header may
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, FileFamily, Piece, parse_header, read_header, view
+from ..checkpoint import Checkpoint, FileFamily, Piece, Schema, parse_header, read_header, refuse_other_size, view
 from ..errors import HotslotError
 from .conversion import Answer, Place
 
 _WEIGHTS = "pytorch_lora_weights.safetensors"  # as `save_lora_weights` names it
+_METADATA = '{"__metadata__":'  # begins a header that has any, as safetensors writes it
 
 
 class Header(NamedTuple):
@@ -27,6 +29,45 @@ class Header(NamedTuple):
 
     path: Path
     content: bytes
+
+    @property
+    def tensors(self) -> str | bytes:
+        """The header without the metadata, in which trainers keep their records: equal for files of equal tensors."""
+        try:
+            text = self.content.decode()
+            if not text.startswith(_METADATA):
+                return text
+            _, end = json.JSONDecoder().raw_decode(text, len(_METADATA))
+            return text[end:].rstrip()
+        except (ValueError, RecursionError):  # it is none: which whoever reads the file says better
+            return self.content
+
+
+class Outline(NamedTuple):
+    """What a file of LoRAs has come to, but for its values.
+
+    Attributes:
+        nbytes: behind its header.
+        schema: of the adapter.
+    """
+
+    nbytes: int
+    schema: Schema
+
+    @classmethod
+    def of(cls, header: Header, converted: Checkpoint) -> Outline:
+        """Of a file that diffusers has read."""
+        specs = parse_header(header.content, header.path)
+        return cls(max((spec.stop for spec in specs), default=0), converted.schema)
+
+    def of_another(self, header: Header) -> Schema:
+        """What a file of the same tensors will come to.
+
+        Raises:
+            CorruptFileError: it is longer or shorter than its header says.
+        """
+        refuse_other_size(header.path, header.content, self.nbytes)
+        return self.schema
 
 
 def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
