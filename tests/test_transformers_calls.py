@@ -720,6 +720,25 @@ def test_experts_of_transformers_4_are_converted_for_attach_and_the_drop_in(old:
         assert_same_output(output(wrapped, entry), wants[name])
 
 
+def test_of_a_folder_of_such_adapters_one_of_each_kind_is_read(tmp_path: Path) -> None:
+    """What the others come to is known from that: their values are read when they are needed."""
+    entry, targets = MODELS["mixtral"], ("q_proj", "w1", "w2", "w3")
+    folders = [old_mixtral(tmp_path / "adapters" / f"tenant{i}", i, 4, 8, targets) for i in range(3)]
+    broken = load_file(folders[1] / "adapter_model.safetensors")
+    next(iter(broken.values())).fill_(float("nan"))
+    save_file(broken, folders[1] / "adapter_model.safetensors")
+    model = entry.build()
+    with pytest.raises(errors.NonFiniteError):  # the control: all are read
+        hotslot.attach(model, {folder.name: folder for folder in folders})
+    swapper = hotslot.attach(model, tmp_path / "adapters")
+    assert swapper.metrics().host_adapters == 1
+    with pytest.raises(errors.NonFiniteError):
+        swapper.activate("tenant1")
+    for i in (2, 0):
+        swapper.activate(f"tenant{i}")
+        assert_same_output(output(model, entry), plain_output(entry, folders[i]))
+
+
 def test_half_of_what_was_fused_is_refused(old: dict[str, Path], patched: None, tmp_path: Path) -> None:
     half = old_mixtral(tmp_path / "half", 3, 2, 2, ("q_proj", "w1"))
     model = loaded(MODELS["mixtral"], old["all"])

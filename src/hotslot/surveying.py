@@ -11,7 +11,7 @@ from torch import nn
 from . import live
 from .checkpoint import Checkpoint
 from .entry import Entry
-from .pipelines import LoraFile, Request, read, request, survey
+from .pipelines import Request, read, request, survey
 
 
 class Surveyed(NamedTuple):
@@ -51,7 +51,7 @@ def survey_all(
         schema = survey(model, asked) if lazy else None
         if schema is None:
             checkpoint = read(model, asked, pin_memory=pin)
-            if not lazy or not isinstance(asked, LoraFile):
+            if not lazy or isinstance(asked, Checkpoint):
                 entry = Entry(name, checkpoint, route=route)
                 found.planned.append(entry)
                 found.read.append((entry, asked))

@@ -8,7 +8,7 @@ from .assembly import Assembly
 from .base import base_modules, refuse_other_base, refuse_other_parameters
 from .binding import Binding
 from .calls import calls_of
-from .conversion import converted, is_converted
+from .conversion import converted, outcome
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
@@ -65,13 +65,13 @@ __all__ = [
     "inject",
     "innermost",
     "is_compiled",
-    "is_converted",
     "is_on_gpu",
     "matching_targets",
     "model_of",
     "note_norms",
     "note_stream",
     "ordered",
+    "outcome",
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",

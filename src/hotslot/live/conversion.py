@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
 
-from ..checkpoint import Checkpoint, from_tensors
+from ..checkpoint import Checkpoint, Recent, Schema, from_tensors
 from ..errors import UnsupportedError
 from .discover import innermost
 from .state import build_config
+
+# Base model → digest of a file's schema → the schema of what PEFT has made of such a file.
+_outcomes: weakref.WeakKeyDictionary[nn.Module, Recent[bytes, Schema]] = weakref.WeakKeyDictionary()
 
 
 def converted(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -22,7 +26,18 @@ def converted(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.config.get("peft_type") != "LORA" or not is_converted(model):
         return checkpoint
-    return _by_peft(innermost(model), checkpoint)
+    base = innermost(model)
+    found = _by_peft(base, checkpoint)
+    _outcomes.setdefault(base, Recent(64)).put(checkpoint.schema.digest, found.schema)
+    return found
+
+
+def outcome(model: nn.Module, schema: Schema) -> Schema | None:
+    """What `converted` makes of the family; None where that is not known until one of it has been converted."""
+    if schema.config.get("peft_type") != "LORA" or not is_converted(model):
+        return schema
+    known = _outcomes.get(innermost(model))
+    return known.get(schema.digest) if known is not None else None
 
 
 def is_converted(model: nn.Module) -> bool:

@@ -148,8 +148,8 @@ def survey(model: nn.Module, asked: Request) -> Schema | None:
     if isinstance(asked, LoraFile):
         assert isinstance(model, Components)
         return model.survey(asked.source, **asked.options)
-    if isinstance(asked, Files) and not isinstance(model, Components) and not live.is_converted(model):
-        return checkpoints.survey(asked)
+    if isinstance(asked, Files) and not isinstance(model, Components):
+        return live.outcome(model, checkpoints.survey(asked))
     return None
 
 

@@ -38,7 +38,7 @@ class Components(live.Assembly):
         self._shell = Shell.of(pipe)
         self._families: Recent[Any, Family] = Recent()
         self._files: Recent[Any, _Seen] = Recent()
-        self._outlines: Recent[Any, Outline] = Recent()
+        self._outlines: Recent[Any, Outline] = Recent(64)
 
     def are(self, members: Mapping[str, nn.Module]) -> bool:
         """Whether these are its members, compiled or not."""
