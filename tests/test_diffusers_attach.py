@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -958,3 +960,32 @@ def test_a_gallerys_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="style1"):
         hotslot.attach(pipe, gallery)
     assert hotslot.Swapper.of(pipe) is None
+
+
+def test_what_diffusers_has_made_of_a_file_is_kept_packed(tmp_path: Path) -> None:
+    """For the next pipeline of its kind, as long as the file is the same; what its alphas scale, too."""
+    gallery, dialect = tmp_path / "gallery", DIALECTS["sd: kohya_sd"]
+    files = [dialect.save(gallery / f"style{seed}.safetensors", seed=seed) for seed in range(2)]
+    time.sleep(max(0.0, max(path.stat().st_ctime for path in files) + 2.1 - time.time()))  # settled by then
+    cache = hotslot.Cache(disk_bytes=1 << 24, folder=tmp_path / "packed")
+    wanted = {path: fresh(SD, path) for path in files}
+
+    def activate_all() -> None:
+        pipe = SD.build()
+        swapper = hotslot.attach(pipe, gallery, cache=cache)
+        for path in files:
+            swapper.activate(path.stem)
+            assert_same(SD.outputs(pipe), wanted[path])
+        swapper._library.finish_packing()
+        swapper.detach()
+
+    activate_all()
+    packed = sorted((tmp_path / "packed").iterdir())
+    assert len(packed) == len(files)
+    for path in packed:
+        os.utime(path, (1, 1))
+    activate_all()
+    assert all(path.stat().st_mtime > 1 for path in packed), "used"
+    dialect.save(files[0], seed=9)
+    wanted[files[0]] = fresh(SD, files[0])
+    activate_all()

@@ -74,6 +74,7 @@ class Library:
         lock: held while anything changes, and never while a file is read.
         pin_memory: whether a GPU will read what is in memory.
         open: gives the Checkpoint of a source, and raises what is wrong with it; called without the lock.
+        packed_as: gives the files that a source's packed file stands for, if it may have one.
         make: gives the Entry of a name and a Checkpoint, made ready for the model; called with the lock held.
         is_used: whether what is live, or was before, has its values there; called with the lock held.
     """
@@ -85,12 +86,13 @@ class Library:
         *,
         pin_memory: bool,
         open: Callable[[Request], Checkpoint],
+        packed_as: Callable[[Request], Files | None],
         make: Callable[[str, Checkpoint], Entry],
         is_used: Callable[[Entry], bool],
     ) -> None:
         self._lock = lock
         self._pin_memory = pin_memory
-        self._open, self._make, self._is_used = open, make, is_used
+        self._open, self._packed_as, self._make, self._is_used = open, packed_as, make, is_used
         self._known: dict[str, Known] = {}
         self._loans: Counter[Entry] = Counter()
         self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
@@ -394,17 +396,19 @@ class Library:
 
     def _read(self, source: Request) -> tuple[Checkpoint, Callable[[], object] | None]:
         """What a source holds; and what keeps it as a packed file, where that is to be done."""
-        if self._packed is None or not isinstance(source, Files):
+        files = self._packed_as(source) if self._packed is not None else None
+        if self._packed is None or files is None:
             return self._open(source), None
         try:
-            stamp, read_ns = source.stamp(), time.time_ns()
-            checkpoint = self._packed.read(source, pin_memory=self._pin_memory)
+            stamp, read_ns = files.stamp(), time.time_ns()
+            checkpoint = self._packed.read(files, pin_memory=self._pin_memory)
         except OSError:  # it is gone: which `open` says better
             return self._open(source), None
         if checkpoint is not None:
             return self._open(checkpoint), None
-        checkpoint = read_files(source, pin_memory=self._pin_memory)
-        return self._open(checkpoint), functools.partial(self._packed.write, source, stamp, read_ns, checkpoint)
+        # What PEFT makes of an adapter for this model is not packed, what diffusers makes of a file is.
+        checkpoint = read_files(source, pin_memory=self._pin_memory) if source is files else self._open(source)
+        return self._open(checkpoint), functools.partial(self._packed.write, files, stamp, read_ns, checkpoint)
 
     def _pack(self, pack: Callable[[], object], entry: Entry) -> None:
         try:

@@ -23,7 +23,7 @@ from . import checkpoint as checkpoints
 from . import live
 from .blending import Blend, Ingredient, needed_ranks
 from .cache import Cache
-from .checkpoint import Checkpoint, Source
+from .checkpoint import Checkpoint, Files, Source
 from .engine import Engine, State
 from .entry import Entry
 from .errors import (
@@ -38,7 +38,7 @@ from .fitting import fit, prepare
 from .leases import InFlight, check_in_flight
 from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
-from .pipelines import Request, read, request, survey, whole
+from .pipelines import Request, packed_as, read, request, survey, whole
 from .planning import Plan
 from .report import Fit, SwapReport
 
@@ -85,6 +85,7 @@ class Swapper:
             engine.lock,
             pin_memory=live.is_on_gpu(engine.model),
             open=self._open,
+            packed_as=self._packed_as,
             make=self._make,
             is_used=engine.uses,
         )
@@ -692,6 +693,9 @@ class Swapper:
 
     def _open(self, asked: Request) -> Checkpoint:
         return read(self._bound().model, asked, pin_memory=self._pins)
+
+    def _packed_as(self, asked: Request) -> Files | None:
+        return packed_as(self._bound().model, asked)
 
     def _make(self, name: str, checkpoint: Checkpoint) -> Entry:
         """With the lock held: an adapter that is ready for the model."""

@@ -22,7 +22,7 @@ from ..errors import AdapterNotFoundError, ConfigError, ModelError, UnexpectedTa
 from .components import Components
 from .conversion import configuration
 
-__all__ = ["LoraFile", "Request", "listed", "read", "request", "survey", "whole"]
+__all__ = ["LoraFile", "Request", "listed", "packed_as", "read", "request", "survey", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +151,14 @@ def survey(model: nn.Module, asked: Request) -> Schema | None:
     if isinstance(asked, Files) and not isinstance(model, Components):
         return live.outcome(model, checkpoints.survey(asked))
     return None
+
+
+def packed_as(model: nn.Module, asked: Request) -> Files | None:
+    """For what files a packed file of the adapter stands; None if it cannot be told whether they are still the same."""
+    if isinstance(asked, LoraFile):
+        assert isinstance(model, Components)
+        return model.files(asked.source, **asked.options)
+    return asked if isinstance(asked, Files) else None
 
 
 def listed(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:

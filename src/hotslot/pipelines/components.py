@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import weakref
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import Checkpoint, FileFamily, Recent, Schema
+from ..checkpoint import Checkpoint, FileFamily, Files, Recent, Schema
 from ..errors import AdapterNotFoundError, PickleRefusedError
 from .conversion import Answer, Conversion, Family, Shell
-from .straight import Outline, family_of_files, header_here
+from .straight import Outline, family_of_files, file_here, header_here
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -92,6 +94,21 @@ class Components(live.Assembly):
         outline = self._outlines.get((header.tensors, repr(sorted(options.items())))) if header is not None else None
         return outline.of_another(header) if header is not None and outline is not None else None
 
+    def files(self, source: Any, **options: Any) -> Files | None:
+        """The file that an adapter is read from, with all that decides what is made of it; None if it is not here."""
+        options = {key: value for key, value in options.items() if value is not None}
+        path = file_here(source, options)
+        if path is None:
+            return None
+        given = json.dumps([self._readers(), repr(sorted(options.items()))]).encode()
+        return Files(path, path, given, os.fspath(source))
+
+    def _readers(self) -> list[str]:
+        """Whose code reads LoRA files, and for what components."""
+        shell, models = self._shell.cls, live.roots(self)
+        components = [f"{name}{type(model).__qualname__} {vars(model.config)}" for name, model in models.items()]
+        return [*_versions(), f"{shell.__module__}.{shell.__qualname__}", *components]
+
     def _family(self, conversion: Conversion, answer: Answer, options: Mapping[str, Any]) -> Family:
         key = answer.key, repr(sorted(options.items()))
         family = self._families.get(key)
@@ -99,6 +116,12 @@ class Components(live.Assembly):
             family = conversion.load(answer, options)
             self._families.put(key, family)
         return family
+
+
+@functools.cache
+def _versions() -> list[str]:
+    """Of the libraries that have a part in it."""
+    return [f"{name} {version(name)}" for name in ("hotslot", "diffusers", "peft", "transformers")]
 
 
 def _refuse_path(source: Any, options: Mapping[str, Any]) -> None:

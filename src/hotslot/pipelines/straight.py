@@ -70,12 +70,8 @@ class Outline(NamedTuple):
         return self.schema
 
 
-def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
-    """Of the file on this machine that diffusers reads for the source; None where only diffusers can tell which.
-
-    Raises:
-        CorruptFileError, PickleRefusedError: the file is none of safetensors.
-    """
+def file_here(source: Any, options: Mapping[str, Any]) -> Path | None:
+    """The file on this machine that diffusers reads for the source; None where only diffusers can tell which."""
     if isinstance(source, Mapping) or options.keys() - {"weight_name"}:
         return None
     path = Path(source)
@@ -84,7 +80,19 @@ def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
             names = [name for name in os.listdir(path) if name.endswith(".safetensors")]
             path /= options.get("weight_name") or (_WEIGHTS if names == [_WEIGHTS] else "")
         if path.is_file():
-            return Header(path, read_header(path))
+            return path
+    return None
+
+
+def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
+    """Of `file_here`.
+
+    Raises:
+        CorruptFileError, PickleRefusedError: the file is none of safetensors.
+    """
+    path = file_here(source, options)
+    with suppress(OSError):
+        return Header(path, read_header(path)) if path is not None else None
     return None
 
 
