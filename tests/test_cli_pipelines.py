@@ -19,7 +19,7 @@ from hotslot.errors import HotslotError
 pytest.importorskip("diffusers")
 
 from dialects import DIALECTS
-from pipelines import PIPELINES
+from pipelines import PIPELINES, make_lora
 
 # What a dialect is called, where that is not its first word: kohya's scripts, or another trainer with kohya's names.
 WRITERS = {
@@ -145,6 +145,16 @@ def test_check_tells_fits_from_misfits_on_a_pipeline(pipeline: Path, tmp_path: P
     pipe = PIPELINES[kind].build()
     both = hotslot.plan(pipe, fitting, max_blend=1)
     assert (found["slots"], found["arena_bytes"]) == (len(both.slots), both.nbytes)
+
+
+def test_check_says_once_that_a_lora_has_norms(tmp_path: Path) -> None:
+    PIPELINES["flux"].build().save_pretrained(tmp_path / "pipeline")
+    file = make_lora(PIPELINES["flux"], tmp_path / "lora", seed=1, r=2) / "pytorch_lora_weights.safetensors"
+    norms = {f"transformer.transformer_blocks.0.attn.norm_{name}.weight": torch.ones(8) for name in "qk"}
+    save_file(load_file(file) | norms, file)
+    verdict = ask("check", tmp_path / "pipeline", file)["adapters"][0]
+    assert verdict["fits"]
+    assert verdict["notes"] == ["has 2 norms of its own in the place of the model's"]
 
 
 def test_check_of_a_pipeline_that_cannot_be_built(tmp_path: Path) -> None:

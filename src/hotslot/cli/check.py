@@ -170,6 +170,8 @@ def _merged_bytes(model: Any, entry: Entry) -> int:
 
 def _copies(adapter: Adapter) -> list[str]:
     """Without the model's weights, a copy's values cannot be compared; its shape has been."""
+    if own := adapter.checkpoint.schema.base_values:
+        return [f"has {len(own)} norms of its own in the place of the model's"]
     copies = [f"{fqn}.{name}" for fqn, names in adapter.base_copies.items() for name in names]
     return [f"carries a copy of {copy}, compared when loaded" for copy in copies]
 
