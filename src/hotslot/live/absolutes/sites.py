@@ -1,0 +1,256 @@
+"""Tensors of the base model that hold an adapter's values for a while, and where the model's own are meanwhile.
+
+Knows tensors, where they hang and what they are to hold; not what an adapter is. The only code that writes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import nn
+
+from ...errors import ModelError, UnsupportedError
+from ..pristine import InMemory, Store
+from ..room import cut_to
+
+# Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
+# the full name of a tensor of the base model.
+Key: TypeAlias = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """One tensor that adapters write.
+
+    Attributes:
+        holder, name: where the model's forward finds it.
+        param: which must be there; None for a buffer: `model.to(…)` puts another in its place.
+        original: gives the model's own values where an original stands beside the copy that is written; None where
+            the base model's own tensor is written.
+        kept: the values that this had before anything was written; empty as long as it has them.
+        store: where those are kept.
+        lost: whether the model's own values are gone: PEFT has written those of the adapter that came with the model
+            over them. Then whatever is made live has values for it.
+    """
+
+    holder: dict[str, Any]
+    name: str
+    param: nn.Parameter | None
+    original: Callable[[], torch.Tensor] | None = None
+    kept: list[torch.Tensor] = field(default_factory=list)
+    store: Store = field(default_factory=InMemory)
+    lost: bool = False
+
+    def own(self) -> torch.Tensor:
+        """The model's own values."""
+        if self.original is not None:
+            return self.original()
+        return self.kept[0].to(self.tensor) if self.kept else self.tensor
+
+    def keep(self) -> None:
+        """Keep the own values, before others are written."""
+        if self.original is None and not self.kept and not self.lost:
+            self.kept.append(self.store.keep(self.tensor))
+
+    def put_back(self) -> None:
+        """Write the own values."""
+        if self.original is not None or self.kept:
+            self.tensor.copy_(self.kept[0] if self.kept else self.own(), non_blocking=True)
+            self.kept.clear()
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """As it is now."""
+        tensor: torch.Tensor = self.holder[self.name]
+        return tensor
+
+
+class Merge(Protocol):
+    """Values that are computed from the model's own, for a few tensors of one module.
+
+    Attributes:
+        keys: which tensors.
+    """
+
+    keys: tuple[Key, ...]
+
+    def held(self) -> Iterable[torch.Tensor]:
+        """What it keeps to compute them from."""
+
+    def write(self, targets: Sequence[torch.Tensor], pristine: Sequence[torch.Tensor]) -> None:
+        """Compute them into `targets`, of `keys`, from the model's own values of these."""
+
+
+class Sites:
+    """All sites of one adapter name on one model: written at once, and put back.
+
+    Attributes:
+        by_key: each of them. Add and remove within `changing`.
+        foreign: keys of those that may hold something else than the model's own values.
+    """
+
+    def __init__(self) -> None:
+        self.by_key: dict[Key, Site] = {}
+        self.foreign: set[Key] = set()
+        self._versions: list[int] = []
+
+    # -- which there are ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Sites come and go meanwhile; if nobody else has written before, nobody has afterwards."""
+        dirty = self.is_dirty()
+        yield
+        self._versions = [] if dirty else self._current_versions()
+
+    def undo(self) -> Callable[[], None]:
+        """A function that forgets what comes and goes from now on. It writes nothing."""
+        by_key, foreign, versions = dict(self.by_key), set(self.foreign), self._versions
+
+        def undo() -> None:
+            self.by_key.clear()
+            self.by_key.update(by_key)
+            self.foreign, self._versions = foreign, versions
+
+        return undo
+
+    def own(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's own values of a tensor of the base model, which holds `tensor` now."""
+        site = self.by_key.get(key)
+        return site.own() if site is not None else tensor.detach()
+
+    @property
+    def pristine_bytes(self) -> int:
+        """Bytes that are held of the base's own values."""
+        return sum(site.store.nbytes for site in self.by_key.values())
+
+    # -- who has written ---------------------------------------------------------------------------------------------
+
+    def refuse_if_replaced(self) -> None:
+        """Raise if the model no longer has one of the tensors."""
+        for (fqn, name), site in self.by_key.items():
+            found = site.holder.get(site.name)  # no call for each: this is part of every swap
+            if found is None or (site.param is not None and found is not site.param):
+                raise ModelError(
+                    "A parameter of the base model that adapters have values for was replaced.",
+                    where=f"{fqn}.{name}".removeprefix("."),
+                    expected="the Parameter that was there at attach",
+                    hint="attach again",
+                )
+
+    def refuse_torn(self, values: Mapping[Key, torch.Tensor], what: str) -> None:
+        """Raise if one tensor is to have two values: PEFT lets the copies of tied modules share it."""
+        first: dict[int, Key] = {}
+        for key, site in self.by_key.items():
+            other = first.setdefault(id(site.tensor), key)
+            one, two = values.get(other), values.get(key)
+            if other != key and not (one is two or (one is not None and two is not None and torch.equal(one, two))):
+                raise UnsupportedError(
+                    f"{what} has other values for a module than for the one that it is tied to.",
+                    where=".".join(filter(None, key)),
+                    found=f"one parameter with {'.'.join(filter(None, other))}, by ensure_weight_tying of the adapter "
+                    "that came with the model",
+                    expected="equal values, or none for either",
+                    hint="attach to the base model, with that adapter among adapters=",
+                )
+
+    def is_dirty(self) -> bool:
+        """Whether others have written a site, or the model's own values, since `mark_clean`."""
+        return bool(self.by_key) and self._current_versions() != self._versions
+
+    def mark_clean(self) -> None:
+        """Take what is live now as written by hotslot."""
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        sites = self.by_key.values()
+        tensors = [site.holder[site.name] for site in sites]
+        tensors += [site.original() for site in sites if site.original is not None]
+        # No pairs: a thousand small objects at each swap would call the garbage collector.
+        return [*map(id, tensors), *[tensor._version for tensor in tensors]]
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, values: Mapping[Key, torch.Tensor], merges: Sequence[Merge], *, clean: bool) -> None:
+        """Give these sites their values, and all others the model's own. Not atomic.
+
+        Args:
+            values: of sites, each in the site's shape or in a smaller one: then in the corner of zeros.
+            merges: of sites that are computed from the model's own values.
+            clean: whether it is known that nobody else has written since `mark_clean`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            merged = {key for merge in merges for key in merge.keys}
+            written = self._merge(merges)
+            for sites in self._ordered():
+                given = {key: site for key, site in sites.items() if key in values and key not in merged}
+                for key, site in sites.items():
+                    if key in given or key in merged:
+                        continue
+                    if not clean or key in self.foreign or id(site.own()) in written:
+                        site.put_back()
+                        self.foreign.discard(key)
+                        written.add(id(site.tensor))
+                self.foreign.update(given)
+                written.update(map(id, _write(given, values)))
+
+    def _merge(self, merges: Sequence[Merge]) -> set[int]:
+        """Write what is computed from the model's own values; returns the ids of the tensors."""
+        written: set[int] = set()
+        for merge in merges:
+            sites = [self.by_key[key] for key in merge.keys]
+            for site in sites:
+                site.keep()
+            self.foreign.update(merge.keys)
+            merge.write([site.tensor for site in sites], [site.own() for site in sites])
+            written.update(id(site.tensor) for site in sites)
+        return written
+
+    def _ordered(self) -> tuple[dict[Key, Site], dict[Key, Site]]:
+        """The base model's own tensors before the copies, some of which are to equal them."""
+        sites = self.by_key
+        copies = {key: site for key, site in sites.items() if site.original is not None}
+        return {key: site for key, site in sites.items() if key not in copies} if copies else sites, copies
+
+    def image(self) -> dict[Key, torch.Tensor]:
+        """A copy of all values that are not the model's own, for `restore`."""
+        dirty = self.is_dirty()
+        with torch.inference_mode(False), torch.no_grad():
+            return {
+                key: site.tensor.detach().clone() for key, site in self.by_key.items() if dirty or key in self.foreign
+            }
+
+    def restore(self, image: Mapping[Key, torch.Tensor]) -> None:
+        """Put an image back, bit for bit; what it has no values for gets the model's own."""
+        with torch.inference_mode(False), torch.no_grad():
+            for sites in self._ordered():
+                given = {key: site for key, site in sites.items() if key in image}
+                for key, site in sites.items():
+                    if key not in given:
+                        site.put_back()
+                        self.foreign.discard(key)
+                self.foreign.update(given)
+                _write(given, image)
+
+
+def _write(sites: Mapping[Key, Site], values: Mapping[Key, torch.Tensor]) -> list[torch.Tensor]:
+    """Write these sites' values, those of a smaller shape into the corner of zeros; returns the sites' tensors."""
+    for site in sites.values():
+        if not site.kept:
+            site.keep()
+    tensors = [site.holder[site.name] for site in sites.values()]
+    targets, sources = list(tensors), [values[key] for key in sites]
+    padded = [
+        i for i, (target, source) in enumerate(zip(targets, sources, strict=True)) if target.shape != source.shape
+    ]
+    if padded:
+        torch._foreach_zero_([targets[i] for i in padded])
+        for i in padded:
+            targets[i] = cut_to(targets[i], sources[i].shape)
+    if targets:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+    return tensors
