@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoKrConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -753,8 +760,29 @@ def test_a_component_that_carries_lokr_is_attached_to_by_itself(tmp_path: Path) 
     first, second = make_lokr(tmp_path / "first", seed=1), make_lokr(tmp_path / "second", seed=2)
     pipe = loaded(kind, first, name="style")
     before = facts(kind, pipe)
-    with pytest.raises(UnsupportedError, match=r"transformer"):
-        hotslot.attach(pipe, adapters={"second": second}, adapter_name="style")
+    for route in ("auto", "merged"):
+        with pytest.raises(UnsupportedError, match=r"transformer"):
+            hotslot.attach(pipe, adapters={"second": second}, adapter_name="style", route=route)
+    assert_nothing_changed(before, facts(kind, pipe))
+
+    own = {name: values.clone() for name, values in kind.build().transformer.state_dict().items()}
+    tensors = {
+        key.replace("transformer.", "base_model.model."): value
+        for key, value in load_file(second / "pytorch_lora_weights.safetensors").items()
+    }
+    config = LoKrConfig(r=2, alpha=3, target_modules=["to_q"])
+    swapper = hotslot.attach(pipe.transformer, adapter_name="style", route="merged")
+    swapper.load("second", tensors, config=config)
+    swapper.activate("second")
+    merged = PeftModel(kind.build().transformer, config)
+    set_peft_model_state_dict(merged, tensors)
+    wanted = kind.build()
+    wanted.transformer = merged.merge_and_unload().eval().requires_grad_(False)
+    assert_same(kind.outputs(pipe), kind.outputs(wanted), exact=True)
+    swapper.deactivate()
+    now = {name.replace(".base_layer", ""): values for name, values in pipe.transformer.state_dict().items()}
+    assert all(torch.equal(now[name], values) for name, values in own.items())
+    swapper.detach()
     assert_nothing_changed(before, facts(kind, pipe))
 
 

@@ -422,16 +422,14 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     assert_unchanged(before, snapshot(model))
 
 
-def test_nothing_is_merged_below_an_adapter_that_stays_active(tmp_path: Path) -> None:
+def test_no_slots_are_put_beside_an_adapter_that_stays_active(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     folders = three("LOHA", entry, tmp_path)
     model = fresh(entry, folders[0])
     before = snapshot(model)
     with pytest.raises(UnsupportedError, match="stay active"):
-        hotslot.attach(model, {"1": folders[1]}, route="merged")
-    with pytest.raises(UnsupportedError, match="stay active"):
         hotslot.attach(model, {"1": folders[1]}, adapter_name="another")
-    with pytest.raises(UnsupportedError, match="stay active"):
+    with pytest.raises(UnsupportedError, match="no slots"):
         hotslot.attach(model, plan=hotslot.plan(entry.build(), target_modules=["k_proj"], max_rank=4))
     assert_unchanged(before, snapshot(model))
 

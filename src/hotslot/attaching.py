@@ -209,7 +209,7 @@ def _attach_resident(
 ) -> Swapper:
     """`attach` where the adapter on the model is of a method without slots: others of that method take its place.
 
-    With "auto" what cannot is merged, and the adapter's layers do nothing meanwhile.
+    With "auto" what cannot is merged, with "merged" all are, and the adapter's layers do nothing meanwhile.
     """
     method = live.residents(model)[adapter_name]
     if isinstance(model, live.Assembly):
@@ -222,26 +222,36 @@ def _attach_resident(
             expected="LoRA adapters, or no adapter",
             hint="attach to that component swaps adapters of the method; pipe.delete_adapters(…) first for any other",
         )
-    if route == "merged" or (plan is not None and plan.slots):
+    plan = plan or NO_SLOTS
+    if plan.slots:
         raise UnsupportedError(
-            f"The model carries an adapter of {method}, which would stay active beside what is swapped in.",
+            f"The model carries an adapter of {method}, beside which there are no slots.",
             where=adapter_name,
-            found="route='merged'" if route == "merged" else f"a plan of {len(plan.slots) if plan else 0} slots",
-            expected=f"adapters of {method} alone, which take its place",
-            hint="attach(model) without these arguments; or attach to the base model: " + live.calls_of(model).unload,
+            found=f"a plan of {len(plan.slots)} slots",
+            expected="no plan, or one that says how to merge: hotslot.plan(model, pristine=…, merge=…)",
+            hint="attach(model) without a plan; or attach to the base model: " + live.calls_of(model).unload,
         )
-    way = "resident" if route == "side" else "resident+merged"
+    way = {"side": "resident", "auto": "resident+merged", "merged": "merged"}[route]
     known = survey_all(model, adapters, way)
     arena = not live.is_compiled(model)
-    binding = live.Binding(model, adapter_name, {}, {}, arena=arena, resident=True)
+    binding = live.Binding(
+        model,
+        adapter_name,
+        {},
+        {},
+        arena=arena,
+        resident=True,
+        pristine=plan.pristine,
+        fused=None if plan.merge is None else plan.merge == "fused",
+    )
     engine = None
     try:
-        if arena and binding.resident is not None:
+        if arena and binding.resident is not None and route != "merged":
             binding.resident.make_room(entry.adapter.checkpoint for entry in known.planned)
         engine = Engine(model, adapter_name, binding, empty=False)
         for entry in known.planned:
             entry.compile(binding)
-        return Swapper(engine, None, known.read, NO_SLOTS, None, way, cache)
+        return Swapper(engine, None, known.read, plan, None, way, cache)
     except BaseException:
         (engine or binding).release()
         raise

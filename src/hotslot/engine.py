@@ -140,7 +140,7 @@ class Engine:
         """
         binding = self.binding
         if binding.resident is not None and self._neutral_beside != binding.beside:
-            image, records = binding.neutral_resident(binding.resident)
+            image, records = binding.neutral_resident()
             self._neutral, self._neutral_beside = State(None, image, records), binding.beside
         return self._neutral
 

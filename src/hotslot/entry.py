@@ -56,7 +56,8 @@ class Entry:
         checkpoint: what was read.
         adapter: what it means, if that is known.
         route: "side": slots have to hold all of it; "merged": none of it; "auto": what they can; "resident": it takes
-            the place of an adapter of its own method; "resident+merged": or it is merged below that one.
+            the place of an adapter of its own method; "resident+merged": or it is merged below that one, as with
+            "merged" it is at once.
 
     Raises:
         UnsupportedError, CheckpointError: it cannot take that route on any model.
@@ -112,22 +113,28 @@ class Entry:
 
     def _in_the_place_of(self, resident: live.Resident, binding: Binding) -> Compiled:
         """In the layers of the adapter that came with the model; or below them, which are to do nothing then."""
-        checkpoint, memory, beside = self.adapter.checkpoint, binding.memory, binding.beside
+        if self.route == "merged":
+            return self._below(binding, self._merges(binding, frozenset(), None))
+        checkpoint, memory = self.adapter.checkpoint, binding.memory
         try:
             values, records = resident.fit(checkpoint)
             nbytes = checkpoint.nbytes
-            return Compiled(memory, memory.neutral, values, records, nbytes=nbytes, beside=beside)
+            return Compiled(memory, memory.neutral, values, records, nbytes=nbytes, beside=binding.beside)
         except (DoesNotFitError, UnsupportedError) as error:
             if self.route == "resident":
                 raise
             refusal = error
         try:
             opaque(checkpoint)
-            merges = self._merges(binding, frozenset(), None)
-            values, records = resident.fit_neutral(merges.all)
-            return Compiled(memory, memory.neutral, values, records, merges, beside=beside)
+            return self._below(binding, self._merges(binding, frozenset(), None))
         except (DoesNotFitError, TensorError, UnsupportedError) as error:
             raise refusal from error
+
+    def _below(self, binding: Binding, merges: Merges) -> Compiled:
+        """All of it merged into the base's weights, below whatever the model carries, which does nothing."""
+        memory = binding.memory
+        values, records = binding.neutral_values(merges.all)
+        return Compiled(memory, memory.neutral, values, records, merges, beside=binding.beside)
 
     def _split(self, binding: Binding) -> tuple[Adapter, Block | None, Merges]:
         """What the slots hold, and how the rest is merged, if there is any.

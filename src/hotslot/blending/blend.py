@@ -118,10 +118,10 @@ class MergedBlend(Blend):
 
     def compile(self, binding: Binding) -> Compiled:
         """See `Entry.compile`."""
-        memory = binding.memory
-        if self._compiled is None or self._compiled.memory is not memory:
-            self._compiled = Compiled(memory, memory.neutral, {}, binding.records(self.adapter), self._merges_of_all)
-        return self._compiled
+        known = self._compiled
+        if known is None or known.memory is not binding.memory or known.beside != binding.beside:
+            self._compiled = known = self._below(binding, self._merges_of_all)
+        return known
 
 
 class Blender:
@@ -248,7 +248,9 @@ def _refuse_slots(entry: Entry, binding: Binding) -> None:
 
 def _refuse_absolute(entry: Entry, binding: Binding) -> None:
     """Raise if the adapter has values of its own for tensors of the base model: they have no weight."""
-    values = entry.compile(binding).values
+    compiled = entry.compile(binding)
+    # Those of a merge below an adapter that came with the model are its neutral ones.
+    values = {} if binding.resident is not None and compiled.merges.all else compiled.values
     if values:
         raise UnsupportedError(
             f"{entry.adapter.checkpoint.origin} has tensors that cannot be blended.",

@@ -123,14 +123,22 @@ class Binding:
         """Names of adapters that may share something with the resident one: they decide what can take its place."""
         return self.resident.beside if self.resident is not None else frozenset()
 
-    def neutral_resident(self, resident: Resident) -> tuple[Image, Records]:
+    def neutral_values(self, merges: Sequence[Merge] = ()) -> tuple[Mapping[Key, torch.Tensor], Records]:
+        """With which slots, or the adapter that has none, do nothing; with these merges below them, too.
+
+        Raises:
+            UnsupportedError: that adapter always does something.
+        """
+        return self.resident.fit_neutral(merges) if self.resident is not None else ({}, self.neutral_records())
+
+    def neutral_resident(self) -> tuple[Image, Records]:
         """What is to be live for the model to compute what its base does, with an adapter that has no slots.
 
         Raises:
             UnsupportedError: it always does something.
         """
-        values, records = resident.fit_neutral()
-        return self.memory.image()._replace(absolutes=self.absolutes.image()._replace(values=values)), records
+        values, records = self.neutral_values()
+        return self.memory.image()._replace(absolutes=self.absolutes.image()._replace(values=dict(values))), records
 
     @property
     def on_gpu(self) -> bool:
