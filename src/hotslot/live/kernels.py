@@ -239,6 +239,7 @@ class _Launch:
         self._constants = {
             "UNIT": unit, "RANK_UNIT": rank_unit, "BLOCK_ROWS": _BLOCK_ROWS, "BLOCK_COLUMNS": _BLOCK_COLUMNS,
             "BLOCK_RANKS": jobs[0].block_ranks, "PRECISION": precision, "num_warps": _WARPS,
+            "enable_fp_fusion": True,  # W + s × sum rounds once; by default it does up to Triton 3.9, with a warning
         }  # fmt: skip
         table, programs, counts = [], 0, []
         for job in jobs:
