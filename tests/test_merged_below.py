@@ -83,7 +83,7 @@ def test_any_follows_any(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     draw = random.Random(name)
     live: str | None = "default"
     with same_addresses(model):
-        for key in draw.choices([None, *folders], k=8):
+        for key in draw.choices([None, *folders], k=6):
             report = swapper.deactivate() if key is None else swapper.activate(key)
             assert_merged(model, MLP, folders[key] if key else None, dtype)
             assert (report.route, swapper.active) == ("merged" if key else "side", key)
@@ -181,7 +181,7 @@ def test_nothing_compiles(tmp_path: Path) -> None:
     compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
     MLP.output(compiled, MLP.inputs())
     with no_recompile():
-        for key in ("own", "lora", None, "oft", "same", "fewer"):
+        for key in ("own", "lora", None, "oft"):
             swapper.activate(key) if key else swapper.deactivate()
             wanted = MLP.output(merged(MLP, folders[key] if key else None), MLP.inputs())
             assert_same_output(MLP.output(compiled, MLP.inputs()), wanted, exact=True)
