@@ -668,6 +668,30 @@ def test_one_slot_s_merged_adapter_is_not_saved_because_another_slot_is_let_go(t
         model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
 
 
+def test_two_swappers_do_not_merge_into_the_same_weight(tmp_path: Path) -> None:
+    """Each would keep the other's values as the model's own, and put those back."""
+    entry = ZOO["mlp"]
+    named = {"x": ("LOHA", ["up"]), "y": ("LORA", ["up", "down"]), "z": ("LORA", ["down"])}
+    folders = {
+        name: make_method_adapter(tmp_path / name, method, entry, seed=seed, target_modules=targets)
+        for seed, (name, (method, targets)) in enumerate(named.items(), 1)
+    }
+    model = entry.build()
+    own = tensors_of(model)
+    first = hotslot.attach(model, {"x": folders["x"]}, route="merged", adapter_name="first")
+    first.activate("x")
+    second = hotslot.attach(model, route="merged", adapter_name="second")
+    with pytest.raises(UnsupportedError, match=r"Two swappers[^$]*up\.weight[^$]*'first'"):
+        second.load("y", folders["y"])
+    second.load("z", folders["z"])
+    second.activate("z")
+    first.detach()
+    second.load("y", folders["y"])
+    second.activate("y")
+    second.detach()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in tensors_of(model).items())
+
+
 def test_a_model_without_slots_is_saved_with_what_is_merged(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     model: Any = entry.build()

@@ -40,7 +40,7 @@ class Absolutes:
 
     def __init__(self, model: nn.Module, adapter_name: str, pristine: str = "device") -> None:
         self._model = weakref.ref(unwrap(model))
-        self._sites = Sites()
+        self._sites = Sites(adapter_name)
         self._stores = stores(pristine, model)
         self._merged: set[Key] = set()  # the sites of `take_in`
         self._modules = ModuleSites(adapter_name, self._sites)
@@ -100,14 +100,16 @@ class Absolutes:
         """Let go of the model; what is written stays."""
         self._modules.release()
         self._tokens.release()
+        self._sites.release()
 
     def take_in(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
         """Make sites of tensors of the base model that are merged into: key → the dict that has it, its name there.
 
         Raises:
-            UnsupportedError: what the model itself has there is lost.
+            UnsupportedError: what the model itself has there is lost, or another swapper writes there.
         """
         self._biases.refuse_merges_into_lost(places)
+        self._sites.refuse_others(places)
         self._merged.update(self._add(places, self._stores))
 
     def hold(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:

@@ -48,7 +48,7 @@ class BiasSites:
         """Make sites of the biases of these modules of the base model, for which `what` has values.
 
         Raises:
-            UnsupportedError: another adapter on the model has some, too.
+            UnsupportedError: another adapter on the model has some, too, or another swapper writes there.
         """
         if not fqns:
             return
@@ -63,11 +63,12 @@ class BiasSites:
                 hint="use a model of its own for this adapter",
             )
         modules = base_biases(model)
+        places: dict[Key, Any] = {("", f"{fqn}.bias"): (modules[fqn]._parameters, "bias") for fqn in fqns}
+        self._sites.refuse_others(places)
         with self._sites.changing():
-            for fqn in fqns:
-                if ("", f"{fqn}.bias") not in self._sites.by_key:
-                    holder = modules[fqn]._parameters
-                    self._sites.by_key["", f"{fqn}.bias"] = Site(holder, "bias", holder["bias"])
+            for key in places.keys() - self._sites.by_key.keys():
+                holder, name = places[key]
+                self._sites.by_key[key] = Site(holder, name, holder[name])
 
     def values(self, adapter: Adapter) -> dict[Key, torch.Tensor]:
         """What the adapter has for them."""

@@ -5,6 +5,8 @@ Knows tensors, where they hang and what they are to hold; not what an adapter is
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,10 @@ from torch import nn
 from ...errors import ModelError, UnsupportedError
 from ..pristine import InMemory, Store
 from ..room import cut_to
+
+# Those of all adapter names on all models, and who looks at that or changes it: models are attached to in any thread.
+_all: weakref.WeakSet[Sites] = weakref.WeakSet()
+_all_lock = threading.Lock()
 
 # Path of a module that is saved whole, name within the copy; path of a module with tokens, TOKENS or PLACES; or "" and
 # the full name of a tensor of the base model.
@@ -88,15 +94,26 @@ class Merge(Protocol):
 class Sites:
     """All sites of one adapter name on one model: written at once, and put back.
 
+    Args:
+        adapter_name: PEFT's name of the slot, for messages.
+
     Attributes:
         by_key: each of them. Add and remove within `changing`.
         foreign: keys of those that may hold something else than the model's own values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapter_name: str) -> None:
         self.by_key: dict[Key, Site] = {}
         self.foreign: set[Key] = set()
         self._versions: list[int] = []
+        self._adapter_name = adapter_name
+        with _all_lock:
+            _all.add(self)
+
+    def release(self) -> None:
+        """Let others have sites where these are."""
+        with _all_lock:
+            _all.discard(self)
 
     # -- which there are ---------------------------------------------------------------------------------------------
 
@@ -127,6 +144,26 @@ class Sites:
     def pristine_bytes(self) -> int:
         """Bytes that are held of the base's own values."""
         return sum(site.store.nbytes for site in self.by_key.values())
+
+    def refuse_others(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+        """Raise if another adapter name has a site at one of these: each would keep the other's values as the model's.
+
+        Args:
+            places: key → the dict that has the tensor, its name there.
+        """
+        wanted = {(id(holder), name): key for key, (holder, name) in places.items()}
+        with _all_lock:
+            others = set(_all) - {self}
+        for other in others:
+            taken = [key for site in other.by_key.values() if (key := wanted.get((id(site.holder), site.name)))]
+            if taken:
+                raise UnsupportedError(
+                    "Two swappers would write into the same tensors of the base model.",
+                    where=taken[0][1],
+                    found=f"{len(taken)} tensors that the swapper of {other._adapter_name!r} writes adapters into",
+                    expected=f"others, or none, for the swapper of {self._adapter_name!r}",
+                    hint="load both adapters into one swapper; or detach the other one",
+                )
 
     # -- who has written ---------------------------------------------------------------------------------------------
 
