@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hotslot
 from adapters import make_adapter
 from hotslot.errors import HotslotError, UnsupportedError
-from hotslot.methods import lora
+from hotslot.methods import lora_options as lora
 from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
 from supported import EXACT, LAYERS, OPTIONS, PAGE, PEFT_REFUSES, Layer, Option, rendered
 from zoo import ZOO, Entry
