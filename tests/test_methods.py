@@ -660,8 +660,8 @@ def test_one_slot_s_merged_adapter_is_not_saved_because_another_slot_is_let_go(t
     loha = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=2)
     model = entry.build()
     first = hotslot.attach(model, {"lora": lora, "loha": loha})
-    second = hotslot.attach(model, {"lora": lora}, adapter_name="second")
     first.activate("loha")
+    second = hotslot.attach(model, {"lora": lora}, adapter_name="second")
     second.activate("lora")
     second.detach()
     with pytest.raises(MergedError, match="slot 'default'"):

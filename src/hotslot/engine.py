@@ -125,7 +125,7 @@ class Engine:
     def release(self) -> None:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
-        live.allow_saving(self.model, self.adapter_name)
+        live.allow(self.model, self.adapter_name)
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
         if isinstance(model, live.Assembly) and not others:
@@ -175,7 +175,8 @@ class Engine:
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return self._report(target, previous, 0, started, changed=False)
         if target.entry is not None and target.image is None:
-            target.entry.compile(binding)
+            if target.entry.compile(binding).merges.all:
+                live.refuse_passed_over(binding.slots, target.name)
         elif target is self._neutral:
             binding.absolutes.refuse_without((), "The base model")
         history = self.previous, self.original
@@ -373,14 +374,15 @@ class Engine:
         return nbytes
 
     def _note_merged(self, target: State) -> None:
-        """Let nobody save empty slots for an adapter that they do not hold."""
+        """Let nobody take empty slots for an adapter that they do not hold."""
         entry = target.entry
         merged = entry is not None and bool(entry.compile(self.binding).merges.all)
         if merged:
-            live.forbid_saving(self.model, self.adapter_name, target.name)
+            self._merged = True  # before it is done: it may be broken off
+            live.forbid(self.model, self.adapter_name, target.name)
         elif self._merged:
-            live.allow_saving(self.model, self.adapter_name)
-        self._merged = merged
+            live.allow(self.model, self.adapter_name)
+            self._merged = False
 
     def _report(self, target: State, previous: State, nbytes: int, started: float, *, changed: bool) -> SwapReport:
         tier = self.binding.memory.came_from if nbytes else "none"

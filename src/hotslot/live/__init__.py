@@ -10,6 +10,7 @@ from .binding import Binding
 from .calls import calls_of
 from .conversion import converted, outcome
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
+from .forbidden import allow, forbid, refuse_passed_over
 from .guard import guard, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .low_rank import blended
@@ -20,7 +21,6 @@ from .norms import note_norms
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
-from .saving import allow_saving, forbid_saving
 from .skeleton import hollow
 from .slots import Slot, find_slots
 from .staging import Stagings
@@ -49,7 +49,7 @@ __all__ = [
     "Wrapping",
     "Writes",
     "adapter_names",
-    "allow_saving",
+    "allow",
     "as_loaded",
     "base_modules",
     "blended",
@@ -58,7 +58,7 @@ __all__ = [
     "converted",
     "count_slots",
     "find_slots",
-    "forbid_saving",
+    "forbid",
     "guard",
     "hollow",
     "host_bytes",
@@ -77,6 +77,7 @@ __all__ = [
     "refuse_adapted_and_saved",
     "refuse_other_base",
     "refuse_other_parameters",
+    "refuse_passed_over",
     "refuse_unsupported_resident",
     "refuse_untied",
     "refuse_while_capturing",
