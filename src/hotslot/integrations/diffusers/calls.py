@@ -167,7 +167,7 @@ class _Alone:
     def lora_state_dict(
         source: Any,
         *,
-        prefix: str | None,
+        prefix: str | None = None,
         network_alphas: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
         **hub: Any,
