@@ -41,7 +41,7 @@ class Binding:
         adapter_name: PEFT's name of them.
         slots: of `find_slots`; there may be none, for adapters that are merged.
         ranks: fqn → rank to make room for, at least the slots' own.
-        arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
+        arena: whether all parts move into one allocation per device. Not where compiled code knows them already.
         extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
         empty: slots that hold nothing beside an adapter that came with the model.
         wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
@@ -108,7 +108,7 @@ class Binding:
             self._install_dora(slots)
             self._add_parts(extra)
             self.memory = bind(slots, self._ranks, ranks, self.stagings, arena=arena)
-            self._install(slots, compiled=is_compiled(model))
+            self._install(slots, compiled=is_compiled(model) and not arena)
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
             self.absolutes.release()
