@@ -870,6 +870,29 @@ def test_compiled_pipelines(compile_: Callable[..., None], lora: Callable[..., P
         assert type(pipe.transformer) is compiled
 
 
+def test_weights_in_a_compiled_text_encoder_compile_nothing(lora: Callable[..., Path]) -> None:
+    """transformers freezes what it loads, and PEFT makes trainable what it activates; compiled code guards both."""
+    first, second, backend = lora(seed=4, components=BOTH), lora(seed=8, r=2, components=BOTH), Backend()
+    weighted = fresh(FLUX, second)
+    weighted.set_adapters("style", 0.5)
+    want = FLUX.outputs(weighted)
+    with patched():
+        pipe = loaded(FLUX, first, rank=8)
+        pipe.text_encoder = torch.compile(pipe.text_encoder, backend=backend)
+        FLUX.outputs(pipe)
+        compiled = backend.graphs
+        swap(pipe, second)
+        pipe.set_adapters("style", 0.5)
+        assert_outputs(FLUX.outputs(pipe), want)
+        pipe.disable_lora()
+        pipe.enable_lora()
+        assert_outputs(FLUX.outputs(pipe), want)
+    assert backend.graphs == compiled
+    models(FLUX, pipe)["text_encoder"].set_adapter("style")  # the control
+    FLUX.outputs(pipe)
+    assert backend.graphs > compiled
+
+
 def test_calls_that_do_nothing_today_on_a_wrapped_model(lora: Callable[..., Path]) -> None:
     """The control of the above."""
     pipe = loaded(FLUX, lora(seed=1))
