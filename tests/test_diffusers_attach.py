@@ -808,11 +808,13 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules=["to_q"], max_rank=2))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     (tmp_path / "lora.bin").write_bytes(b"\x80\x04")
-    for source, kind in (
+    cases: tuple[tuple[Any, type[Exception]], ...] = (
         (tmp_path / "nothing.safetensors", AdapterNotFoundError),
         (tmp_path / "cut.safetensors", CorruptFileError),
         (tmp_path / "lora.bin", PickleRefusedError),
-    ):
+        ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": [1.0]}, TensorError),
+    )
+    for source, kind in cases:
         with pytest.raises(kind):
             swapper.load("x", source)
     with pytest.raises(PickleRefusedError):
