@@ -77,6 +77,13 @@ def test_inspect_reads_what_diffusers_keeps_in_a_file(tmp_path: Path) -> None:
     assert "122 " in text
 
 
+def test_inspect_finds_the_file_that_diffusers_has_written(tmp_path: Path) -> None:
+    folder = make_lora(PIPELINES["sd"], tmp_path / "lora" / "style", seed=1, r=3)
+    file = ask("inspect", folder / "pytorch_lora_weights.safetensors")
+    for found in (ask("inspect", folder), ask("inspect", folder.parent, "--subfolder", "style")):
+        assert found == file
+
+
 def test_inspect_tells_what_is_no_plain_lora(tmp_path: Path) -> None:
     tensors = {
         "transformer.a.lora_A.weight": torch.ones(2, 4),

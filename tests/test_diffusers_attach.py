@@ -567,6 +567,23 @@ def test_another_adapter_beside_it_does_not_change(loras: dict[str, Path]) -> No
     assert all(torch.equal(value, found[key]) for key, value in own.items())
 
 
+@pytest.mark.parametrize("call", ["detach", "unload_lora_weights"])
+def test_merges_leave_the_base_with_their_swapper(call: str, tmp_path: Path) -> None:
+    """Though the slots beside them are gone by then."""
+    kind = PIPELINES["flux2"]
+    pipe = kind.build()
+    before = kind.outputs(pipe)
+    loras = {"lora": make_lora(kind, tmp_path / "lora", seed=1, r=2), "lokr": make_lokr(tmp_path / "lokr", seed=2)}
+    swapper = hotslot.attach(pipe, loras)
+    swapper.activate("lokr")
+    hotslot.patch_peft()
+    pipe.delete_adapters("default") if call == "detach" else pipe.unload_lora_weights()
+    hotslot.unpatch_peft()
+    if not swapper.detached:
+        swapper.detach()
+    assert_same(kind.outputs(pipe), before, exact=True)
+
+
 def test_fused_then_swapped_is_refused_and_the_base_survives(
     loras: dict[str, Path], wanted: dict[str | None, Outputs]
 ) -> None:
@@ -791,11 +808,13 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules=["to_q"], max_rank=2))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     (tmp_path / "lora.bin").write_bytes(b"\x80\x04")
-    for source, kind in (
+    cases: tuple[tuple[Any, type[Exception]], ...] = (
         (tmp_path / "nothing.safetensors", AdapterNotFoundError),
         (tmp_path / "cut.safetensors", CorruptFileError),
         (tmp_path / "lora.bin", PickleRefusedError),
-    ):
+        ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": [1.0]}, TensorError),
+    )
+    for source, kind in cases:
         with pytest.raises(kind):
             swapper.load("x", source)
     with pytest.raises(PickleRefusedError):

@@ -407,6 +407,83 @@ def test_network_alphas_of_one_model(lora: Callable[..., Path]) -> None:
         assert_outputs(FLUX.outputs(pipe), want)
 
 
+@pytest.mark.parametrize("state", ["inactive", "disabled", "beside"])
+def test_what_is_active_stays_so_where_a_swap_adds_layers(state: str, lora: Callable[..., Path]) -> None:
+    """In components that the adapter was not on before, too: no half of it is active."""
+    first, second, other = lora(seed=1), lora(seed=4, components=BOTH), lora(seed=5, r=4, components=BOTH)
+    oracle = FLUX.build()
+    load_plain(oracle, second)
+    load_plain(oracle, other, "detail")
+    with patched():
+        pipe = loaded(FLUX, first)
+        if state == "disabled":
+            pipe.disable_lora()
+        else:
+            pipe.load_lora_weights(other, adapter_name="detail")
+        if state == "beside":
+            pipe.set_adapters(["style", "detail"], [1.0, 0.5])
+        swap(pipe, second)
+        if state == "beside":
+            oracle.set_adapters(["style", "detail"], [1.0, 0.5])
+            assert_outputs(FLUX.outputs(pipe), FLUX.outputs(oracle))
+            return
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, other if state == "inactive" else None))
+        pipe.enable_lora()
+        pipe.set_adapters("style")
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, second))
+
+
+def test_the_pipelines_call_after_one_models(lora: Callable[..., Path]) -> None:
+    """Neither has made what keeps the other from swapping; a failure leaves what is live."""
+    first, second, third = lora(seed=1), lora(seed=2, r=2, use_dora=True), lora(seed=4, components=BOTH)
+    options = {"prefix": "transformer", "adapter_name": "style", "use_safetensors": True}
+    with patched():
+        pipe = FLUX.build()
+        pipe.transformer.load_lora_adapter(first, **options)
+        pipe.transformer.load_lora_adapter(second, hotswap=True, **options)
+        with pytest.raises(errors.NonFiniteError):
+            swap(pipe, {key: value * float("nan") for key, value in tensors_of(third).items()})
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, second))
+        swap(pipe, third)
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, third))
+
+
+def test_the_folder_of_save_lora_adapter_swaps(tmp_path: Path, lora: Callable[..., Path]) -> None:
+    """It has no prefix, and diffusers is told so by `prefix=None`."""
+    first, second = lora(seed=1), lora(seed=2, r=2, lora_alpha=7)
+    fresh(FLUX, second).transformer.save_lora_adapter(tmp_path, adapter_name="style")
+    options = {"prefix": None, "adapter_name": "style", "use_safetensors": True}
+    with patched():
+        pipe = loaded(FLUX, first)
+        pipe.transformer.load_lora_adapter(tmp_path, hotswap=True, **options)
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, second))
+
+
+def test_pipelines_that_share_a_component_swap_in_turn(lora: Callable[..., Path]) -> None:
+    with patched():
+        one, other = loaded(FLUX, lora(seed=4, components=BOTH)), FLUX.build()
+        other.transformer = one.transformer
+        for pipe, file in ((one, lora(seed=1)), (other, lora(seed=4, components=BOTH)), (one, lora(seed=2))):
+            swap(pipe, file)
+            assert_outputs(FLUX.outputs(pipe), expected(FLUX, file))
+
+
+@pytest.mark.parametrize("call", ["unload_lora", "delete_adapters", "load_lora_weights"])
+def test_layers_that_came_or_went_by_other_calls(call: str, lora: Callable[..., Path]) -> None:
+    """After a swap: the next one finds the layers that there are, and leaves nothing in them of the one before."""
+    text = lora(seed=7, targets={"text_encoder": CLIP})
+    with patched():
+        pipe = loaded(FLUX, lora(seed=1))
+        swap(pipe, lora(seed=2))
+        if call == "load_lora_weights":
+            pipe.load_lora_weights(text, adapter_name="style")  # of the other component, under the same name
+        else:
+            swap(pipe, lora(seed=4, components=BOTH))
+            getattr(pipe.transformer, call)(*["style"] * (call == "delete_adapters"))
+        swap(pipe, lora(seed=3))
+        assert_outputs(FLUX.outputs(pipe), expected(FLUX, lora(seed=3)))
+
+
 # -- what goes wrong today -------------------------------------------------------------------------------------------
 
 
@@ -791,6 +868,29 @@ def test_compiled_pipelines(compile_: Callable[..., None], lora: Callable[..., P
         pipe.unload_lora_weights()
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, None))
         assert type(pipe.transformer) is compiled
+
+
+def test_weights_in_a_compiled_text_encoder_compile_nothing(lora: Callable[..., Path]) -> None:
+    """transformers freezes what it loads, and PEFT makes trainable what it activates; compiled code guards both."""
+    first, second, backend = lora(seed=4, components=BOTH), lora(seed=8, r=2, components=BOTH), Backend()
+    weighted = fresh(FLUX, second)
+    weighted.set_adapters("style", 0.5)
+    want = FLUX.outputs(weighted)
+    with patched():
+        pipe = loaded(FLUX, first, rank=8)
+        pipe.text_encoder = torch.compile(pipe.text_encoder, backend=backend)
+        FLUX.outputs(pipe)
+        compiled = backend.graphs
+        swap(pipe, second)
+        pipe.set_adapters("style", 0.5)
+        assert_outputs(FLUX.outputs(pipe), want)
+        pipe.disable_lora()
+        pipe.enable_lora()
+        assert_outputs(FLUX.outputs(pipe), want)
+    assert backend.graphs == compiled
+    models(FLUX, pipe)["text_encoder"].set_adapter("style")  # the control
+    FLUX.outputs(pipe)
+    assert backend.graphs > compiled
 
 
 def test_calls_that_do_nothing_today_on_a_wrapped_model(lora: Callable[..., Path]) -> None:

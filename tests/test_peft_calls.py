@@ -964,3 +964,31 @@ def test_transformers_adapter_methods_work_beside_the_slot(llamas: dict[str, Pat
         assert model.get_adapter_state_dict("default").keys() == twin.get_adapter_state_dict("default").keys()
     swapper.activate("two")
     assert_same_output(output(model, LLAMA), fresh_output(LLAMA, llamas["two"]))
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias", "lora_dropout"])
+def test_attach_after_pefts_functions_goes_on_with_what_is_live(option: str, tmp_path: Path) -> None:
+    """Though the adapter that came with the model had no place for it; and after it was deleted, all begins anew."""
+    entry = ZOO["mlp"]
+    value = 0.4 if option == "lora_dropout" else True
+    plain = make_adapter(tmp_path / "plain", entry, seed=1, r=2, target_modules=["up", "down"])
+    other = make_adapter(tmp_path / "other", entry, seed=2, r=2, target_modules=["up"], **{option: value})
+    model = fresh(entry, plain)
+    hotslot.hotswap_adapter(model, other, "default")
+    swapper = hotslot.attach(model, {"plain": plain})
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, other))
+    swapper.activate("plain")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, plain))
+    swapper.detach()
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, other))
+    assert model.get_submodule("base_model.model.up").lora_dropout["default"].__class__ is (
+        nn.Dropout if option == "lora_dropout" else nn.Identity
+    )
+    swapper = hotslot.attach(model, {"other": other, "plain": plain})
+    swapper.activate("other")
+    model.delete_adapter("default")
+    model.load_adapter(str(plain), adapter_name="default")
+    model.set_adapter("default")
+    swapper = hotslot.attach(model.eval(), {"other": other})
+    swapper.activate("other")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, other))

@@ -42,8 +42,8 @@ def attach(
 
     Args:
         model: any nn.Module, PeftModel, transformers model, or diffusers pipeline; a pipeline of transformers or a
-            SentenceTransformer with a model of transformers; best before torch.compile. On a model that is compiled
-            already no parameter moves and none can be padded.
+            SentenceTransformer with a model of transformers; best before torch.compile, which else
+            compiles once more. Of an adapter that is on a compiled model no parameter moves, and none can be padded.
         adapters: name → source, planned for together and loaded. Or a folder: each folder in it that has an
             adapter_config.json is an adapter of its name, for a pipeline each safetensors file. Of those, and of all
             once `cache` has a budget for host memory, headers and configs are read now, and the values of one of each
@@ -150,7 +150,7 @@ def _attach(
             adapter_name,
             found,
             ranks,
-            arena=not compiled,
+            arena=not compiled or not slots,  # layers that are new to compiled code may move
             extra=extra,
             empty=empty,
             wrapped=wrapping.fqns,

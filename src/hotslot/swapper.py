@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -104,21 +104,25 @@ class Swapper:
         return next((by[adapter_name] for by in map(_attached.get, holders) if by and adapter_name in by), None)
 
     @classmethod
-    def make_way(cls, model: nn.Module, adapter_name: str) -> None:
-        """Let go of this slot's swapper if its adapter was deleted from the model, and nothing is left to write.
+    def make_way(cls, model: nn.Module, adapter_name: str, *, yielding: Container[Swapper] = ()) -> None:
+        """Let go of this slot's swappers: of the model, and of those that some of its components have.
+
+        Where the adapter was deleted from the model, there is nothing left to write, and all that a swapper has added
+        goes. Those of `yielding` let go in any case, and what they have made live stays on the model.
 
         Raises:
             ModelError: the slot has a swapper that can write it.
         """
-        parts = live.roots(model).values()
-        known = next((found for part in (model, *parts) if (found := cls.of(part, adapter_name))), None)
-        if known is not None and known._engine.is_current():
+        parts = (model, *live.roots(model).values())
+        known = dict.fromkeys(found for part in parts if (found := cls.of(part, adapter_name)))
+        if any(swapper not in yielding and swapper._engine.is_current() for swapper in known):
             raise ModelError(
                 f"A swapper is attached to the slot {adapter_name!r} of this model already.",
                 hint=f"take it with Swapper.of(model, {adapter_name!r}), or detach() it first",
             )
-        if known is not None:
-            known._let_go()
+        for swapper in known:
+            with swapper._engine.gate.swap(), swapper._lock:
+                swapper._let_go(leaving=swapper in yielding)
 
     def __repr__(self) -> str:
         state = "detached" if self._detached else f"{len(self._engine.binding.slots)} slots, active {self.active!r}"
@@ -578,15 +582,22 @@ class Swapper:
         with self._lock:
             return self._bound().finds_live(choose())
 
-    def _let_go(self) -> None:
+    def _let_go(self, *, leaving: bool = False) -> None:
+        """Forget the model, which gets all that was put on it taken off; or keeps that, and what is live, if `leaving`.
+
+        What others have taken off already stays off.
+        """
         model = self._engine.model  # an Assembly lives no longer than its engines
         with _guarding:
             live.unguard(model, self._engine.adapter_name)
+        if not leaving:  # the slots may be gone, and what is merged would have nobody to undo it
+            self._engine.binding.absolutes.put_back_merged()
         self._engine.release()
-        for wrapping in reversed(self._wrappings):
-            live.unwrap_saved(wrapping)
-        for injection in reversed(self._injections):
-            live.remove(injection)
+        if not leaving:
+            for wrapping in reversed(self._wrappings):
+                live.unwrap_saved(wrapping)
+            for injection in reversed(self._injections):
+                live.remove(injection)
         _attached.get(model, {}).pop(self._engine.adapter_name, None)
         self._library.clear()
         self._detached = True

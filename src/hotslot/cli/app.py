@@ -63,15 +63,17 @@ def inspect(
 ) -> None:
     """Show an adapter: method, rank, targets, dtype, bytes, digest, and what is unusual about it.
 
-    Of a LoRA file for diffusers: who writes such files, and for which components it is.
+    Of a LoRA for diffusers, in a file or the folder of save_lora_weights: who writes such files, and for which
+    components it is.
     """
     from .inspect import Inspection, inspect_adapter, show_inspection
-    from .inspect_file import FileInspection, inspect_file, show_file
+    from .inspect_file import FileInspection, inspect_file, lora_file, show_file
 
     found: Inspection | FileInspection
     with errors_reported(as_json=as_json):
-        if adapter.endswith(".safetensors"):
-            found = inspect_file(Path(adapter))
+        file = lora_file(Path(adapter, subfolder or ""))
+        if file is not None:
+            found = inspect_file(file)
         else:
             found = inspect_adapter(adapter, subfolder=subfolder, revision=revision)
     if as_json:

@@ -105,6 +105,14 @@ class FileInspection:
         return bool(self.components) and not self.strays
 
 
+def lora_file(path: Path) -> Path | None:
+    """The single file that is meant: the path itself, or in a folder the one that `save_lora_weights` writes."""
+    if path.suffix == ".safetensors":
+        return path
+    written = path / "pytorch_lora_weights.safetensors"
+    return written if written.is_file() else None
+
+
 def inspect_file(path: Path) -> FileInspection:
     """Read a single file and tell what is in it.
 

@@ -41,7 +41,7 @@ class Binding:
         adapter_name: PEFT's name of them.
         slots: of `find_slots`; there may be none, for adapters that are merged.
         ranks: fqn → rank to make room for, at least the slots' own.
-        arena: whether all parts move into one allocation per device. Not for a model that is compiled already.
+        arena: whether all parts move into one allocation per device. Not where compiled code knows them already.
         extra: (fqn, suffix) of parts that slots are to be given, if they lack them.
         empty: slots that hold nothing beside an adapter that came with the model.
         wrapped: modules whose place for this adapter in PEFT's wrapper is hotslot's own, and holds nothing yet.
@@ -108,7 +108,7 @@ class Binding:
             self._install_dora(slots)
             self._add_parts(extra)
             self.memory = bind(slots, self._ranks, ranks, self.stagings, arena=arena)
-            self._install(slots, compiled=is_compiled(model))
+            self._install(slots, compiled=is_compiled(model) and not arena)
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
             self.absolutes.release()
@@ -428,7 +428,13 @@ class Binding:
         for param, _ in self._originals.values():
             param.__dict__.pop("__reduce_ex__", None)
         for fqn, suffix in self._added:
-            self.slots[fqn].drop_part(suffix)
+            slot = self.slots[fqn]
+            if not slot.held[suffix].in_place():  # the adapter was deleted
+                continue
+            if slot.uses(suffix):  # of the live adapter, which goes on without hotslot
+                slot.leave_part(suffix)
+            else:
+                slot.drop_part(suffix)
         self._added.clear()
         self._uninstall_from(0, 0)
 
@@ -447,8 +453,11 @@ class Binding:
 
 
 def _put_back_dropout(dropouts: Any, adapter_name: str, found: nn.Module) -> None:
-    if adapter_name in dropouts:
-        dropouts[adapter_name] = found
+    """What was there before; a Dropout of the live adapter's rate, if that has another."""
+    live = dropouts._modules.get(adapter_name)
+    if type(live) is SlotDropout:  # else the adapter was deleted, or loaded anew
+        same = live.p == getattr(found, "p", 0.0)
+        dropouts[adapter_name] = found if same else nn.Dropout(live.p).train(live.training)
 
 
 def _put_back_class(module: nn.Module, found: type[nn.Module]) -> None:

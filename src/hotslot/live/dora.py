@@ -150,6 +150,12 @@ def drop_magnitude(layer: Any, adapter_name: str) -> None:
             layer.lora_variant[adapter_name] = displaced
 
 
+def leave_magnitude(module: Any) -> None:
+    """Make what `add_magnitude` has made PEFT's own, in use."""
+    module.__class__ = next(theirs for theirs, ours in _SLOT_CLASSES.items() if type(module) is ours)
+    del module.in_use, module.displaced
+
+
 def use_slot_dora(layer: Any, adapter_name: str) -> tuple[nn.Module, type[nn.Module]] | None:
     """Give PEFT's DoRA module the forward of a slot that is in use; (module, its class before), if there is one."""
     module = layer.lora_magnitude_vector._modules.get(adapter_name)

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -228,6 +228,7 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
     """
     injection = Injection([])
     photos: list[Photo] = []
+    standing = _standing(model, adapter_name)
     try:
         for prefix, root in roots(model).items():
             own = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
@@ -236,7 +237,7 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
             get_base_model: Any = getattr(root, "get_base_model", None)
             inner: nn.Module = get_base_model() if get_base_model is not None else root
             photos.append(Photo(inner))
-            injection.roots.append(_inject(root, inner, adapter_name, own, photos[-1]))
+            injection.roots.append(_inject(root, inner, adapter_name, own, photos[-1], standing))
         return injection
     except BaseException:
         if len(photos) > len(injection.roots):  # amid the last one
@@ -246,7 +247,12 @@ def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape])
 
 
 def _inject(
-    model: nn.Module, inner: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape], photo: Photo
+    model: nn.Module,
+    inner: nn.Module,
+    adapter_name: str,
+    shapes: Mapping[str, SlotShape],
+    photo: Photo,
+    standing: _Standing | None,
 ) -> _Injected:
     from peft import inject_adapter_in_model
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -263,8 +269,7 @@ def _inject(
     if any(param.is_meta for name in adapted for param in inner.get_submodule(name).parameters()):
         refuse_offloaded(inner)
     before = _layers_with_parents(inner)
-    active = {id(layer): layer._active_adapter for _, _, layer in before.values()}
-    own = [layer for _, _, layer in before.values() if adapter_name in {*layer.lora_A, *layer.lora_embedding_A}]
+    stood = {id(layer): _Standing.of(layer) for _, _, layer in before.values()}
     auxiliary = [(m, m._active_adapter) for m in inner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     attention = _plain_attentions(inner)
     with warnings.catch_warnings(), torch.inference_mode(False):
@@ -278,8 +283,8 @@ def _inject(
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after.values()), attention)
     photo.put_back_flags()
-    if own:
-        _keep_active(own[0], active, (layer for _, _, layer in after.values()))
+    if standing is not None:
+        _keep_active(adapter_name, standing, stood, (layer for _, _, layer in after.values()))
         _put_back_auxiliary(auxiliary)
         auxiliary.clear()
     resident = photo.configs.get(adapter_name)
@@ -292,8 +297,8 @@ def _inject(
     by_name = dict(lora_layers(model))
     for fqn, shape in shapes.items():
         layer = by_name[fqn]
-        if id(layer) in active:
-            injection.joined.append((layer, active[id(layer)]))
+        if id(layer) in stood:
+            injection.joined.append((layer, stood[id(layer)].active))
         _make_neutral(layer, adapter_name, shape)
     if hasattr(inner, "_hf_peft_config_loaded"):
         inner.__dict__["_hf_peft_config_loaded"] = True  # transformers' own adapter methods ask it
@@ -338,11 +343,37 @@ def _settle_attention(
                 module._parameters.update(saved)
 
 
-def _keep_active(own: Any, active: Mapping[int, Any], layers: Iterable[Any]) -> None:
-    """PEFT activates the adapter, and it alone, on all layers. One that was there before stays as active as it was."""
+class _Standing(NamedTuple):
+    """Which adapters are active in a layer, and whether none is heeded."""
+
+    active: Any
+    disabled: bool
+
+    @classmethod
+    def of(cls, layer: Any) -> _Standing:
+        return cls(layer._active_adapter, layer._disable_adapters)
+
+
+def _standing(model: nn.Module, adapter_name: str) -> _Standing | None:
+    """Of the layers that have the adapter already, on whichever member of an Assembly; None if none has."""
+    own = (layer for _, layer in lora_layers(model) if adapter_name in {*layer.lora_A, *layer.lora_embedding_A})
+    return next(map(_Standing.of, own), None)
+
+
+def _keep_active(name: str, standing: _Standing, stood: Mapping[int, _Standing], layers: Iterable[Any]) -> None:
+    """PEFT activates the adapter, and it alone, on all layers. One that was there before stays as active as it was.
+
+    So do those beside it. Layers of other members may not know yet that it is active.
+    """
     for layer in layers:
-        layer._active_adapter = active.get(id(layer), active[id(own)])
-        layer._disable_adapters = own._disable_adapters
+        before = stood.get(id(layer), standing)
+        missing = name in _listed(standing.active) and name not in _listed(before.active)
+        layer._active_adapter = [*_listed(before.active), name] if missing else before.active
+        layer._disable_adapters = before.disabled
+
+
+def _listed(active: Any) -> list[str]:
+    return [active] if isinstance(active, str) else active
 
 
 def _put_back_auxiliary(auxiliary: Iterable[tuple[Any, Any]]) -> None:

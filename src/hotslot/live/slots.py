@@ -116,6 +116,21 @@ class Slot:
         else:
             layer.lora_B[self.adapter_name].bias = None
 
+    def uses(self, suffix: str) -> bool:
+        """Whether the live adapter has a part that `with_part` has given, by PEFT's own records."""
+        layer: Any = self.layer
+        return bool((layer.use_dora if suffix == MAGNITUDE else layer.lora_bias).get(self.adapter_name))
+
+    def leave_part(self, suffix: str) -> None:
+        """Let PEFT have what `with_part` has given, in memory of its own."""
+        if suffix == MAGNITUDE:
+            from .dora import leave_magnitude
+
+            leave_magnitude(self.dora)
+        param = self.held[suffix].param
+        param.data = param.data.clone()
+        param.__dict__.pop("__reduce_ex__", None)
+
     def can_have(self, suffix: str) -> bool:
         """Whether the layer has this part or can be given it."""
         if suffix == MAGNITUDE and suffix not in self.held:

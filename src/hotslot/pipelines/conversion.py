@@ -159,6 +159,7 @@ class Conversion:
         except Exception as error:
             raise _refusal(error, self._origin) from error
         found = answers[-1]
+        self._refuse_others_than_tensors(found)
         self._refuse_metadata(found)
         self._refuse_absent_components(found)
         return found
@@ -261,6 +262,18 @@ class Conversion:
                         hint="load it with diffusers itself",
                     )
                 yield f"{name}.{key}", tensor
+
+    def _refuse_others_than_tensors(self, answer: Answer) -> None:
+        given: Mapping[str, Any] = answer.tensors
+        stray = next((name for name, value in given.items() if not isinstance(value, Tensor)), None)
+        if stray is not None:
+            raise TensorError(
+                f"{self._origin} holds something that is no adapter weight.",
+                where=stray,
+                found=type(given[stray]).__name__,
+                expected="tensors alone",
+                hint="pass the LoRA's own tensors, named as load_lora_weights takes them",
+            )
 
     def _refuse_absent_components(self, answer: Answer) -> None:
         cls: Any = self._shell.cls

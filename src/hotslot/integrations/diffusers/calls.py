@@ -103,16 +103,25 @@ def _delete(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
     return result
 
 
+def _activate(pipe: Any, run: Run, given: dict[str, Any]) -> None:
+    """`set_adapters` and the like: PEFT makes what is active trainable; it stays as it is in compiled models."""
+    compiled = [model for name, model in models_of(pipe).items() if live.is_compiled(getattr(pipe, name))]
+    flags = [(param, param.requires_grad) for model in compiled for param in model.parameters()]
+    run()
+    for param, flag in flags:
+        param.requires_grad_(flag)
+
+
 OF_PIPELINES: dict[str, Instead | None] = {
     "load_lora_weights": _load,
     "enable_lora_hotswap": _enable,
     "unload_lora_weights": _unload,
     "delete_adapters": _delete,
-    "set_adapters": None,
+    "set_adapters": _activate,
     "fuse_lora": None,
     "unfuse_lora": None,
-    "disable_lora": None,
-    "enable_lora": None,
+    "disable_lora": _activate,
+    "enable_lora": _activate,
     "get_list_adapters": None,
     "get_active_adapters": None,
     "set_lora_device": None,
@@ -167,7 +176,7 @@ class _Alone:
     def lora_state_dict(
         source: Any,
         *,
-        prefix: str | None,
+        prefix: str | None = None,
         network_alphas: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
         **hub: Any,

@@ -15,7 +15,7 @@ from ...attaching import attach
 from ...checkpoint import Checkpoint
 from ...errors import DoesNotFitError
 from ...pipelines import read, whole
-from ...planning import plan
+from ...planning import Plan, plan
 from ...swapper import Swapper
 
 
@@ -29,6 +29,7 @@ class Room(NamedTuple):
 rooms: weakref.WeakKeyDictionary[nn.Module, Room] = weakref.WeakKeyDictionary()  # for adapters that a model is to get
 # Names of adapters that a second transformer has from a file of its own: swapping the first leaves it alone.
 apart: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakSet[Swapper] = weakref.WeakSet()  # by these calls, and held by nobody: they yield to each other
 
 
 def swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection[str]) -> None:
@@ -39,10 +40,10 @@ def swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection[
     model, checkpoint = _of_one_method(model, checkpoint, adapter_name)
     swapper = Swapper.of(model, adapter_name)
     made = None
-    if swapper is None:
+    if swapper is None or not swapper.engine.is_current():
         for slot in live.find_slots(model, adapter_name).values():
             slot.refuse_if_merged()
-        swapper = made = attach(model, adapter_name=adapter_name, route="side")
+        swapper = made = _attach(model, adapter_name)
     try:
         _load_growing(swapper, adapter_name, checkpoint)
         swapper.activate(adapter_name)
@@ -50,6 +51,18 @@ def swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection[
         if made is not None:
             made.detach()
         raise
+
+
+def _attach(model: nn.Module, adapter_name: str, planned: Plan | None = None) -> Swapper:
+    """A swapper of all that the model has of the adapter.
+
+    One of these calls' own, for one component, for another pipeline that shares some, or for layers that are gone, has
+    to go for it.
+    """
+    Swapper.make_way(model, adapter_name, yielding=_made)
+    swapper = attach(model, adapter_name=adapter_name, route="side", plan=planned)
+    _made.add(swapper)
+    return swapper
 
 
 def _of_one_method(model: nn.Module, checkpoint: Checkpoint, adapter_name: str) -> tuple[nn.Module, Checkpoint]:
@@ -98,10 +111,9 @@ def make_room(pipe: Any, adapter_name: str, room: Room | None) -> None:
         return
     planned = plan(model, max_rank=room.target_rank, adapter_name=adapter_name)
     if not live.is_compiled(model):
-        attach(model, adapter_name=adapter_name, route="side", plan=planned)
+        _attach(model, adapter_name, planned)
         return
-    swapper = attach(model, adapter_name=adapter_name, route="side")
-    engine = swapper.engine
+    engine = _attach(model, adapter_name).engine
     with engine.gate.swap(), engine.lock:  # the layers are new to compiled code: they may move
         engine.resize(planned.ranks, arena=True)
 

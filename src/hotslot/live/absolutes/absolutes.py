@@ -130,6 +130,10 @@ class Absolutes:
                     self._sites.by_key[key] = Site(holder, name, param, store=store(key[1], tensor))
         return missing
 
+    def put_back_merged(self) -> None:
+        """Write the model's own values over all that is merged, whether or not the slots are still there."""
+        self._sites.put_back(self._merged)
+
     def let_go(self, needed: Collection[Key]) -> None:
         """Forget what `take_in` has made, but for these and for what has others' values now."""
         with self._sites.changing():

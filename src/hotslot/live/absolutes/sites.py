@@ -235,6 +235,13 @@ class Sites:
                 self.foreign.update(given)
                 written.update(map(id, _write(given, values)))
 
+    def put_back(self, keys: Iterable[Key]) -> None:
+        """Write the model's own values there."""
+        with torch.inference_mode(False), torch.no_grad():
+            for key in keys:
+                self.by_key[key].put_back()
+                self.foreign.discard(key)
+
     def _merge(self, merges: Sequence[Merge]) -> set[int]:
         """Write what is computed from the model's own values; returns the ids of the tensors."""
         written: set[int] = set()
