@@ -22,7 +22,7 @@ from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .saving import allow_saving, forbid_saving
 from .skeleton import hollow
-from .slots import Slot, find_slots
+from .slots import Slot, find_slots, let_be_offloaded, stay_on_device
 from .staging import Stagings
 from .state import NEUTRAL_SCALING, Records, build_config, refuse_unsupported_resident
 from .streams import note_stream, ordered, refuse_while_capturing
@@ -66,6 +66,7 @@ __all__ = [
     "innermost",
     "is_compiled",
     "is_on_gpu",
+    "let_be_offloaded",
     "matching_targets",
     "model_of",
     "note_norms",
@@ -85,6 +86,7 @@ __all__ = [
     "roots",
     "saved_modules",
     "slot_shapes",
+    "stay_on_device",
     "tied_modules",
     "token_rooms",
     "unguard",

@@ -14,6 +14,7 @@ import torch
 from ..errors import ModelError
 from ..methods import MAGNITUDE, PARTS, TOKENS
 from .corner import corner, fill
+from .offloading import stay_from_now_on
 from .saved import named_tensors
 from .slots import Slot
 
@@ -45,9 +46,13 @@ class TrueRank:
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
+        stay_from_now_on(layer, self.adapter_name)
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
-            if key in state_dict and live.get(key.removeprefix(prefix)) is self.params.get(suffix):
+            param = live.get(key.removeprefix(prefix))
+            if key in state_dict and param is self.params.get(suffix):
+                if state_dict[key].is_meta and param is not None:  # read before it was brought back
+                    state_dict[key] = param.detach()
                 shown = self._shown(layer, state_dict[key], suffix)
                 if shown is None:
                     del state_dict[key]
