@@ -234,6 +234,7 @@ def _attach_resident(
             expected="no plan, or one that says how to merge: hotslot.plan(model, pristine=…, merge=…)",
             hint="attach(model) without a plan; or attach to the base model: " + live.calls_of(model).unload,
         )
+    live.refuse_offloaded(model)
     way = {"side": "resident", "auto": "resident+merged", "merged": "merged"}[route]
     known = survey_all(model, adapters, way)
     arena = not live.is_compiled(model)

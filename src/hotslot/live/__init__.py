@@ -17,6 +17,7 @@ from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
 from .norms import note_norms
+from .offloading import refuse_offloaded
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
@@ -76,6 +77,7 @@ __all__ = [
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",
+    "refuse_offloaded",
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_unsupported_resident",

@@ -34,9 +34,11 @@ class Stays:
 
     no_grad = False  # which accelerate asks of its hooks
 
-    def __init__(self) -> None:
+    def __init__(self, home: torch.device | None = None) -> None:
+        """Of a module whose Parameters are to go to `home` as accelerate's hooks are taken off; or where they were."""
+        self._home = home
         self._own: dict[str, nn.Parameter] = {}
-        self._homes: dict[str, torch.device] = {}  # where they were before
+        self._homes: dict[str, torch.device] = {}
         self._turned: list[Any] = []  # the hooks that would offload
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,7 +55,7 @@ class Stays:
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Called by accelerate, before it does the same of the hook that comes."""
         self._own = {key: param for key, param in module._parameters.items() if param is not None}
-        self._homes = {key: param.device for key, param in self._own.items()}
+        self._homes = {key: self._home or param.device for key, param in self._own.items()}
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -116,8 +118,8 @@ class Stays:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """accelerate's hooks of the module, the first one first."""
-    hooks = [module.__dict__.get("_hf_hook")]
+    """Accelerate's hooks of the module, the first one first."""
+    hooks: list[Any] = [module.__dict__.get("_hf_hook")]
     while hooks:
         hook = hooks.pop(0)
         if hasattr(hook, "hooks"):
@@ -156,13 +158,20 @@ def is_offloaded(module: nn.Module) -> bool:
     return _hook_of(module) is not None
 
 
+def offloaded_value(module: nn.Module, name: str) -> torch.Tensor | None:
+    """What accelerate has of the module's tensor, wherever that is; None if it does not offload the module."""
+    hook = _hook_of(module)
+    value: torch.Tensor | None = None if hook is None else hook.weights_map[name]
+    return value
+
+
 # -- slots that accelerate offloads -----------------------------------------------------------------------------------
 
 
 def can_stay(layer: Any, adapter_name: str) -> bool:
     """Whether what the slot has without memory is offloaded module by module, as it need not be."""
     return all(
-        _hook_of(module) is not None
+        is_offloaded(module)
         for module in _modules_of(layer, adapter_name)
         if any(param.is_meta for param in module.parameters(recurse=False))
     )
@@ -171,7 +180,7 @@ def can_stay(layer: Any, adapter_name: str) -> bool:
 def stay(layer: Any, adapter_name: str) -> None:
     """Put the slot's parameters, those that accelerate has taken away, where they are computed with."""
     for module in _modules_of(layer, adapter_name):
-        if _hook_of(module) is not None:
+        if is_offloaded(module):
             stays = Stays.of(module)
             if stays is None:
                 stays = Stays()
@@ -228,7 +237,7 @@ def stay_beside(layer: Any, adapter_name: str) -> None:
                 zeros = torch.zeros(param.shape, dtype=param.dtype, device=base.execution_device)
                 module._parameters[key] = nn.Parameter(zeros, requires_grad=False)
         if "_hf_hook" not in module.__dict__ and not isinstance(module, nn.ParameterDict):
-            module.__dict__["_hf_hook"] = Stays()
+            module.__dict__["_hf_hook"] = Stays(home=next(iter(base.original_devices.values())))
             hook = AlignDevicesHook(base.execution_device, skip_keys=base.skip_keys)
             add_hook_to_module(module, hook, append=True)
 
@@ -236,7 +245,7 @@ def stay_beside(layer: Any, adapter_name: str) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def refuse_offloaded(model: nn.Module, fqn: str = "") -> None:
+def refuse_offloaded(model: nn.Module, fqn: str | None = None) -> None:
     """Raise if accelerate offloads the model layer by layer, as diffusers' `enable_sequential_cpu_offload` has it do.
 
     For whoever finds a parameter without memory, or another one in its place. Offloading whole models
@@ -244,17 +253,23 @@ def refuse_offloaded(model: nn.Module, fqn: str = "") -> None:
 
     Args:
         model: the model, or one of its modules.
-        fqn: the path of that.
+        fqn: what to name in the message; by default the first module that is offloaded.
     """
-    name = next((name for name, module in model.named_modules() if _hook_of(module) is not None), None)
+    name = next((name for name, module in model.named_modules() if is_offloaded(module)), None)
     if name is not None:
         raise ModelError(
             "The model is offloaded layer by layer: between forward passes its weights have no memory.",
-            where=".".join(filter(None, (fqn, name))) or type(model).__name__,
+            where=fqn or name or type(model).__name__,
             found="a hook of accelerate that offloads",
-            expected="weights that are there while an adapter is put in; of LoRA alone the slots are enough",
+            expected="LoRA and no more, which the slots hold: base weights that are written have to be there",
             hint=_HINT,
         )
+
+
+def refuse_offloaded_tensor(model: nn.Module, fqn: str, tensor: torch.Tensor | None) -> None:
+    """Raise if the tensor of the module at `fqn` is offloaded: what is written there would be gone."""
+    if tensor is not None and tensor.is_meta:
+        refuse_offloaded(model, fqn)
 
 
 def refuse_reading_offloaded(fqn: str, base: nn.Module, *, dora: bool = False, parameter: str | None = None) -> None:
@@ -267,7 +282,7 @@ def refuse_reading_offloaded(fqn: str, base: nn.Module, *, dora: bool = False, p
         parameter: the bare parameter of the module that the layer adapts, if it is one.
     """
     attention = isinstance(base, nn.MultiheadAttention) or ".base_layer." in fqn
-    if (dora or parameter or attention) and any(_hook_of(module) is not None for module in base.modules()):
+    if (dora or parameter or attention) and any(is_offloaded(module) for module in base.modules()):
         what = "DoRA" if dora else "LoRA of a bare parameter" if parameter else "LoRA of a MultiheadAttention"
         raise ModelError(
             f"{what} reads the base's weight, and the model is offloaded layer by layer: it has no memory by then.",
