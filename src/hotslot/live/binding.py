@@ -116,6 +116,7 @@ class Binding:
                 self.resident.release()
             self._uninstall()
             homes.put_back()
+            note_sizes(slots)
             raise
 
     @property

@@ -9,7 +9,7 @@ a swap touches none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from torch import nn
 from ..errors import ModelError
 
 _HINT = (
-    "take the hooks off (pipe.remove_all_hooks(), accelerate.hooks.remove_hook_from_submodules(model)), attach, and do "
-    "without the offloading; or load it without hotslot: diffusers takes the hooks off and puts them on again by "
-    "itself (pipe.delete_adapters(…), then pipe.load_lora_weights(…) without hotswap)"
+    "take the hooks off (pipe.remove_all_hooks(), or accelerate.hooks.remove_hook_from_submodules(model)), do it, and "
+    "offload the model again"
 )
 
 
@@ -39,13 +38,7 @@ class Stays:
         self._home = home
         self._own: dict[str, nn.Parameter] = {}
         self._homes: dict[str, torch.device] = {}
-        self._turned: list[Any] = []  # the hooks that would offload
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy or pickle of the model has no swapper: it gets a hook of accelerate's that does nothing.
-        from accelerate.hooks import ModelHook
-
-        return ModelHook, ()
+        self._turned: list[tuple[Any, dict[str, Any]]] = []  # hooks that would offload, and what they had put there
 
     @staticmethod
     def of(module: nn.Module) -> Stays | None:
@@ -84,7 +77,7 @@ class Stays:
                 with torch.inference_mode(False), torch.no_grad():
                     brought = {key: self._brought(key, there, hook) for key, there in module._parameters.items()}
                 self._homes = self._homes or dict(hook.original_devices)
-                self._turned.append(hook)
+                self._turned.append((hook, dict(module._parameters)))
                 module._parameters.update(brought)
                 hook.offload = False  # last: broken off before, it is done again
 
@@ -100,21 +93,29 @@ class Stays:
 
     def let_go(self, module: nn.Module) -> None:
         """Let accelerate offload the module again, with the values that it has now."""
-        for hook in self._turned:
+        for hook, displaced in self._turned:
             if _offloads(hook):  # broken off amid `bring_back`
                 continue
-            params = {key: param.detach() for key, param in module._parameters.items() if param is not None}
-            hook.weights_map = {key: param.to("cpu") for key, param in params.items()}
+            params = {key: param for key, param in module._parameters.items() if param is not None}
+            if not _has(hook.weights_map, params):
+                hook.weights_map = {key: param.detach().to("cpu") for key, param in params.items()}
             hook.offload = True
             for key, param in params.items():
-                flag = module._parameters[key].requires_grad  # type: ignore[union-attr]
-                module._parameters[key] = nn.Parameter(param.to("meta"), flag)
+                if displaced[key].shape == param.shape:
+                    module._parameters[key] = displaced[key]
+                else:
+                    module._parameters[key] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
         self._turned.clear()
         rest = [hook for hook in _hooks(module) if hook is not self]
         if rest:
             module.__dict__["_hf_hook"] = _in_sequence(rest)
         else:
             del module.__dict__["_hf_hook"]
+
+
+def _has(weights_map: Mapping[str, torch.Tensor], params: Mapping[str, nn.Parameter]) -> bool:
+    known = [(weights_map.get(key), param.detach().to("cpu")) for key, param in params.items()]
+    return all(old is not None and torch.equal(old, new) for old, new in known)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -145,7 +146,7 @@ def _hook_of(module: nn.Module) -> Any:
 
 def _modules_of(layer: Any, adapter_name: str) -> Iterator[nn.Module]:
     """The modules that have the parameters of one slot."""
-    for container in (layer.lora_A, layer.lora_B):
+    for container in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         if adapter_name in container:
             yield container[adapter_name]
     for container in (layer.lora_embedding_A, layer.lora_embedding_B):
