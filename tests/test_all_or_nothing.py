@@ -142,8 +142,8 @@ def everything(stage: Stage) -> Everything:
     rest["configs"] = {name: id(config) for name, config in (getattr(model, "peft_config", None) or {}).items()}
     swapper = hotslot.Swapper.of(model)
     rest["swapper"] = swapper and (swapper.active, swapper.version, swapper.adapters, swapper.host_bytes)
-    hooks = {name: vars(module).get("_hf_hook") for name, module in model.named_modules()}  # of accelerate
-    rest["offloading"] = {name: (id(hook), str(vars(hook))) for name, hook in hooks.items() if hook}
+    hooked = {name: vars(module) for name, module in model.named_modules() if "_old_forward" in vars(module)}
+    rest["offloading"] = {name: (id(of["_hf_hook"]), str(vars(of["_hf_hook"]))) for name, of in hooked.items()}
     shown = model.state_dict().items()
     saved = {key: value.detach().numpy().tobytes() for key, value in shown if not value.is_meta}
     facts = snapshot(model)
