@@ -291,8 +291,14 @@ def test_an_attach_that_breaks_off_changes_nothing(
         except AssertionError as error:
             raise AssertionError(f"after a fault at step {k}, {fault.where}: {error}") from error
         if i % 3 == 0:
+            came_with = output(MLP, stage.model)
             stage.then()
             assert_same_output(output(MLP, stage.model), fresh_output(MLP, folders["mlp"]["a"]))
+            swapper = hotslot.Swapper.of(stage.model)
+            assert swapper is not None
+            swapper.detach()
+            assert all(param.is_meta for param in stage.model.parameters())
+            assert_same_output(output(MLP, stage.model), came_with)
 
 
 @injected

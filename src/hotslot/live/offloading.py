@@ -101,10 +101,10 @@ class Stays:
                 hook.weights_map = {key: param.detach().to("cpu") for key, param in params.items()}
             hook.offload = True
             for key, param in params.items():
-                if displaced[key].shape == param.shape:
-                    module._parameters[key] = displaced[key]
-                else:
-                    module._parameters[key] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+                there = displaced.get(key)
+                if there is None or there.shape != param.shape:
+                    there = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+                module._parameters[key] = there
         self._turned.clear()
         rest = [hook for hook in _hooks(module) if hook is not self]
         if rest:
@@ -227,11 +227,11 @@ def stay_beside(layer: Any, adapter_name: str) -> None:
         layer: PEFT's layer, whose adapter has no values yet: they are zeros now.
         adapter_name: the slot's.
     """
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     base = _hook_of(layer.get_base_layer())
     if base is None:
         return
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
     for module in _modules_of(layer, adapter_name):
         for key, param in module._parameters.items():
             if param is not None and param.is_meta:

@@ -190,7 +190,7 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
     for fqn, parent, child, layer in lora_layers_with_parents(model):
         held = _held(layer, adapter_name)
         if held:
-            if not can_stay(layer, adapter_name):
+            if any(entry.param.is_meta for entry in held.values()) and not can_stay(layer, adapter_name):
                 refuse_offloaded(model)
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
