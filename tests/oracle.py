@@ -192,6 +192,8 @@ def _tensor_facts(tensor: Tensor, *, with_id: bool) -> TensorFacts:
 def _bytes(tensor: Tensor) -> bytes:
     if hasattr(tensor, "__tensor_flatten__"):  # of torchao: a wrapper, whose memory is that of the tensors within
         return b"".join(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    if tensor.is_meta:  # offloaded
+        return b""
     # reshape first: a 0-dim tensor cannot be viewed as bytes
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 

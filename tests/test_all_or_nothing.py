@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 from peft.utils.hotswap import hotswap_adapter_from_state_dict as peft_hotswap_from_state_dict
 from safetensors.torch import load_file, save_file
@@ -141,7 +142,10 @@ def everything(stage: Stage) -> Everything:
     rest["configs"] = {name: id(config) for name, config in (getattr(model, "peft_config", None) or {}).items()}
     swapper = hotslot.Swapper.of(model)
     rest["swapper"] = swapper and (swapper.active, swapper.version, swapper.adapters, swapper.host_bytes)
-    saved = {key: value.detach().numpy().tobytes() for key, value in model.state_dict().items()}
+    hooked = {name: vars(module) for name, module in model.named_modules() if "_old_forward" in vars(module)}
+    rest["offloading"] = {name: (id(of["_hf_hook"]), str(vars(of["_hf_hook"]))) for name, of in hooked.items()}
+    shown = model.state_dict().items()
+    saved = {key: value.detach().numpy().tobytes() for key, value in shown if not value.is_meta}
     facts = snapshot(model)
     if (
         stage.moved
@@ -389,6 +393,14 @@ def moved_by_the_user(entry: Entry, folders: dict[str, Path]) -> Stage:
     return stage
 
 
+def offloaded(entry: Entry, folders: dict[str, Path]) -> Stage:
+    """While accelerate takes the base's weights away after each forward pass."""
+    stage = live_to_other(entry, folders)
+    cpu_offload(stage.model, torch.device("cpu"))
+    entry.output(stage.model, entry.inputs())
+    return stage
+
+
 def drop_in(
     new: str, *, earlier: bool = False, target_rank: int | None = None
 ) -> Callable[[Entry, dict[str, Path]], Stage]:
@@ -472,6 +484,7 @@ SWAPS: dict[str, Scenario] = {
     "between tokens": (saving("tokens", "fewer", came_with="fewer"), "embedding"),
     "in a compiled model": (without_arena, "mlp"),
     "after the user moved the parameters": (moved_by_the_user, "embedding"),
+    "under offloading": (offloaded, "mlp"),
     "to a blend": (blending("a", {"a": 0.7, "b": -1.0}), "mlp"),
     "from a blend": (blending({"a": 0.7, "b": -1.0}, "b"), "embedding"),
     "to other weights of a blend": (blending({"a": 0.7, "b": -1.0}, {"a": 0.7, "b": 0.5}), "conv2d"),

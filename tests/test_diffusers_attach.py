@@ -725,6 +725,40 @@ def test_offloaded_pipelines_swap_and_keep_their_hooks(
     assert hooks == {name for name, module in pipe.transformer.named_modules() if hasattr(module, "_diffusers_hook")}
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["before attach", "after"])
+def test_pipelines_that_are_offloaded_layer_by_layer(first: bool, flux_loras: dict[str, Path]) -> None:
+    """As `enable_sequential_cpu_offload` does it, the CPU in the place of a GPU; blends, and detach, too."""
+    from accelerate import cpu_offload
+
+    def offload(pipe: Any) -> None:
+        for name in FLUX.components:
+            cpu_offload(getattr(pipe, name), torch.device("cpu"))
+
+    wanted = {name: fresh(FLUX, source) for name, source in flux_loras.items()}
+    pipe = FLUX.build()
+    base = FLUX.outputs(pipe)
+    if first:
+        offload(pipe)
+        with pytest.raises(HotslotError, match="offloaded layer by layer"):
+            hotslot.attach(pipe, flux_loras, route="merged")
+    swapper = hotslot.attach(pipe, flux_loras, plan=hotslot.plan(pipe, flux_loras))
+    swapper.activate("both")
+    if not first:
+        offload(pipe)
+    for name in ("both", "one", "both"):
+        swapper.activate(name)
+        assert_same(FLUX.outputs(pipe), wanted[name])
+    swapper.activate({"both": 0.7, "one": 0.4})
+    assert_same(FLUX.outputs(pipe), _weighted(flux_loras, 0.7, 0.4))
+    swapper.deactivate()
+    assert_same(FLUX.outputs(pipe), base, exact=True)
+    swapper.rollback()
+    assert_same(FLUX.outputs(pipe), _weighted(flux_loras, 0.7, 0.4))
+    for leave in (swapper.detach, pipe.remove_all_hooks):
+        leave()
+        assert_same(FLUX.outputs(pipe), base, exact=True)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -1005,62 +1005,96 @@ def test_offloading_by_models_and_casting_by_layers(offload: Callable[[Any], Non
         assert_outputs(outputs(pipe), wanted[first])
 
 
-def test_sequential_offloading_is_refused_and_diffusers_own_load_goes_on(
-    lora: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the refusal says; by accelerate's own hooks, as diffusers calls them where there is a GPU."""
+@pytest.fixture
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`enable_sequential_cpu_offload` without a GPU: what diffusers does in it, to the CPU."""
     from accelerate import cpu_offload
 
     def offload(pipe: Any) -> None:
-        cpu_offload(pipe.transformer, torch.device("cpu"), offload_buffers=True)
-
-    monkeypatch.setattr(diffusers.FluxPipeline, "enable_sequential_cpu_offload", offload)
-    first, second = lora(seed=1, components=BOTH), lora(seed=2, r=2)
-    wanted = {file: expected(FLUX, file) for file in (None, first, second)}
-
-    def hooks(pipe: Any) -> dict[str, int]:
-        return {name: id(m._hf_hook) for name, m in pipe.transformer.named_modules() if hasattr(m, "_hf_hook")}
-
-    def refuses(pipe: Any, act: Callable[[], Any]) -> None:
-        before, own = hooks(pipe), dict(pipe.transformer.named_parameters())
-        assert len(before) > 10
-        assert all(param.is_meta for param in own.values())
-        with pytest.raises(errors.ModelError, match=r"offloaded layer by layer(.*\n)*.*without hotswap"):
-            act()
-        assert hooks(pipe) == before
-        found = dict(pipe.transformer.named_parameters())
-        assert found.keys() == own.keys()
-        assert all(found[name] is param for name, param in own.items())
-
-    with patched():
-        pipe = loaded(FLUX, first)
-        pipe.enable_sequential_cpu_offload()
-        for file in (second, first):
-            refuses(pipe, lambda file=file: swap(pipe, file))
-            refuses(pipe, lambda file=file: hotslot.attach(pipe, {"a": file}, adapter_name="other"))
-            pipe.delete_adapters("style")
-            pipe.load_lora_weights(file, adapter_name="style")
-            assert hooks(pipe)
-            assert_outputs(FLUX.outputs(pipe), wanted[file])
-    pipe = FLUX.build()
-    pipe.enable_sequential_cpu_offload()
-    for route in ("side", "merged", "auto"):
-        refuses(pipe, lambda route=route: hotslot.attach(pipe, {"a": first}, route=route))
-        assert pipe.get_list_adapters() == {}
-    assert_outputs(FLUX.outputs(pipe), wanted[None])
-    pipe.remove_all_hooks()
-    for route in ("merged", "side"):
-        swapper = hotslot.attach(pipe, {"a": first, "b": second}, route=route)
-        swapper.activate("a")
-        assert_outputs(FLUX.outputs(pipe), wanted[first])
-        swapper.detach()
-        pipe.enable_sequential_cpu_offload()
-        assert_outputs(FLUX.outputs(pipe), wanted[None])
         pipe.remove_all_hooks()
-    swapper = hotslot.attach(pipe, {"a": first, "b": second})
-    swapper.activate("a")
-    pipe.enable_sequential_cpu_offload()
-    refuses(pipe, lambda: swapper.activate("b"))
+        for model in pipe.components.values():
+            if isinstance(model, nn.Module):
+                cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_sequential_cpu_offload", offload)
+
+
+def hooks_of_base(kind: Kind, pipe: Any) -> dict[str, tuple[int, int]]:
+    """Path → hook of accelerate and the Parameter that it has put there, of all weights but LoRAs'."""
+    found = {}
+    for name, model in models(kind, pipe).items():
+        for path, module in model.named_modules():
+            if hasattr(module, "_hf_hook") and "lora_" not in path:
+                found[f"{name}.{path}"] = (id(module._hf_hook), id(module._parameters.get("weight")))
+    return found
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["load, offload", "offload, load"])
+@pytest.mark.usefixtures("layer_by_layer")
+def test_sequential_offloading(before: bool, lora: Callable[..., Path], tmp_path: Path) -> None:
+    """Other ranks, more targets and fewer, text encoders; a failure; and diffusers' other calls after it."""
+    kind = FLUX
+    name = kind.denoiser
+    both, more = (name, "text_encoder"), {name: (*kind.targets[name], "ff.net.2")}
+    first, second = lora(kind, seed=1, components=both), lora(kind, seed=2, r=2)
+    third, fourth = lora(kind, seed=3, r=6, components=both, targets=more), lora(kind, seed=4, targets={name: ["to_q"]})
+    with patched():
+        pipe = kind.build()
+        if before:
+            pipe.enable_lora_hotswap(target_rank=8)
+            pipe.enable_sequential_cpu_offload()
+        pipe.load_lora_weights(first, adapter_name="style")
+        if not before:
+            pipe.enable_sequential_cpu_offload()
+        assert_outputs(kind.outputs(pipe), expected(kind, first))
+        for file in (second, first, third, fourth, second):
+            hooks = hooks_of_base(kind, pipe)
+            swap(pipe, file)
+            assert hooks_of_base(kind, pipe) == hooks or file == third  # which has layers put around some
+            assert_outputs(kind.outputs(pipe), expected(kind, file))
+        hooks = hooks_of_base(kind, pipe)
+        with pytest.raises(errors.NonFiniteError):
+            swap(pipe, {key: value / 0 for key, value in tensors_of(first).items()})
+        assert hooks_of_base(kind, pipe) == hooks
+        assert_outputs(kind.outputs(pipe), expected(kind, second))
+
+        model = models(kind, pipe)[name]
+        model.save_lora_adapter(tmp_path, adapter_name="style")
+        pipe.set_adapters("style", 0.0)
+        assert_outputs(kind.outputs(pipe), expected(kind, None))
+        pipe.set_adapters("style", 1.0)
+        pipe.disable_lora()
+        assert_outputs(kind.outputs(pipe), expected(kind, None))
+        pipe.enable_lora()
+        pipe.load_lora_weights(fourth, adapter_name="other")
+        assert_outputs(kind.outputs(pipe), expected(kind, fourth))
+        pipe.set_adapters("style")
+        assert_outputs(kind.outputs(pipe), expected(kind, second))
+        swap(pipe, first)
+        assert_outputs(kind.outputs(pipe), expected(kind, first))
+        pipe.unload_lora_weights()
+        assert_outputs(kind.outputs(pipe), expected(kind, None))
+        pipe.remove_all_hooks()
+        assert_outputs(kind.outputs(pipe), expected(kind, None))
+    saved = kind.build()
+    getattr(saved, name).load_lora_adapter(tmp_path, prefix=None, adapter_name="style", use_safetensors=True)
+    assert_outputs({name: kind.outputs(saved)[name]}, {name: expected(kind, second)[name]})
+
+
+@pytest.mark.usefixtures("layer_by_layer")
+def test_lokr_under_sequential_offloading_is_refused_with_nothing_touched(tmp_path: Path) -> None:
+    """It has no slots."""
+    files = [make_lokr(tmp_path / str(seed), seed=seed, r=3) for seed in (1, 2)]
+    with patched():
+        pipe = loaded(FLUX_2, files[0])
+        pipe.enable_sequential_cpu_offload()
+        hooks = hooks_of_base(FLUX_2, pipe)
+        with pytest.raises(errors.ModelError, match=r"offloaded layer by layer(.*\n)*.*remove_all_hooks"):
+            swap(pipe, files[1])
+        assert hooks_of_base(FLUX_2, pipe) == hooks
+        pipe.remove_all_hooks()  # as the refusal says
+        swap(pipe, files[1])
+        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, files[1]))
 
 
 # -- patching --------------------------------------------------------------------------------------------------------

@@ -224,6 +224,23 @@ def test_norms_that_came_with_the_pipeline(files: dict[str, Path]) -> None:
     assert_is(FLUX, pipe, base)
 
 
+def test_norms_under_sequential_offloading_are_refused_with_nothing_touched(files: dict[str, Path]) -> None:
+    """What is written into them would be gone; the plain LoRA swaps."""
+    from accelerate import cpu_offload
+
+    pipe, want = FLUX.build(), wanted(FLUX, files["plain"])
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    before = FLUX.outputs(pipe)
+    with pytest.raises(errors.ModelError, match="offloaded layer by layer"):
+        hotslot.attach(pipe, {name: files[name] for name in ("plain", "control 1")})
+    assert_equal(FLUX.outputs(pipe), before)
+    swapper = hotslot.attach(pipe, {"plain": files["plain"]})
+    swapper.activate("plain")
+    with pytest.raises(errors.HotslotError):
+        swapper.load("control 1", files["control 1"])
+    assert_same_output(FLUX.outputs(pipe)["transformer"], want.outputs["transformer"])
+
+
 @pytest.mark.parametrize(
     "injector",
     [lambda k: LineFault(k, KeyboardInterrupt), lambda k: OpFault(k, Fault, "amid")],

@@ -358,6 +358,30 @@ def test_a_state_dict_that_does_not_fit_is_refused(folders: dict[str, Path]) -> 
         model.load_state_dict(live, strict=True)
 
 
+def test_another_adapter_that_is_assigned_leaves_the_slots_their_parameters(tmp_path: Path) -> None:
+    """As diffusers loads each, and PEFT with low_cpu_mem_usage: also slots that the live adapter does not use."""
+    entry = ZOO["embedding"]
+    configs = {
+        "plain": {"target_modules": ["mix"]},
+        "head": {"target_modules": ["mix"], "modules_to_save": ["head"]},
+        "tokens": {"target_modules": ["mix", "place"], "trainable_token_indices": {"word": [3]}},
+        "other": {"target_modules": ["mix"], "r": 2},
+    }
+    made = {
+        key: make_adapter(tmp_path / key, entry, seed=i, **config) for i, (key, config) in enumerate(configs.items())
+    }
+    model = fresh(entry, made["plain"])
+    swapper = hotslot.attach(model, {key: made[key] for key in ("plain", "head", "tokens")})
+    swapper.activate("plain")
+    before = {name: param for name, param in model.named_parameters() if "lora" in name or "token" in name}
+    model.load_adapter(str(made["other"]), adapter_name="other", low_cpu_mem_usage=True)
+    now = dict(model.named_parameters())
+    assert [name for name, param in before.items() if now[name] is not param] == []
+    for key in ("head", "tokens", "plain"):
+        swapper.activate(key)
+        assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, made[key]))
+
+
 # --- no-ops ---------------------------------------------------------------------------------------------------------
 
 

@@ -137,11 +137,13 @@ def _attach(
     if dropin is not None:
         dropin.release()
     injection = engine = binding = wrapping = swapper = None
+    found: dict[str, live.Slot] = {}
     try:
         if missing:
             injection = live.inject(model, adapter_name, missing)
         wrapping = live.wrap(model, adapter_name, plan.saved, plan.tokens, plan.tied)
         found = live.find_slots(model, adapter_name)
+        live.stay_on_device(found)
         ranks = {fqn: plan.slots[fqn].rank for fqn in found}
         extra = [(fqn, suffix) for fqn in found for suffix in plan.slots[fqn].parts]
         empty = missing if slots else ()
@@ -175,6 +177,7 @@ def _attach(
             engine.release()
         elif binding is not None:
             binding.release()
+        live.let_be_offloaded(found)
         if wrapping is not None:
             live.unwrap_saved(wrapping)
         if injection is not None:
@@ -231,6 +234,7 @@ def _attach_resident(
             expected="no plan, or one that says how to merge: hotslot.plan(model, pristine=…, merge=…)",
             hint="attach(model) without a plan; or attach to the base model: " + live.calls_of(model).unload,
         )
+    live.refuse_offloaded(model)
     way = {"side": "resident", "auto": "resident+merged", "merged": "merged"}[route]
     known = survey_all(model, adapters, way)
     arena = not live.is_compiled(model)

@@ -381,11 +381,16 @@ def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:
 
 
 def _new_engine(model: nn.Module, adapter_name: str, slots: dict[str, live.Slot]) -> Engine:
-    binding = live.Binding(model, adapter_name, slots, {fqn: slot.rank for fqn, slot in slots.items()}, arena=False)
+    binding = None
     try:
+        live.stay_on_device(slots)
+        ranks = {fqn: slot.rank for fqn, slot in slots.items()}
+        binding = live.Binding(model, adapter_name, slots, ranks, arena=False)
         return Engine(model, adapter_name, binding, empty=False, keeps_history=False)
     except BaseException:
-        binding.release()
+        if binding is not None:
+            binding.release()
+        live.let_be_offloaded(slots)
         raise
 
 

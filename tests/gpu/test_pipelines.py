@@ -58,6 +58,49 @@ def test_model_offload_swaps_and_keeps_its_hooks(files: list[Path]) -> None:
         assert hasattr(pipe.transformer, "_hf_hook")
 
 
+@pytest.mark.parametrize("order", ["attach, offload", "offload, attach", "patch_peft"])
+def test_sequential_offload_swaps_on_the_gpu_and_touches_no_hook(order: str, files: list[Path]) -> None:
+    """The slots come to the GPU whenever the offloading begins, and go back with the hooks."""
+    wanted = dict(zip("ab", [fresh(file) for file in files], strict=True))
+    sources = dict(zip("ab", files, strict=True))
+    pipe = FLUX.build()
+    if order == "offload, attach":
+        pipe.enable_sequential_cpu_offload()
+    if order == "patch_peft":
+        hotslot.patch_peft()
+        pipe.load_lora_weights(files[0], adapter_name="style")
+    else:
+        swapper = hotslot.attach(pipe, sources)
+        swapper.activate("a")
+    if order != "offload, attach":
+        pipe.enable_sequential_cpu_offload()
+
+    def hooks() -> dict[str, int]:
+        return {name: id(m._hf_hook) for name, m in pipe.transformer.named_modules() if hasattr(m, "_hf_hook")}
+
+    try:
+        assert_close(output(pipe), wanted["a"])
+        for name in ("b", "a", "b"):
+            before = hooks()
+            if order == "patch_peft":
+                pipe.load_lora_weights(sources[name], adapter_name="style", hotswap=True)
+            else:
+                swapper.activate(name)
+            assert hooks() == before or order == "patch_peft"
+            assert_close(output(pipe), wanted[name])
+            params = dict(pipe.transformer.named_parameters())
+            assert {param.device.type for key, param in params.items() if "lora_" in key} == {"cuda"}
+            assert {param.device.type for key, param in params.items() if "lora_" not in key} == {"meta"}
+        pipe.remove_all_hooks()
+        assert {param.device.type for param in pipe.transformer.parameters()} == {"cpu"}
+        with torch.no_grad():
+            assert_close(pipe.transformer(**FLUX.inputs["transformer"](), return_dict=False)[0], wanted["b"])
+        pipe.enable_sequential_cpu_offload()
+        assert_close(output(pipe), wanted["b"])
+    finally:
+        hotslot.unpatch_peft()
+
+
 def test_swaps_under_cuda_graphs_compile_nothing(files: list[Path]) -> None:
     wanted = [fresh(file) for file in files]
     pipe = FLUX.build().to("cuda")

@@ -18,11 +18,12 @@ from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
 from .norms import note_norms
+from .offloading import refuse_offloaded
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
 from .skeleton import hollow
-from .slots import Slot, find_slots
+from .slots import Slot, find_slots, let_be_offloaded, stay_on_device
 from .staging import Stagings
 from .state import NEUTRAL_SCALING, Records, build_config, refuse_unsupported_resident
 from .streams import note_stream, ordered, refuse_while_capturing
@@ -66,6 +67,7 @@ __all__ = [
     "innermost",
     "is_compiled",
     "is_on_gpu",
+    "let_be_offloaded",
     "matching_targets",
     "model_of",
     "note_norms",
@@ -75,6 +77,7 @@ __all__ = [
     "outline_bytes",
     "own_tokens",
     "refuse_adapted_and_saved",
+    "refuse_offloaded",
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_passed_over",
@@ -86,6 +89,7 @@ __all__ = [
     "roots",
     "saved_modules",
     "slot_shapes",
+    "stay_on_device",
     "tied_modules",
     "token_rooms",
     "unguard",

@@ -26,7 +26,7 @@ from .merging import Merger
 from .offloading import refuse_offloaded
 from .resident import Resident
 from .scaling import ScalingMap
-from .slots import Slot, compact
+from .slots import Slot, bring_back, compact, let_be_offloaded
 from .staging import Stagings
 from .state import Records, adapter_records, neutral_records
 from .state_dict import TrueRank
@@ -116,6 +116,7 @@ class Binding:
                 self.resident.release()
             self._uninstall()
             homes.put_back()
+            note_sizes(slots)
             raise
 
     @property
@@ -201,14 +202,21 @@ class Binding:
         if isinstance(model, Assembly):
             model.refuse_if_replaced()
         try:
-            if self.resident is not None:
-                self.resident.refuse_if_taken_out()
-            self.memory.refuse_if_replaced()
-            self.absolutes.refuse_if_replaced()
+            self._refuse_if_replaced()
         except ModelError:
-            if model is not None:
-                refuse_offloaded(model)
-            raise
+            bring_back(self.slots)
+            try:
+                self._refuse_if_replaced()
+            except ModelError:
+                if model is not None:
+                    refuse_offloaded(model)
+                raise
+
+    def _refuse_if_replaced(self) -> None:
+        if self.resident is not None:
+            self.resident.refuse_if_taken_out()
+        self.memory.refuse_if_replaced()
+        self.absolutes.refuse_if_replaced()
 
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others may have written since hotslot did."""
@@ -423,6 +431,7 @@ class Binding:
         for fqn, slot in self.slots.items():
             self._release_scaling(slot, self._scalings[fqn])
         self._ledger.release()
+        let_be_offloaded(self.slots)
 
     def _uninstall(self) -> None:
         for param, _ in self._originals.values():

@@ -19,7 +19,7 @@ from ..errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ..methods import MAGNITUDE, Adapter
 from .base import base_modules, parameter_name
 from .discover import canonical_name, lora_layers, roots, unwrap
-from .offloading import refuse_offloaded
+from .offloading import is_offloaded, refuse_offloaded, refuse_reading_offloaded, stay_beside
 from .photo import ABSENT, Photo
 from .quantised import has_bias, is_repacked
 from .saved import refuse_adapted_and_saved, saved_wrappers
@@ -266,8 +266,8 @@ def _inject(
     ]
     adapted = [*targeted, *(parameter.rpartition(".")[0] for parameter in parameters)]
     _refuse_compiled_targets(adapted)
-    if any(param.is_meta for name in adapted for param in inner.get_submodule(name).parameters()):
-        refuse_offloaded(inner)
+    for fqn, shape in shapes.items():
+        _refuse_without_memory(inner, fqn, names[fqn.removesuffix(OUT_PROJ).replace(".base_layer", "")], shape)
     before = _layers_with_parents(inner)
     stood = {id(layer): _Standing.of(layer) for _, _, layer in before.values()}
     auxiliary = [(m, m._active_adapter) for m in inner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
@@ -303,6 +303,15 @@ def _inject(
     if hasattr(inner, "_hf_peft_config_loaded"):
         inner.__dict__["_hf_peft_config_loaded"] = True  # transformers' own adapter methods ask it
     return injection
+
+
+def _refuse_without_memory(model: nn.Module, fqn: str, name: str, shape: SlotShape) -> None:
+    """Raise if the module is on meta, unless accelerate has its weight: a slot can be there without."""
+    module: Any = model.get_submodule(name)
+    base: nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    refuse_reading_offloaded(fqn, base, dora=MAGNITUDE in shape.parts, parameter=shape.parameter)
+    if any(param.is_meta for param in base.parameters()) and not is_offloaded(base):
+        refuse_offloaded(model)
 
 
 def _refuse_compiled_targets(roots: Iterable[str]) -> None:
@@ -405,6 +414,7 @@ def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
     from .dora import add_magnitude
 
     with torch.inference_mode(False), torch.no_grad():
+        stay_beside(layer, name)
         if "lora_B.bias" in shape.parts:
             up = layer.lora_B[name]
             up.bias = nn.Parameter(torch.zeros(shape.parts["lora_B.bias"], device=up.weight.device))

@@ -15,7 +15,8 @@ from ..methods import MAGNITUDE, PARTS
 from .calls import UNMERGE
 from .corner import band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
-from .offloading import refuse_offloaded
+from .offloading import bring_back as bring_slot_back
+from .offloading import can_stay, let_go, refuse_offloaded, refuse_reading_offloaded, stay
 from .quantised import has_bias, has_dora
 
 if TYPE_CHECKING:
@@ -92,12 +93,17 @@ class Slot:
         return shape.with_parts(extra)
 
     def with_part(self, suffix: str) -> Slot:
-        """The same slot, whose layer has been given a bias of the up-projection, or DoRA's magnitude; neutral both."""
+        """The same slot, whose layer has been given a bias of the up-projection, or DoRA's magnitude; neutral both.
+
+        Raises:
+            ModelError: DoRA needs a weight that is offloaded.
+        """
         layer: Any = self.layer
         shape = self.shape(extra=[suffix]).parts[suffix]
         if suffix == MAGNITUDE:
             from .dora import add_magnitude
 
+            refuse_reading_offloaded(self.fqn, layer.get_base_layer(), dora=True)
             trained = next(iter(self.held.values())).param.requires_grad
             add_magnitude(layer, self.adapter_name, shape, self.dtype, requires_grad=trained)
         else:
@@ -173,6 +179,11 @@ class Slot:
         found = self.siblings.get(self.child)
         return found is not None and id(unwrap(found)) == id(self.layer)
 
+    def refuse_if_unreadable(self) -> None:
+        """Raise if PEFT's layer reads a weight of the base layer that accelerate has taken away by then."""
+        base = self.layer.get_base_layer()
+        refuse_reading_offloaded(self.fqn, base, dora=self.dora is not None, parameter=self.parameter)
+
     def refuse_if_merged(self) -> None:
         """Raise if the adapter is merged into the base weights."""
         if self.adapter_name in self.layer.merged_adapters:
@@ -188,19 +199,49 @@ def find_slots(model: nn.Module, adapter_name: str) -> dict[str, Slot]:
 
     Raises:
         UnsupportedError: the adapter uses something on this layer that hotslot does not swap.
-        ModelError: its parameters have no memory.
+        ModelError: its parameters have no memory, and no hook of accelerate's that knows where they are.
     """
     slots = {}
     for fqn, parent, child, layer in lora_layers_with_parents(model):
         held = _held(layer, adapter_name)
         if held:
-            if any(entry.param.is_meta for entry in held.values()):
+            if any(entry.param.is_meta for entry in held.values()) and not can_stay(layer, adapter_name):
                 refuse_offloaded(model)
             _refuse_unsupported(fqn, layer, adapter_name, held)
             groups = getattr(layer.get_base_layer(), "groups", 1)
             experts = getattr(layer, "num_experts", 1)
             slots[fqn] = Slot(fqn, parent._modules, child, layer, adapter_name, groups, experts, held)
     return slots
+
+
+def stay_on_device(slots: dict[str, Slot]) -> None:
+    """Let slots that accelerate offloads stay where they are computed with. If it raises, call `let_be_offloaded`.
+
+    Raises:
+        ModelError: PEFT does not compute with such a layer under a base layer that is offloaded.
+    """
+    for fqn, slot in slots.items():
+        if any(held.param.is_meta for held in slot.held.values()):
+            slot.refuse_if_unreadable()
+            stay(slot.layer, slot.adapter_name)
+            slots[fqn] = replace(slot, held=_held(slot.layer, slot.adapter_name))
+
+
+def bring_back(slots: Mapping[str, Slot]) -> None:
+    """Put the Parameters of slots back that accelerate has begun to offload since they were bound.
+
+    Raises:
+        ModelError: PEFT does not compute with such a layer under a base layer that is offloaded.
+    """
+    for slot in slots.values():
+        slot.refuse_if_unreadable()
+        bring_slot_back(slot.layer, slot.adapter_name)
+
+
+def let_be_offloaded(slots: Mapping[str, Slot]) -> None:
+    """Undo `stay_on_device`, and what `state_dict` has prepared. May be repeated."""
+    for slot in slots.values():
+        let_go(slot.layer, slot.adapter_name)
 
 
 def compact(slots: dict[str, Slot]) -> None:
@@ -268,7 +309,7 @@ def _refuse_unsupported(fqn: str, layer: LoraLayer, name: str, held: Mapping[str
     if set(held) - {"lora_B.bias", MAGNITUDE} not in _ALLOWED:
         raise UnsupportedError(f"The layer has unknown adapter tensors of {name!r}.", where=fqn, found=sorted(held))
     for suffix, entry in held.items():
-        if entry.param.is_meta:
+        if entry.param.is_meta and not can_stay(layer, name):
             raise ModelError(
                 f"The adapter {name!r} has parameters without memory.",
                 where=f"{fqn}.{suffix}",

@@ -14,6 +14,7 @@ import torch
 from ..errors import ModelError
 from ..methods import MAGNITUDE, PARTS, TOKENS
 from .corner import corner, fill
+from .offloading import stay_from_now_on
 from .saved import named_tensors
 from .slots import Slot
 
@@ -45,9 +46,13 @@ class TrueRank:
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
+        stay_from_now_on(layer, self.adapter_name)
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
-            if key in state_dict and live.get(key.removeprefix(prefix)) is self.params.get(suffix):
+            param = live.get(key.removeprefix(prefix))
+            if key in state_dict and param is self.params.get(suffix):
+                if state_dict[key].is_meta and param is not None:  # read before it was brought back
+                    state_dict[key] = param.detach()
                 shown = self._shown(layer, state_dict[key], suffix)
                 if shown is None:
                     del state_dict[key]
@@ -65,7 +70,11 @@ class TrueRank:
         unexpected_keys: list[str],
         errors: list[str],
     ) -> None:
-        """Called by `load_state_dict()`, before the parameters are looked up: what fits is what `state_dict` shows."""
+        """Called by `load_state_dict()`, before the parameters are looked up: what fits is what `state_dict` shows.
+
+        What is to stay is given as the Parameter itself: `assign=True`, by which diffusers loads other adapters, keeps
+        that, and makes another of anything else.
+        """
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
             param = live.get(key.removeprefix(prefix))
@@ -77,13 +86,13 @@ class TrueRank:
                 _refuse_around_the_slot(state_dict, prefix, suffix, self.adapter_name)
                 if given is not None and strict:
                     unexpected_keys.append(key)
-                state_dict[key] = param.detach()
+                state_dict[key] = param
             elif given is not None and given.shape != shown.shape:
                 errors.append(
                     f"size mismatch for {key}: copying a param with shape {given.shape} from checkpoint, "
                     f"the shape in current model is {shown.shape}."
                 )
-                state_dict[key] = param.detach()
+                state_dict[key] = param
             elif given is not None and given.shape != param.shape:
                 full = torch.zeros_like(param, device=given.device, dtype=given.dtype)
                 fill(full, suffix, given, self.rank, self.groups, self.experts)
@@ -203,7 +212,7 @@ class SavedModule:
                 state_dict[original] = state_dict.pop(prefix + name)
             else:
                 _refuse_around_the_slot(state_dict, prefix, name, self._adapter_name)
-            state_dict[hidden] = state_dict.get(original, tensor.detach())  # the copy is to equal the original
+            state_dict[hidden] = state_dict.get(original, tensor)  # the copy is to equal the original
 
 
 class ShownTokens:
@@ -261,7 +270,7 @@ class ShownTokens:
             _refuse_around_the_slot(state_dict, prefix, TOKENS, self._adapter_name)
             if given is not None and strict:
                 unexpected_keys.append(key)
-            state_dict[key] = param
+            state_dict[key] = self._param
             if self._is_alone(wrapper):
                 for name in wrapper.original_module.state_dict():
                     if prefix + name in state_dict:

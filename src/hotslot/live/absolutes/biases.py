@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import UnsupportedError
 from ...methods import Adapter
 from ..discover import adapted_layers
+from ..offloading import refuse_offloaded_tensor
 from ..saved import base_biases
 from ..skeleton import base_tree
 from ..state import peft_configs
@@ -40,6 +41,7 @@ class BiasSites:
             holder, param = module._parameters, module._parameters.get("bias")
             bias = next((bias for prefix, bias in biased.items() if fqn.startswith(prefix)), "none")
             if param is not None and (bias == "all" or (bias.endswith("_only") and fqn in adapted)):
+                refuse_offloaded_tensor(model, fqn, param)
                 key = "", f"{fqn}.bias"
                 self._sites.by_key[key] = Site(holder, "bias", param, lost=True)
                 self._sites.foreign.add(key)
@@ -49,6 +51,7 @@ class BiasSites:
 
         Raises:
             UnsupportedError: another adapter on the model has some, too, or another swapper writes there.
+            ModelError: they are offloaded.
         """
         if not fqns:
             return
@@ -65,6 +68,8 @@ class BiasSites:
         modules = base_biases(model)
         places: dict[Key, Any] = {("", f"{fqn}.bias"): (modules[fqn]._parameters, "bias") for fqn in fqns}
         self._sites.refuse_others(places)
+        for fqn in fqns:
+            refuse_offloaded_tensor(model, fqn, modules[fqn]._parameters["bias"])
         with self._sites.changing():
             for key in places.keys() - self._sites.by_key.keys():
                 holder, name = places[key]

@@ -14,6 +14,7 @@ from ..base import all_base_modules
 from ..copies import Copy, base_copies
 from ..discover import adapter_names
 from ..norms import Norms
+from ..offloading import offloaded_value, refuse_offloaded_tensor
 from .sites import Key, Site, Sites
 
 
@@ -39,6 +40,7 @@ class WeightSites:
         for path, own in found.items():
             fqn, _, name = path.rpartition(".")
             holder = modules[fqn]._parameters
+            refuse_offloaded_tensor(model, fqn, holder[name])
             self._sites.by_key["", path] = Site(holder, name, holder[name], kept=[own])
             self._sites.foreign.add(("", path))
 
@@ -47,13 +49,15 @@ class WeightSites:
 
         Raises:
             UnsupportedError: PEFT drops some of them, or the model's other adapters would see them.
+            ModelError: the weights are offloaded.
         """
         if not adapter.base_copies:
             return {}
-        copies = list(base_copies(model, adapter, all_base_modules(model)))
+        modules = all_base_modules(model)
+        copies = list(base_copies(model, adapter, modules))
         # Of a tied weight the last one is what PEFT leaves behind.
         last = {id(copy.holder[copy.name]): copy for copy in copies if copy.taken}
-        differing = [copy for copy in copies if self._differs(copy, adapter)]
+        differing = [copy for copy in copies if self._differs(copy, adapter, modules[copy.fqn])]
         stray = next((copy for copy in differing if not copy.taken), None)
         if stray is not None:
             raise UnsupportedError(
@@ -66,15 +70,18 @@ class WeightSites:
         values = {}
         for copy in differing:
             if last[id(copy.holder[copy.name])] is copy:
+                refuse_offloaded_tensor(model, copy.fqn, copy.holder[copy.name])
                 if not isinstance(model, Assembly):  # norms of a pipeline are whose they are to all its LoRAs
                     self._refuse_beside_others(model, adapter, f"{copy.fqn}.{copy.name}")
                 values[self._take_in(copy)] = adapter.checkpoint.tensor(copy.spec.name)
         return values
 
-    def _differs(self, copy: Copy, adapter: Adapter) -> bool:
+    def _differs(self, copy: Copy, adapter: Adapter, module: nn.Module) -> bool:
         own = copy.holder[copy.name]
         own = next((site.own() for site in self._sites.by_key.values() if site.param is own), own)
-        if own.is_meta:  # a plan for a model whose weights are not loaded
+        if own.is_meta:
+            own = offloaded_value(module, copy.name)
+        if own is None:  # a plan for a model whose weights are not loaded
             return False
         return not torch.equal(own, adapter.checkpoint.tensor(copy.spec.name).to(own.device, own.dtype))
 
