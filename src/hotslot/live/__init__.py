@@ -10,7 +10,8 @@ from .binding import Binding
 from .calls import calls_of
 from .conversion import converted, outcome
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
-from .guard import guard, unguard
+from .exchange import carries, put_on, refuse_merged, refuse_put_on, taken_off
+from .guard import guard, is_guarded, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .low_rank import blended
 from .memory import Image, Memory, Writes
@@ -55,6 +56,7 @@ __all__ = [
     "blended",
     "build_config",
     "calls_of",
+    "carries",
     "converted",
     "count_slots",
     "find_slots",
@@ -65,6 +67,7 @@ __all__ = [
     "inject",
     "innermost",
     "is_compiled",
+    "is_guarded",
     "is_on_gpu",
     "matching_targets",
     "model_of",
@@ -74,9 +77,12 @@ __all__ = [
     "outcome",
     "outline_bytes",
     "own_tokens",
+    "put_on",
     "refuse_adapted_and_saved",
+    "refuse_merged",
     "refuse_other_base",
     "refuse_other_parameters",
+    "refuse_put_on",
     "refuse_unsupported_resident",
     "refuse_untied",
     "refuse_while_capturing",
@@ -85,6 +91,7 @@ __all__ = [
     "roots",
     "saved_modules",
     "slot_shapes",
+    "taken_off",
     "tied_modules",
     "token_rooms",
     "unguard",
