@@ -657,15 +657,16 @@ def make_lora(
     return folder
 
 
-def make_lokr(folder: Path, *, seed: int, **config: Any) -> Path:
-    """Save a random LoKr for Flux 2, the one pipeline into which diffusers loads them, as diffusers saves a LoRA.
+def make_lokr(folder: Path, *, seed: int, kind: Kind | None = None, **config: Any) -> Path:
+    """Save a random LoKr for the transformer, as diffusers saves a LoRA.
 
     Args:
         folder: to save into, made if need be.
         seed: equal seeds make equal values.
+        kind: of the pipeline, by default Flux 2; diffusers loads LoKr into that and Z-Image, and into a model alone.
         **config: of `peft.LoKrConfig`.
     """
-    kind = PIPELINES["flux2"]
+    kind = kind or PIPELINES["flux2"]
     model, stated = kind.component("transformer"), {"r": 2, "alpha": 3, "target_modules": ["to_q"], **config}
     inject_adapter_in_model(LoKrConfig(**stated, init_weights=False), model, "default")
     noise = torch.Generator().manual_seed(seed)

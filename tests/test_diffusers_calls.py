@@ -722,28 +722,10 @@ def test_dicts_are_neither_changed_nor_kept(lora: Callable[..., Path]) -> None:
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, lora(seed=1, metadata=False)))
 
 
-def test_lokr_in_the_place_of_a_lora_is_refused_with_nothing_touched(lora: Callable[..., Path], tmp_path: Path) -> None:
-    """No slot holds it, and merged it would not follow `disable_lora` and `set_adapters`: the control."""
-    first, second = lora(FLUX_2, seed=1), make_lokr(tmp_path, seed=2)
-    pipe = loaded(FLUX_2, first)
-    hotslot.attach(pipe, adapters={"lokr": second}, adapter_name="style").activate("lokr")
-    assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, second))
-    pipe.disable_lora()
-    assert differ(FLUX_2.outputs(pipe), expected(FLUX_2, None))
-    with patched():
-        pipe = loaded(FLUX_2, first)
-        before = snapshot(pipe.transformer)
-        with pytest.raises(errors.UnsupportedError, match="LOKR"):
-            swap(pipe, second)
-        assert_unchanged(before, snapshot(pipe.transformer))
-        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, first))
-
-
 @pytest.mark.parametrize("rank", [None, 8])
-def test_lokr_in_the_place_of_lokr(rank: int | None, lora: Callable[..., Path], tmp_path: Path) -> None:
-    """In PEFT's own layers, so that all calls reach it; of other factors it is refused, as a LoRA is."""
+def test_lokr_in_the_place_of_lokr(rank: int | None, tmp_path: Path) -> None:
+    """In PEFT's own layers, where they are, so that all calls reach it."""
     first, second = make_lokr(tmp_path / "first", seed=1), make_lokr(tmp_path / "second", seed=2, alpha=5)
-    other = make_lokr(tmp_path / "other", seed=3, target_modules=["to_q", "to_k"])
     halved, base = fresh(FLUX_2, second), expected(FLUX_2, None)
     halved.set_adapters("style", 0.5)
     with patched():
@@ -753,11 +735,6 @@ def test_lokr_in_the_place_of_lokr(rank: int | None, lora: Callable[..., Path], 
                 swap(pipe, file)
                 assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, file))
                 assert differ(FLUX_2.outputs(pipe), base)
-        before = snapshot(pipe.transformer)
-        for file, kind in ((other, errors.UnexpectedTargetError), (lora(FLUX_2, seed=1), errors.UnsupportedError)):
-            with pytest.raises(kind):
-                swap(pipe, file)
-        assert_unchanged(before, snapshot(pipe.transformer))
         assert pipe.get_list_adapters() == {"transformer": ["style"]}
         pipe.set_adapters("style", 0.5)
         assert_outputs(FLUX_2.outputs(pipe), FLUX_2.outputs(halved))
@@ -771,9 +748,9 @@ def test_lokr_in_the_place_of_lokr(rank: int | None, lora: Callable[..., Path], 
         assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, second))
         pipe.unfuse_lora()
         pipe.delete_adapters("style")
-        pipe.load_lora_weights(other, adapter_name="style")
-        swap(pipe, other)
-        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, other))
+        pipe.load_lora_weights(first, adapter_name="style")
+        swap(pipe, second)
+        assert_outputs(FLUX_2.outputs(pipe), expected(FLUX_2, second))
         pipe.unload_lora_weights()
         assert_outputs(FLUX_2.outputs(pipe), base)
 

@@ -105,9 +105,7 @@ class Engine:
         else:
             binding.hide_unused()
 
-        if isinstance(model, live.Assembly):
-            model.hold()
-        _engines.setdefault(live.unwrap(model), {})[adapter_name] = self
+        self.come_back()
 
     @staticmethod
     def of(model: nn.Module, adapter_name: str) -> Engine | None:
@@ -126,10 +124,22 @@ class Engine:
         """Give the parameters their own memory back and let go of the slot."""
         self.binding.release()
         live.allow(self.model, self.adapter_name)
+        self.stand_aside()
+
+    def stand_aside(self) -> None:
+        """Let another engine have the slot; `come_back` takes it back. The model is not touched."""
+        self.binding.absolutes.stand_aside()
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
         if isinstance(model, live.Assembly) and not others:
             model.dissolve()
+
+    def come_back(self) -> None:
+        """Undo `stand_aside`. May be repeated."""
+        self.binding.absolutes.come_back()
+        if isinstance(self.model, live.Assembly):
+            self.model.hold()
+        _engines.setdefault(self.model, {})[self.adapter_name] = self
 
     @property
     def neutral(self) -> State:

@@ -505,13 +505,58 @@ class Swapper:
         Slots that attach made are taken out. On a model that had the adapter before, the parameters get their own
         memory and shapes back; the adapter that came with it is live again, with whatever training it has had.
         """
-        with self._bound().gate.swap(in_flight, timeout_seconds), self._lock:
+        with self._bound().gate.swap(in_flight, timeout_seconds):
+            self.abandon()
+
+    def abandon(self) -> None:
+        """As `detach`, for who has seen to it that nothing is in flight: within `superseded` of another swapper."""
+        with self._lock:
             engine = self._bound()
             if not self._detaching:
                 if engine.is_current():
                     engine.restore_original()
                 self._detaching = True  # from here on each step may be repeated, if it is broken off
             self._let_go()
+
+    @contextmanager
+    def superseded(self) -> Iterator[bool]:
+        """For a block that puts other layers in the place of the slot's, and attaches to those; for integrations.
+
+        Within it no lease is open, the base model has its own values, and the slot has no swapper. If the block raises,
+        what was live is so again, in the same slots; else this swapper is detached, and the layers that it has written
+        are nobody's any more.
+
+        Yields:
+            Whether forward passes were guarded, by `guard`: the new swapper is to.
+
+        Raises:
+            MergedError: the slot's adapter is merged into the base weights.
+            UnsupportedError: the base model's own values are not known.
+        """
+        with self._bound().gate.swap(), self._lock:
+            engine = self._bound()
+            model, name, was = engine.model, engine.adapter_name, (engine.live, engine.previous, engine.original)
+            guarded = live.is_guarded(model, name)
+            engine.refuse_if_merged()
+            try:
+                if engine.binding.resident is None:  # else there is nothing but its own layers
+                    engine.swap(engine.neutral)
+                with _guarding:
+                    live.unguard(model, name)
+                _attached[model].pop(name)
+                engine.stand_aside()
+                self._detached = True
+                yield guarded
+            except BaseException:
+                self._detached = False
+                engine.come_back()
+                _attached.setdefault(model, {})[name] = self
+                if guarded:
+                    live.guard(model, engine.gate, name)
+                if engine.live is not was[0] and engine.previous is not None:
+                    engine.swap(engine.previous)
+                _, engine.previous, engine.original = was
+                raise
 
     # -- work in flight ---------------------------------------------------------------------------------------------
 

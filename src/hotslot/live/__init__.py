@@ -10,8 +10,9 @@ from .binding import Binding
 from .calls import calls_of
 from .conversion import converted, outcome
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
+from .exchange import carries, put_on, refuse_merged, refuse_put_on, taken_off
 from .forbidden import allow, forbid, refuse_passed_over
-from .guard import guard, unguard
+from .guard import guard, is_guarded, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .low_rank import blended
 from .memory import Image, Memory, Writes
@@ -56,6 +57,7 @@ __all__ = [
     "blended",
     "build_config",
     "calls_of",
+    "carries",
     "converted",
     "count_slots",
     "find_slots",
@@ -66,6 +68,7 @@ __all__ = [
     "inject",
     "innermost",
     "is_compiled",
+    "is_guarded",
     "is_on_gpu",
     "let_be_offloaded",
     "matching_targets",
@@ -76,11 +79,14 @@ __all__ = [
     "outcome",
     "outline_bytes",
     "own_tokens",
+    "put_on",
     "refuse_adapted_and_saved",
+    "refuse_merged",
     "refuse_offloaded",
     "refuse_other_base",
     "refuse_other_parameters",
     "refuse_passed_over",
+    "refuse_put_on",
     "refuse_unsupported_resident",
     "refuse_untied",
     "refuse_while_capturing",
@@ -90,6 +96,7 @@ __all__ = [
     "saved_modules",
     "slot_shapes",
     "stay_on_device",
+    "taken_off",
     "tied_modules",
     "token_rooms",
     "unguard",

@@ -90,6 +90,12 @@ def guard(model: nn.Module, gate: Gate, owner: str) -> None:
             present.owners.add(owner)
 
 
+def is_guarded(model: nn.Module, owner: str) -> bool:
+    """Whether `guard` was called for `owner`."""
+    found = [module.__dict__.get(_PLAIN) for module in callable_roots(model)]
+    return any(isinstance(present, _Guard) and owner in present.owners for present in found)
+
+
 def unguard(model: nn.Module, owner: str) -> None:
     """Undo `guard`, unless another owner wants it. May be repeated."""
     for module in callable_roots(model):

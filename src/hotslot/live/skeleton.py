@@ -162,6 +162,7 @@ def load(
     adapter_name: str = SKELETON,
     on_device: bool = False,
     trained: bool = True,
+    autocast: bool = True,
 ) -> PeftModel:
     """`PeftModel.from_pretrained` of the checkpoint onto a copy of the base model, and without a file.
 
@@ -175,6 +176,7 @@ def load(
         adapter_name: PEFT's name of the adapter there.
         on_device: for methods that have more than layers: PEFT makes that where it finds the base.
         trained: whether to give it the checkpoint's tensors, and not leave it as PEFT has made it.
+        autocast: whether tensors of 16 bits become float32, as by `autocast_adapter_dtype`.
 
     Raises:
         ConfigError: PEFT does not take its config, or it has a pattern that might be matched for ever.
@@ -187,10 +189,10 @@ def load(
             return own(path).detach().clone()
         return _hollow(tensor) if on_device else _nothing(tensor)
 
-    skeleton: PeftModel = _built(shadow(model, place), checkpoint, adapter_name)
+    skeleton: PeftModel = _built(shadow(model, place), checkpoint, adapter_name, autocast=autocast)
     expected = _refuse_other_tensors(skeleton, checkpoint)
     if trained:
-        _fill(skeleton, checkpoint, expected)
+        _fill(skeleton, checkpoint, expected, autocast=autocast)
     skeleton.eval()
     return skeleton
 
@@ -252,7 +254,7 @@ def _hollow(tensor: torch.Tensor) -> torch.Tensor:
     return torch.full((), nothing, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _built(base: nn.Module, checkpoint: Checkpoint, adapter_name: str, **changes: Any) -> Any:
+def _built(base: nn.Module, checkpoint: Checkpoint, adapter_name: str, *, autocast: bool = True, **changes: Any) -> Any:
     from peft import PeftModel
     from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -264,12 +266,12 @@ def _built(base: nn.Module, checkpoint: Checkpoint, adapter_name: str, **changes
     with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda), torch.inference_mode(False):
         warnings.simplefilter("ignore")  # advice to whoever trains
         try:
-            return kind(base, config, adapter_name)
+            return kind(base, config, adapter_name, autocast_adapter_dtype=autocast)
         except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, KeyError) as error:
             raise _refusal(checkpoint, error) from error
 
 
-def _fill(skeleton: Any, checkpoint: Checkpoint, expected: Container[str]) -> None:
+def _fill(skeleton: Any, checkpoint: Checkpoint, expected: Container[str], *, autocast: bool) -> None:
     from peft import set_peft_model_state_dict
 
     name = skeleton.active_adapter
@@ -292,7 +294,7 @@ def _fill(skeleton: Any, checkpoint: Checkpoint, expected: Container[str]) -> No
                 hint="this adapter belongs to another base model",
             )
         if hasattr(skeleton.base_model, "_cast_adapter_dtype"):
-            skeleton.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=True)
+            skeleton.base_model._cast_adapter_dtype(adapter_name=name, autocast_adapter_dtype=autocast)
 
 
 def _refuse_endless(checkpoint: Checkpoint, paths: list[str]) -> None:

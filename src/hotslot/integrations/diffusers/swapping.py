@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ... import live
-from ...attaching import attach
-from ...checkpoint import Checkpoint
-from ...errors import DoesNotFitError
+from ...checkpoint import Checkpoint, from_tensors
+from ...errors import DoesNotFitError, UnsupportedError
 from ...pipelines import read, whole
-from ...planning import Plan, plan
+from ...planning import plan
 from ...swapper import Swapper
+from .exchanging import attach_own, can_exchange, exchange, methods_of, methods_on, widen
 
 
 class Room(NamedTuple):
@@ -29,49 +29,84 @@ class Room(NamedTuple):
 rooms: weakref.WeakKeyDictionary[nn.Module, Room] = weakref.WeakKeyDictionary()  # for adapters that a model is to get
 # Names of adapters that a second transformer has from a file of its own: swapping the first leaves it alone.
 apart: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-_made: weakref.WeakSet[Swapper] = weakref.WeakSet()  # by these calls, and held by nobody: they yield to each other
 
 
 def swap(pipe: Any, checkpoint: Checkpoint, adapter_name: str, kept: Collection[str]) -> None:
-    """Make a LoRA live in the slots of an adapter that diffusers has loaded, beside what `kept` components have."""
-    model = whole(pipe)
+    """Make a LoRA, or a LoKr, live in the place of an adapter that diffusers has loaded, beside what `kept` ones have.
+
+    In its slots, or in its layers. Those are exchanged where the method is another one, or the form of LoKr's factors.
+    """
+    model, checkpoint = _as_known(whole(pipe), checkpoint, adapter_name)
     if kept:
         checkpoint = _beside(model, checkpoint, adapter_name, kept)
-    model, checkpoint = _of_one_method(model, checkpoint, adapter_name)
-    swapper = Swapper.of(model, adapter_name)
+    found, wanted = methods_on(model, adapter_name), methods_of(checkpoint)
+    other = next((prefix for prefix, method in found.items() if method != "LORA"), None)
+    held = live.roots(model)[other] if other is not None else model
+    swapper = Swapper.of(held, adapter_name)
     made = None
     if swapper is None or not swapper.engine.is_current():
-        for slot in live.find_slots(model, adapter_name).values():
-            slot.refuse_if_merged()
-        swapper = made = _attach(model, adapter_name)
+        live.refuse_merged(model, adapter_name)
+        swapper = made = attach_own(held, adapter_name)
     try:
-        _load_growing(swapper, adapter_name, checkpoint)
-        swapper.activate(adapter_name)
+        room = _target_rank(model)
+        if can_exchange(swapper) and (found != wanted if other is not None else {*wanted.values()} != {"LORA"}):
+            exchange(swapper, model, checkpoint, adapter_name, room)
+            return
+        try:
+            _load_growing(swapper, adapter_name, _part(checkpoint, other))
+        except (DoesNotFitError, UnsupportedError):
+            if other is None or not can_exchange(swapper):
+                raise
+            exchange(swapper, model, checkpoint, adapter_name, room)
+        else:
+            swapper.activate(adapter_name)
     except BaseException:
-        if made is not None:
+        if made is not None and not made.detached:
             made.detach()
         raise
 
 
-def _attach(model: nn.Module, adapter_name: str, planned: Plan | None = None) -> Swapper:
-    """A swapper of all that the model has of the adapter.
+def _as_known(model: nn.Module, checkpoint: Checkpoint, adapter_name: str) -> tuple[nn.Module, Checkpoint]:
+    """The same, in the words of whoever writes the adapter: one model by itself is called otherwise than in a pipe."""
+    members = live.roots(model)
+    known = next(filter(None, (Swapper.of(member, adapter_name) for member in members.values())), None)
+    own = {id(member): prefix for prefix, member in live.roots(known.engine.model).items()} if known else {}
+    names = {prefix: own.get(id(member)) for prefix, member in members.items()}
+    if known is None or {*names.values()} != {*own.values()} or "" in own.values() or names == {n: n for n in names}:
+        return model, checkpoint
 
-    One of these calls' own, for one component, for another pipeline that shares some, or for layers that are gone, has
-    to go for it.
-    """
-    Swapper.make_way(model, adapter_name, yielding=_made)
-    swapper = attach(model, adapter_name=adapter_name, route="side", plan=planned)
-    _made.add(swapper)
-    return swapper
+    def renamed(name: str) -> str:
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        return f"{names[prefix]}{name.removeprefix(prefix)}"
+
+    config = dict(checkpoint.config)
+    config["components"] = {renamed(f"{name}.")[:-1]: part for name, part in config["components"].items()}
+    if "base_values" in config:
+        config["base_values"] = [*map(renamed, config["base_values"])]
+    tensors = {renamed(name): checkpoint.tensor(name) for name in checkpoint.tensors}
+    return known.engine.model, from_tensors(tensors, config, origin=checkpoint.origin)
 
 
-def _of_one_method(model: nn.Module, checkpoint: Checkpoint, adapter_name: str) -> tuple[nn.Module, Checkpoint]:
-    """The same, or where the adapter is none of LoRA's (LoKr) the one component that has it, and what is for that."""
+def _part(checkpoint: Checkpoint, prefix: str | None) -> Checkpoint:
+    """What is for the component whose paths begin so; all of it if None."""
+    if prefix is None:
+        return checkpoint
     parts = checkpoint.components
-    for prefix, member in live.roots(model).items():
-        if live.residents(member).get(adapter_name, "LORA") != "LORA" and parts.keys() == {prefix}:
-            return member, parts[prefix]
-    return model, checkpoint
+    if parts.keys() != {prefix}:
+        raise UnsupportedError(
+            f"{checkpoint.origin} is for other components than the one that has the adapter.",
+            where=", ".join(part.removesuffix(".") for part in parts),
+            found=f"{len(parts)} components",
+            expected=f"{prefix.removesuffix('.')} alone, to which a Swapper was attached",
+            hint="detach that Swapper",
+        )
+    return parts[prefix]
+
+
+def _target_rank(model: nn.Module) -> int | None:
+    """What `enable_lora_hotswap` was told, for whichever component."""
+    told = (rooms.get(member) for member in live.roots(model).values())
+    return next((room.target_rank for room in told if room is not None), None)
 
 
 def _load_growing(swapper: Swapper, adapter_name: str, checkpoint: Checkpoint) -> None:
@@ -109,13 +144,11 @@ def make_room(pipe: Any, adapter_name: str, room: Room | None) -> None:
         rooms[component] = room._replace(check_compiled="ignore")  # diffusers asks at the first adapter alone
     if not live.count_slots(model, adapter_name):  # of another method, such as LoKr
         return
-    planned = plan(model, max_rank=room.target_rank, adapter_name=adapter_name)
-    if not live.is_compiled(model):
-        _attach(model, adapter_name, planned)
-        return
-    engine = _attach(model, adapter_name).engine
-    with engine.gate.swap(), engine.lock:  # the layers are new to compiled code: they may move
-        engine.resize(planned.ranks, arena=True)
+    if live.is_compiled(model):
+        widen(attach_own(model, adapter_name), room.target_rank)
+    else:
+        planned = plan(model, max_rank=room.target_rank, adapter_name=adapter_name)
+        attach_own(model, adapter_name, plan=planned)
 
 
 def remember(model: nn.Module, given: Mapping[str, Any]) -> None:

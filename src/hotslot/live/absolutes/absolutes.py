@@ -102,6 +102,14 @@ class Absolutes:
         self._tokens.release()
         self._sites.release()
 
+    def stand_aside(self) -> None:
+        """Let others have sites where these are, and let go of nothing; `come_back` undoes it."""
+        self._sites.release()
+
+    def come_back(self) -> None:
+        """Undo `stand_aside`. May be repeated."""
+        self._sites.claim()
+
     def take_in(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
         """Make sites of tensors of the base model that are merged into: key → the dict that has it, its name there.
 

@@ -107,6 +107,10 @@ class Sites:
         self.foreign: set[Key] = set()
         self._versions: list[int] = []
         self._adapter_name = adapter_name
+        self.claim()
+
+    def claim(self) -> None:
+        """Let nobody else have sites where these are. May be repeated."""
         with _all_lock:
             _all.add(self)
 

@@ -39,9 +39,8 @@ class FreshLoads:
             UnsupportedError: PEFT changes base weights on loading it.
         """
         own, seat = self.own(), self._seat
-        skeleton = load(
-            seat.model, checkpoint, own.__getitem__, adapter_name=seat.name, on_device=True, trained=trained
-        )
+        options: dict[str, Any] = {"on_device": True, "trained": trained, "autocast": seat.autocast}
+        skeleton = load(seat.model, checkpoint, own.__getitem__, adapter_name=seat.name, **options)
         biases = self.biases(skeleton, checkpoint)
         for path, tensor in base_tensors(skeleton):
             if path in biases or tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.nbytes:

@@ -94,9 +94,9 @@ class Resident:
             layer = self._layers[name]
             if found is not layer and (found is None or unwrap(found) is not layer):
                 raise ModelError(
-                    f"The layers of adapter {self._seat.name!r} were taken out of the model "
-                    "(unload, merge_and_unload).",
+                    f"The layers of adapter {self._seat.name!r} were taken out of the model, or put into others.",
                     where=name,
+                    found="nothing" if found is None else f"a {type(found).__name__}",
                     expected=f"the layer of {self.method} that was there at attach",
                     hint="attach again",
                 )

@@ -19,6 +19,8 @@ from ..state import peft_config
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 class Seat:
     """What PEFT keeps of one adapter name on the model: the places that others' values take.
@@ -31,6 +33,7 @@ class Seat:
         name: PEFT's name.
         method: of the adapter that was found, as adapter_config.json has it.
         state: path → leaf, of all that it has.
+        autocast: whether PEFT may have cast its tensors of 16 bits to float32.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
@@ -45,6 +48,8 @@ class Seat:
         for path, leaf in self.held.items():
             if not isinstance(leaf.holder, dict):
                 raise unsupported(self.what, path, "a tensor in a list", "tensors that have a name")
+        # diffusers leaves an adapter's tensors in the base's dtype.
+        self.autocast = not any(leaf.tensor.dtype in _HALVES for leaf in self.held.values())
 
     @property
     def model(self) -> nn.Module:
