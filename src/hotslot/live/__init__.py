@@ -11,7 +11,7 @@ from .calls import calls_of
 from .conversion import converted, outcome
 from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_gpu, model_of, roots, unwrap
 from .exchange import carries, put_on, refuse_merged, refuse_put_on, taken_off
-from .forbidden import allow, forbid, refuse_passed_over
+from .forbidden import allow, forbid, refuse_passed_over, seen_to
 from .guard import guard, is_guarded, unguard
 from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
 from .low_rank import blended
@@ -94,6 +94,7 @@ __all__ = [
     "residents",
     "roots",
     "saved_modules",
+    "seen_to",
     "slot_shapes",
     "stay_on_device",
     "taken_off",

@@ -8,7 +8,9 @@ of an adapter; its `save_pretrained` writes its weights, with what is merged in 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,18 @@ _DELETING = ("delete_adapter", "delete_adapters")  # takes off what it names
 _ADDING = ("add_adapter", "load_adapter", "load_lora_adapter")  # of transformers and diffusers: makes it the active one
 _CALLS = (*_SAVING, *_PASSING_OVER, *_CHOOSING, *_TAKING_OFF, *_DELETING, *_ADDING)
 _NAMES = ("adapter_name", "adapter_names")
+
+_seen_to: ContextVar[bool] = ContextVar("hotslot_seen_to", default=False)
+
+
+@contextmanager
+def seen_to() -> Iterator[None]:
+    """For a block in which adapters are taken off by somebody who then takes off what is merged in their stead."""
+    token = _seen_to.set(True)
+    try:
+        yield
+    finally:
+        _seen_to.reset(token)
 
 
 class _Forbidden:
@@ -51,7 +65,7 @@ class _Forbidden:
                 "PEFT would save the empty slots in its place",
                 "copy the adapter's own folder; or swapper.deactivate() to save the model's other adapters",
             )
-        if self._misses_what_is_merged(*args, **kwargs):
+        if self._misses_what_is_merged(*args, **kwargs) and not _seen_to.get():
             raise self._refusal(
                 f"{self._name} would leave it there, in silence",
                 "swapper.deactivate(); or for a block: with swapper.using(None)",

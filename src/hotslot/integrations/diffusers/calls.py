@@ -91,14 +91,17 @@ def _enable(pipe: Any, run: Run, given: dict[str, Any]) -> None:
 def _unload(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
     """`unload_lora_weights`: hotslot keeps nothing of layers that diffusers has taken out."""
     names = adapter_names_on(models_of(pipe))
-    result = run()
+    with live.seen_to():
+        result = run()
     forget(pipe, names)
     return result
 
 
 def _delete(pipe: Any, run: Run, given: dict[str, Any]) -> Any:
     """`delete_adapters`: likewise."""
-    result, names = run(), given["adapter_names"]
+    names = given["adapter_names"]
+    with live.seen_to():
+        result = run()
     forget(pipe, [names] if isinstance(names, str) else names)
     return result
 
