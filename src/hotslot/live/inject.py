@@ -45,6 +45,7 @@ class _Injected:
     adapter_name: str
     replaced: list[tuple[dict[str, Any], str, nn.Module, Any]]  # parent's modules, name, base layer, LoRA layer
     joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
+    auxiliary: list[tuple[Any, Any]]  # PEFT's wrappers beside its layers, and which adapter was active in them
     attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
     resident: Any  # the config of an adapter of this name that was there before, or None
 
@@ -282,13 +283,14 @@ def _inject(
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after.values()), attention)
     photo.put_back_flags()
-    _keep_active(adapter_name, standing, stood, (layer for _, _, layer in after.values()))
-    for wrapper, active in auxiliary:
-        wrapper._active_adapter = active
+    if standing is not None:
+        _keep_active(adapter_name, standing, stood, (layer for _, _, layer in after.values()))
+        _put_back_auxiliary(auxiliary)
+        auxiliary.clear()
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
-    injection = _Injected(weakref.ref(inner), adapter_name, [], [], photo.attributes, resident)
+    injection = _Injected(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
     for name, (parent, child, layer) in after.items():
         if name not in before:
             injection.replaced.append((parent._modules, child, layer.get_base_layer(), layer))
@@ -367,22 +369,25 @@ def _standing(model: nn.Module, adapter_name: str) -> _Standing | None:
     return next(map(_Standing.of, own), None)
 
 
-def _keep_active(name: str, standing: _Standing | None, stood: Mapping[int, _Standing], layers: Iterable[Any]) -> None:
-    """PEFT activates the adapter, and it alone, on all layers. Those that were active stay so.
+def _keep_active(name: str, standing: _Standing, stood: Mapping[int, _Standing], layers: Iterable[Any]) -> None:
+    """PEFT activates the adapter, and it alone, on all layers. One that was there before stays as active as it was.
 
-    A slot that is new joins them; one that was there before stays as active as it was. Layers of other members may not
-    know yet that it is active.
+    So do those beside it. Layers of other members may not know yet that it is active.
     """
     for layer in layers:
         before = stood.get(id(layer), standing)
-        if before is not None:
-            joins = (standing is None or name in _listed(standing.active)) and name not in _listed(before.active)
-            layer._active_adapter = [*_listed(before.active), name] if joins else before.active
-            layer._disable_adapters = before.disabled
+        missing = name in _listed(standing.active) and name not in _listed(before.active)
+        layer._active_adapter = [*_listed(before.active), name] if missing else before.active
+        layer._disable_adapters = before.disabled
 
 
 def _listed(active: Any) -> list[str]:
     return [active] if isinstance(active, str) else active
+
+
+def _put_back_auxiliary(auxiliary: Iterable[tuple[Any, Any]]) -> None:
+    for wrapper, active in auxiliary:
+        wrapper._active_adapter = active
 
 
 def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
@@ -436,12 +441,20 @@ def remove(injection: Injection) -> None:
 def _remove(injection: _Injected) -> None:
     name = injection.adapter_name
     for layer, active in injection.joined:
-        _delete(layer, name, active)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `active`, at once
+            flags = [(param, param.requires_grad) for param in layer.parameters()]
+            layer.delete_adapter(name)
+            for param, flag in flags:  # PEFT makes the next adapter trainable
+                param.requires_grad_(flag)
+        layer._active_adapter = active
     for parent, child, base, layer in injection.replaced:
-        if {*layer.lora_A, *layer.lora_embedding_A} - {name}:
-            _delete(layer, name, [])
+        others = {*layer.lora_A, *layer.lora_embedding_A} - {name}
+        if others:
+            layer.delete_adapter(name)
         elif child in parent and unwrap(parent[child]) is layer:
             parent[child] = base
+    _put_back_auxiliary(injection.auxiliary)
     model = injection.model()
     configs = model.__dict__.get("peft_config") if model is not None else None
     if model is None or configs is None:
@@ -455,15 +468,3 @@ def _remove(injection: _Injected) -> None:
             model.__dict__[key] = value
         elif not configs:  # users may have added adapters of their own since
             model.__dict__.pop(key, None)
-
-
-def _delete(layer: Any, name: str, active: Any) -> None:
-    """Take a slot off a layer that others have slots on; `active` were those that were so before it came."""
-    rest = [other for other in _listed(layer._active_adapter) if other != name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `rest`, at once
-        flags = [(param, param.requires_grad) for param in layer.parameters()]
-        layer.delete_adapter(name)
-        for param, flag in flags:  # PEFT makes the next adapter trainable
-            param.requires_grad_(flag)
-    layer._active_adapter = active if rest == _listed(active) else rest
