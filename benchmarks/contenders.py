@@ -188,7 +188,16 @@ def _swapper(bench: Bench, slot_rank: int) -> list[Contender]:
         Contender(COLD, "hotslot Swapper.load + activate", twin, load_and_activate),
         Contender(WARM, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter])),
     ]
-    return [*found, _packed(bench, slot_rank), *([_kept(bench, slot_rank)] if bench.device.type == "cuda" else [])]
+    found += [_exclusive(bench, slot_rank, WARM), _packed(bench, slot_rank)]
+    if bench.device.type == "cuda":
+        found += [_kept(bench, slot_rank), _exclusive(bench, slot_rank, HOT)]
+    return found
+
+
+def _exclusive(bench: Bench, slot_rank: int, case: str) -> Contender:
+    """With slots that nobody else writes one by one; both adapters in host memory, or on the device."""
+    limit = None if case == HOT else 0
+    return _activating(bench, slot_rank, case, ", exclusive", cache=hotslot.Cache(device_bytes=limit), exclusive=True)
 
 
 def _packed(bench: Bench, slot_rank: int) -> Contender:
@@ -208,15 +217,19 @@ def _packed(bench: Bench, slot_rank: int) -> Contender:
 
 def _kept(bench: Bench, slot_rank: int) -> Contender:
     """From the device, where both adapters stay."""
+    return _activating(bench, slot_rank, HOT, "", cache=hotslot.Cache(device_bytes=None))
+
+
+def _activating(bench: Bench, slot_rank: int, case: str, state: str, **options: Any) -> Contender:
+    """A swapper of its own that has both adapters."""
     model = _slots(bench, slot_rank)
     names = ("first", "second")
     sources = dict(zip(names, map(str, bench.folders), strict=True))
-    cache = hotslot.Cache(device_bytes=None)
-    swapper = hotslot.attach(model, sources, adapter_name=ADAPTER_NAME, cache=cache)
+    swapper = hotslot.attach(model, sources, adapter_name=ADAPTER_NAME, **options)
     for name in reversed(names):
         swapper.activate(name)
     twin = Model(bench, model, exact=slot_rank == bench.size.rank)
-    return Contender(HOT, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter]))
+    return Contender(case, f"hotslot Swapper.activate{state}", twin, lambda adapter: swapper.activate(names[adapter]))
 
 
 def _slots(bench: Bench, rank: int) -> nn.Module:

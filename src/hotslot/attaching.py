@@ -28,6 +28,7 @@ def attach(
     route: str = "auto",
     plan: Plan | None = None,
     fused: bool = False,
+    exclusive: bool = False,
     cache: Cache = Cache(),  # noqa: B008  it is frozen
     watch: bool = False,
 ) -> Swapper:
@@ -57,6 +58,10 @@ def attach(
             is active and the model is not in training. Outputs agree with a fresh load's within rounding, and no longer
             to the bit; after `deactivate` they are the base's to the bit in eager mode. Hooks on `lora_B` are
             called by PEFT's forward, which then computes.
+        exclusive: whether a swap may take it that nobody else writes, moves or replaces single parameters of the slots,
+            and look at 16 slots of each part of the model, not at each of hundreds. What is done to all of them
+            (`model.to`, an optimizer's step, `load_state_dict`, `delete_adapter`) it still finds, and keeps or
+            refuses; a write to others alone is overwritten, and `rollback` does not bring it back.
         cache: budgets for adapters, such as `hotslot.Cache(device_bytes=1 << 30, host_bytes=8 << 30)`.
         watch: whether to look into the folder `adapters` each second from now on: what is new or changed there is
             loaded, as by `Swapper.load(lazy=True)`; what has gone is unloaded once it is not live.
@@ -80,7 +85,7 @@ def attach(
     else:
         lazy = folder is not None or cache.host_bytes is not None
         known = survey_all(model, sources, route, lazy=lazy)
-        swapper = _attach(model, known, adapter_name, route, plan, cache, fused=fused)
+        swapper = _attach(model, known, adapter_name, route, plan, cache, fused=fused, exclusive=exclusive)
     if watching is not None:
         watching.start(swapper)
     return swapper
@@ -95,6 +100,7 @@ def _attach(
     cache: Cache,
     *,
     fused: bool,
+    exclusive: bool,
 ) -> Swapper:
     """`attach` where slots, or the base's weights, take what is activated."""
     entries = known.planned
@@ -160,6 +166,7 @@ def _attach(
             pristine=plan.pristine,
             fused=None if plan.merge is None else plan.merge == "fused",
             fused_forward=fused,
+            exclusive=exclusive,
             device_bytes=cache.device_bytes,
         )
         engine = Engine(model, adapter_name, binding, empty=not slots)

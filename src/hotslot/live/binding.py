@@ -21,7 +21,7 @@ from .discover import is_compiled, roots, unwrap
 from .dropout import SlotDropout
 from .homes import Homes, bind, note_sizes
 from .ledger import Ledger
-from .memory import Image, Writes
+from .memory import Image, Memory, Writes
 from .merging import Merger
 from .offloading import refuse_offloaded
 from .resident import Resident
@@ -49,6 +49,7 @@ class Binding:
         resident: whether the adapter on the model is of a method that has no slots, and others take its place.
         device_bytes: of each GPU, for adapters that stay there.
         fused_forward: whether linear layers compute by `FusedLinear`.
+        exclusive: whether a swap need not look at each slot.
 
     Raises:
         ModelError: the slots cannot be resized.
@@ -72,6 +73,7 @@ class Binding:
         resident: bool = False,
         device_bytes: int | None = 0,
         fused_forward: bool = False,
+        exclusive: bool = False,
     ) -> None:
         self._model = weakref.ref(unwrap(model))
         self._prefixes = tuple(roots(model))
@@ -79,8 +81,10 @@ class Binding:
         self.arena = arena
         self.stagings = Stagings(device_bytes)
         self._fused_forward = fused_forward
+        self._exclusive = exclusive
         self.hooks: dict[str, TrueRank] = {}
         self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()
+        self._columns: dict[tuple[int, tuple[Any, ...]], tuple[Any, ...]] = {}
         self._originals = {
             key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
         }
@@ -107,7 +111,7 @@ class Binding:
                 compact(slots)
             self._install_dora(slots)
             self._add_parts(extra)
-            self.memory = bind(slots, self._ranks, ranks, self.stagings, arena=arena)
+            self.memory = self._bind(ranks, arena=arena)
             self._install(slots, compiled=is_compiled(model) and not arena)
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
         except BaseException:
@@ -164,7 +168,10 @@ class Binding:
             return self.neutral_records()
         schema = adapter.checkpoint.schema
         if schema not in self._records:
-            self._records[schema] = adapter_records(adapter, self.slots)
+            found = adapter_records(adapter, self.slots)
+            # Equal columns are the same one, so that a swap sees at once which need no writing.
+            columns = tuple(self._columns.setdefault(pair, pair[1]) for pair in enumerate(found.columns))
+            self._records[schema] = found._replace(columns=columns)
         return self._records[schema]
 
     def neutral_records(self) -> Records:
@@ -215,12 +222,12 @@ class Binding:
     def _refuse_if_replaced(self) -> None:
         if self.resident is not None:
             self.resident.refuse_if_taken_out()
-        self.memory.refuse_if_replaced()
+        self.memory.traces.refuse_if_replaced()
         self.absolutes.refuse_if_replaced()
 
     def moved_and_dirty(self) -> tuple[bool, bool]:
         """Whether a part is no longer in the slot's memory, and whether others may have written since hotslot did."""
-        moved, dirty = self.memory.moved_and_dirty()
+        moved, dirty = self.memory.traces.moved_and_dirty()
         return moved, dirty or self.absolutes.is_dirty()
 
     def image(self) -> Image:
@@ -270,7 +277,7 @@ class Binding:
                     hint="attach again",
                 )
         self.resize(self.room, arena=self.arena)
-        self.memory.mark_dirty()  # who moved it may have trained it before
+        self.memory.traces.mark_dirty()  # who moved it may have trained it before
         return True, True
 
     def resize(
@@ -280,18 +287,18 @@ class Binding:
 
         If it raises, all is where it was. Returns a function that puts all where it was.
         """
-        undo, (_, dirty) = self._undo(), self.memory.moved_and_dirty()
+        undo, (_, dirty) = self._undo(), self.memory.traces.moved_and_dirty()
         try:
             if arena and not self.arena:
                 if not _bound(self.slots):
                     compact(self.slots)
                 self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=True)
             self._add_parts(extra)
-            self.memory = bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena)
+            self.memory = self._bind(ranks, arena=arena)
             self.arena = arena
             self._records.clear()
             if dirty:
-                self.memory.mark_dirty()
+                self.memory.traces.mark_dirty()
             return undo
         except BaseException:
             undo()
@@ -299,19 +306,19 @@ class Binding:
 
     def extend(self, slots: Mapping[str, Slot], ranks: Mapping[str, int], *, extra: Iterable[tuple[str, str]]) -> None:
         """`resize`, and take in more slots, which hold nothing yet. If it raises, call what `undo_extend` has given."""
-        _, dirty = self.memory.moved_and_dirty()
+        _, dirty = self.memory.traces.moved_and_dirty()
         self._ranks.update(dict.fromkeys(slots, 0))
         self._originals.update((key, (held.param, held.param.data)) for s in slots.values() for key, held in _keyed(s))
         self._scalings.update((fqn, slot.layer.scaling) for fqn, slot in slots.items())
         self.slots.update(slots)
         self._install(slots, compiled=False)  # what is new to compiled code is guarded by none
         self._add_parts(extra)
-        self.memory = bind(self.slots, self.live_ranks, ranks, self.stagings, arena=self.arena)
+        self.memory = self._bind(ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
         self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
         self._records.clear()
         if dirty:
-            self.memory.mark_dirty()
+            self.memory.traces.mark_dirty()
 
     def undo_extend(self, slots: Mapping[str, Slot]) -> Callable[[], None]:
         """A function that undoes an `extend` by `slots`, whole or broken off; to be made before."""
@@ -330,6 +337,9 @@ class Binding:
             resized()
 
         return undo
+
+    def _bind(self, ranks: Mapping[str, int], *, arena: bool) -> Memory:
+        return bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena, exclusive=self._exclusive)
 
     def _undo(self) -> Callable[[], None]:
         memory, arena, slots, added = self.memory, self.arena, dict(self.slots), set(self._added)

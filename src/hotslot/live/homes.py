@@ -62,6 +62,7 @@ def bind(
     stagings: Stagings | None = None,
     *,
     arena: bool,
+    exclusive: bool = False,
 ) -> Memory:
     """Give every part of every slot room for `ranks`, its values kept. The Parameter objects stay the same.
 
@@ -71,6 +72,7 @@ def bind(
         ranks: fqn → rank to make room for.
         stagings: through which bytes come to devices; they outlive the memory.
         arena: move all parts into one allocation per device; else a part moves only if its shape changes.
+        exclusive: whether a swap need not look at each slot.
 
     Raises:
         ModelError: a parameter that would change its shape has a gradient or an optimizer's state.
@@ -96,7 +98,7 @@ def bind(
         homes = _homes(slots, live_ranks, shapes, layout, arenas)
         for param, home in homes:
             param.data = home
-        memory = Memory(slots, layout, arenas, stagings)
+        memory = Memory(slots, layout, arenas, stagings, exclusive=exclusive)
         if arena:
             memory.bind_scalings()
     note_sizes(slots)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ import torch
 from ..block import Block, Layout, Run, Tile
 from ..block.layout import ALIGNMENT_BYTES
 from ..checkpoint import Schema
-from ..errors import ModelError
 from ..methods import PARTS
 from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
@@ -29,11 +27,10 @@ from .scatter import KEPT_TABLES, Scatter, scatters
 from .slots import Slot
 from .staging import Stagings
 from .state import NEUTRAL_SCALING
+from .traces import Traces
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 _SCALING_BYTES = 16  # inductor assumes this alignment of what it was compiled with
-_CHUNK = 32  # tensors whose Python and C++ objects fit the first-level cache
-_version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 # A device is reached by one copy of the adapter's bytes and a scatter on the device; only if they go to this few
 # places at most are they copied straight there.
@@ -97,22 +94,14 @@ class Memory:
         layout: Layout,
         arenas: Sequence[torch.Tensor | None],
         stagings: Stagings | None = None,
+        *,
+        exclusive: bool = False,
     ) -> None:
         self.slots = slots
         self.layout = layout
         self.arenas = arenas
-        # The fields of all parts' Held as lists: a swap looks at each of hundreds.
-        held = [entry for slot in slots.values() for entry in slot.held.values()]
-        self._params = [entry.param for entry in held]
+        self._params = [held.param for slot in slots.values() for held in slot.held.values()]
         self._doras = {fqn: slot.dora for fqn, slot in slots.items() if slot.dora is not None}
-        # The dicts of modules that hold the layers, and what they hold. One container of each layer: PEFT puts in and
-        # takes out an adapter's A and B together.
-        firsts = [next(iter(slot.held.values())) for slot in slots.values()]
-        self._holders = list({id(h): h for slot in slots.values() for h in [slot.siblings]}.values())
-        self._holders += [entry.owner for entry in firsts if entry.owner is not entry.params]
-        self._held = list(map(dict, self._holders))
-        self._dicts = [entry.params for entry in held], [entry.key for entry in held]
-        self._pointers = [param.data_ptr() for param in self._params]
         self._views = {
             (fqn, suffix): held.param.detach() for fqn, slot in slots.items() for suffix, held in slot.held.items()
         }
@@ -124,8 +113,7 @@ class Memory:
         self.on_gpu = any(device.type == "cuda" for device in self.devices)
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
-        self._chunks = [self._params[i : i + _CHUNK] for i in range(0, len(self._params), _CHUNK)]
-        self._arenas = [arena for arena in arenas if arena is not None]  # scalings share their counters
+        self._arenas = [arena for arena in arenas if arena is not None]
         self.stagings = stagings if stagings is not None else Stagings()
         self.came_from = "host"  # the bytes of the last swap
         self._scatters: weakref.WeakKeyDictionary[Schema, list[tuple[torch.device, Scatter]]]
@@ -136,69 +124,11 @@ class Memory:
         self._clearing = self._scatters_of(None)
         self._prepare(self._clearing)
         self._brought: tuple[Writes, dict[torch.device, torch.Tensor]] | None = None
-        # The layers' __dict__, "scaling", the map that is to be there, the adapter's name, its view.
-        self._scaling_views: tuple[list[Any], ...] = [], [], [], [], []
-        self._versions: list[int] = []
-        self.mark_clean()
-
-    # -- state of the model -----------------------------------------------------------------------------------------
-
-    def refuse_if_replaced(self) -> None:
-        """Raise if the model no longer has one of the parameters."""
-        registered = map(dict.get, *self._dicts)
-        # To compare dicts of modules looks at identities, and needs a third of the time of a look-up in each.
-        if self._holders == self._held and all(map(is_, registered, self._params)):
-            return
-        for slot in self.slots.values():
-            if not slot.in_place():
-                raise ModelError(
-                    f"The layers of adapter {slot.adapter_name!r} were taken out of the model (unload, "
-                    "merge_and_unload).",
-                    where=slot.fqn,
-                    expected="the LoRA layer that was there at attach",
-                    hint="attach again",
-                )
-            for suffix, entry in slot.held.items():
-                if not entry.in_place():
-                    raise ModelError(
-                        f"The adapter {slot.adapter_name!r} was deleted from the model, or loaded anew.",
-                        where=f"{slot.fqn}.{suffix}",
-                        expected="the Parameter that was there at attach",
-                        hint="attach again",
-                    )
-        self._held = list(map(dict, self._holders))  # something else has come, or a layer was compiled by itself
-
-    def moved_and_dirty(self) -> tuple[bool, bool]:
-        """Whether a part is no longer in the slot's memory, and whether others have written it since `mark_clean`.
-
-        The first by `model.to(…)`, `param.data = …`, `layer.scaling = {…}`; the second by an optimizer,
-        `load_state_dict` or a user. Autograd's version counters tell; a write through `.data` leaves no trace there.
-        """
-        pointers: list[int] = []
-        versions: list[int] = []
-        for chunk in self._chunks:  # each few tensors twice while they are in the cache, rather than all of them twice
-            pointers += map(torch.Tensor.data_ptr, chunk)
-            versions += map(_version_of, chunk)
-        versions += map(_version_of, self._arenas)
-        get: Any = dict.get
-        layers, keys, maps, names, views = self._scaling_views
-        scaled = all(map(is_, map(get, layers, keys), maps)) and all(map(is_, map(get, maps, names), views))
-        return pointers != self._pointers or not scaled, versions != self._versions
-
-    def mark_clean(self) -> None:
-        """Take what is live now as written by hotslot."""
-        self._versions = self._current_versions()
-
-    def mark_dirty(self) -> None:
-        """Take what is live now as written by others."""
-        self._versions = []
-
-    def _current_versions(self) -> list[int]:
-        return [*map(_version_of, self._params), *map(_version_of, self._arenas)]
+        self.traces = Traces(slots, self._arenas, exclusive=exclusive)
 
     def bind_scalings(self) -> None:
         """Let the arena's tail hold the layers' scalings, with the values that they have."""
-        found = []
+        found = {}
         for column, fqns in self._scalings:
             for i, fqn in enumerate(fqns):
                 slot = self.slots[fqn]
@@ -209,13 +139,12 @@ class Memory:
                     layer.scaling.bind(name, view)
                 else:
                     layer.scaling = ScalingMap(layer.scaling, name, view)
-                found.append((layer.__dict__, "scaling", layer.scaling, name, view))
+                found[fqn] = layer, layer.scaling, name, view
                 if slot.dora is not None:
                     column[i, 1] = slot.dora.in_use
                     slot.dora.in_use = column[i, 1]
-        if found:
-            self._scaling_views = tuple(map(list, zip(*found, strict=True)))
-        self.mark_clean()
+        self.traces.expect_scalings(found)
+        self.traces.mark_clean()
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -319,7 +248,7 @@ class Memory:
         Args:
             writes: of `compile`.
             occupied: fqn → rank up to which the slot may hold values; what is not written of them is cleared.
-            clean: whether it is known that nobody else has written since `mark_clean`.
+            clean: whether it is known that nobody else has written since `Traces.mark_clean`.
         """
         clear = self._leftovers(occupied, writes) if not writes.scatters else []
         ones = [self._views[key] for key in writes.unused if PARTS[key[1]].neutral]
@@ -348,10 +277,9 @@ class Memory:
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
                 self._use_dora(writes.dora)
             if clean and writes.through_arena and not clear and not ones:  # each part has counted one
-                counted = [version + 1 for version in self._versions[: len(self._params)]]
-                self._versions = [*counted, *map(_version_of, self._arenas)]
+                self.traces.count_write()
             else:
-                self.mark_clean()
+                self.traces.mark_clean()
 
     def bring(self, writes: Writes) -> None:
         """Set the bytes of `writes` on their way to the device, if they go there: what is live is not touched."""
@@ -422,7 +350,7 @@ class Memory:
             for fqn, slot in self.slots.items():
                 _put_back_scaling(slot, image.scalings.get(fqn, 1.0))  # a slot that was added later is neutral
             torch.autograd.graph.increment_version(self._params)
-            self.mark_clean()
+            self.traces.mark_clean()
 
 
 def arena_bytes(nbytes: int, slots: int) -> int:
