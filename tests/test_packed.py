@@ -53,13 +53,13 @@ def pack(packed: PackedFiles, folder: Path, read_ns: int | None = None) -> Files
 def test_what_is_read_is_what_was_packed(packed: PackedFiles, adapters: list[Path]) -> None:
     for folder in adapters:
         files = pack(packed, folder)
-        source, again = checkpoints.read_files(files), packed.read(files)
+        source, again = checkpoints.read_files(files), packed.read(files, files.stamp())
         assert again is not None
         assert again.version == source.version
         assert torch.equal(again.data, source.data)
         assert again.config == source.config
         assert again.tensors == source.tensors
-    first, second = (packed.read(checkpoints.locate(folder)) for folder in adapters[:2])
+    first, second = (packed.read(files, files.stamp()) for files in map(checkpoints.locate, adapters[:2]))
     assert first is not None
     assert second is not None
     assert first.schema is second.schema, "of one family the JSON is read once"
@@ -87,15 +87,15 @@ def test_a_source_that_has_changed_is_not_found(packed: PackedFiles, adapters: l
             (folder / path.name).write_bytes(path.read_bytes())
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         files = pack(packed, folder)
-        assert packed.read(files) is not None
+        assert packed.read(files, files.stamp()) is not None
         (folder / name).write_bytes((folder / name).read_bytes())  # as many bytes: the times alone tell
-        assert packed.read(files) is None
+        assert packed.read(files, files.stamp()) is None
     stale = files.stamp()
     os.utime(folder / "adapter_config.json")
     assert not packed.write(files, stale, later(), checkpoints.read_files(files)), "it changed while it was read"
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError):
-        packed.read(files)
+        packed.read(files, files.stamp())
 
 
 def test_a_source_that_was_changed_just_before_it_was_read_is_not_trusted(
@@ -103,10 +103,10 @@ def test_a_source_that_was_changed_just_before_it_was_read_is_not_trusted(
 ) -> None:
     changed_ns = checkpoints.locate(adapters[0]).stamp().changed_ns
     files = pack(packed, adapters[0], read_ns=changed_ns + 10**9)
-    assert packed.read(files) is None
+    assert packed.read(files, files.stamp()) is None
     assert packed.path(files).exists(), "nothing is wrong with it"
     pack(packed, adapters[0], read_ns=changed_ns + 3 * 10**9)
-    assert packed.read(files) is not None
+    assert packed.read(files, files.stamp()) is not None
 
 
 def test_damage_anywhere_is_noticed(
@@ -121,16 +121,16 @@ def test_damage_anywhere_is_noticed(
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        assert packed.read(files) is None, f"byte {place} of {len(whole)}, data from {begin}"
+        assert packed.read(files, files.stamp()) is None, f"byte {place} of {len(whole)}, data from {begin}"
         assert not path.exists(), "and it is deleted"
     for size in (0, 5, 8, 60, begin - 1, begin, begin + 1, len(whole) - 1):
         path.write_bytes(whole[:size])
-        assert packed.read(files) is None
+        assert packed.read(files, files.stamp()) is None
         assert not path.exists()
     path.write_bytes(whole + b"\0")
-    assert packed.read(files) is None
+    assert packed.read(files, files.stamp()) is None
     path.write_bytes(whole)
-    assert packed.read(files) is not None, "the control"
+    assert packed.read(files, files.stamp()) is not None, "the control"
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_what_is_no_packed_file_gives_nothing(
 ) -> None:
     files = checkpoints.locate(adapters[0])
     put(packed.path(files))
-    assert packed.read(files) is None
+    assert packed.read(files, files.stamp()) is None
     pack(packed, adapters[0])
-    assert packed.read(files) is not None
+    assert packed.read(files, files.stamp()) is not None
 
 
 def test_the_limit_deletes_what_was_not_used_for_longest(adapters: list[Path], tmp_path: Path) -> None:
@@ -160,16 +160,16 @@ def test_the_limit_deletes_what_was_not_used_for_longest(adapters: list[Path], t
     first, second = (pack(packed, folder) for folder in adapters[:2])
     os.utime(packed.path(first), (1, 1))
     os.utime(packed.path(second), (2, 2))
-    assert packed.read(first) is not None  # used now
+    assert packed.read(first, first.stamp()) is not None  # used now
     foreign = packed.folder / "mine.safetensors"
     foreign.write_bytes(bytes(10))
     abandoned = packed.folder / f".{packed.path(first).name}.1.2.tmp"
     abandoned.touch()
     os.utime(abandoned, (1, 1))
     third = pack(packed, adapters[2])
-    assert packed.read(second) is None
-    assert packed.read(first) is not None
-    assert packed.read(third) is not None
+    assert packed.read(second, second.stamp()) is None
+    assert packed.read(first, first.stamp()) is not None
+    assert packed.read(third, third.stamp()) is not None
     assert packed.nbytes <= 2.5 * size.nbytes
     assert foreign.exists()
     assert not abandoned.exists()
@@ -200,7 +200,7 @@ packed = PackedFiles(Path(sys.argv[1]))
 deadline, found = time.monotonic() + 1.0, 0
 while time.monotonic() < deadline:
     packed.write(files, files.stamp(), time.time_ns() + 60 * 10**9, source)
-    again = packed.read(files)
+    again = packed.read(files, files.stamp())
     assert again is not None and again.version == source.version, again
     found += 1
 print(found)

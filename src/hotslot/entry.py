@@ -104,9 +104,7 @@ class Entry:
                 self._compiled = self._in_the_place_of(binding.resident, binding)
                 return self._compiled
             sided, block, merges = self._split(binding)
-            scalings = dict.fromkeys(binding.slots, live.NEUTRAL_SCALING)
-            scalings.update((fqn, target.scaling) for fqn, target in sided.targets.items())
-            values, records = binding.absolutes.compile(sided), binding.records(sided)
+            values, (records, scalings) = binding.absolutes.compile(sided), binding.describe(sided)
             writes, nbytes = memory.compile(block, scalings), self.adapter.checkpoint.nbytes if block else 0
             self._compiled = Compiled(memory, writes, values, records, merges, nbytes)
         return self._compiled

@@ -401,7 +401,7 @@ class Library:
             return self._open(source), None
         try:
             stamp, read_ns = files.stamp(), time.time_ns()
-            checkpoint = self._packed.read(files, pin_memory=self._pin_memory)
+            checkpoint = self._packed.read(files, stamp, pin_memory=self._pin_memory)
         except OSError:  # it is gone: which `open` says better
             return self._open(source), None
         if checkpoint is not None:

@@ -64,13 +64,12 @@ class Blend(Entry):
     def compile(self, binding: Binding) -> Compiled:
         """See `Entry.compile`. One adapter alone is compiled already, but for its scalings."""
         if self._same_bytes is not None and (self._compiled is None or self._compiled.memory is not binding.memory):
-            scalings = dict.fromkeys(binding.slots, live.NEUTRAL_SCALING)
-            scalings.update((fqn, target.scaling) for fqn, target in self.adapter.targets.items())
+            records, scalings = binding.describe(self.adapter)
             writes = self._same_bytes.compile(binding).writes
             columns = binding.memory.compile(None, scalings).columns
             weighted = replace(writes, scalings=scalings, columns=columns)
             nbytes = self._same_bytes.compile(binding).nbytes
-            self._compiled = Compiled(binding.memory, weighted, {}, binding.records(self.adapter), nbytes=nbytes)
+            self._compiled = Compiled(binding.memory, weighted, {}, records, nbytes=nbytes)
         return super().compile(binding)
 
     def writes(self, binding: Binding, since: Entry | None) -> tuple[Writes, int]:

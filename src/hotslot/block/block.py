@@ -44,6 +44,7 @@ class Block:
         runs, tiles: the copies.
         ranks: module path → rank, for each slot that the block fills.
         unused: (module path, suffix) of the slots' parts that have no rank and that the block does not write.
+        dora: paths of the modules that are adapted by DoRA.
     """
 
     adapter: Adapter
@@ -52,6 +53,7 @@ class Block:
     tiles: tuple[Tile, ...]
     ranks: Mapping[str, int]
     unused: tuple[tuple[str, str], ...]
+    dora: frozenset[str]
 
     @property
     def data(self) -> torch.Tensor:
@@ -62,11 +64,6 @@ class Block:
     def version(self) -> str:
         """The checkpoint's digest."""
         return self.adapter.checkpoint.version
-
-    @property
-    def dora(self) -> frozenset[str]:
-        """Paths of the modules that are adapted by DoRA."""
-        return frozenset(fqn for fqn, target in self.adapter.targets.items() if MAGNITUDE in target.parts)
 
     @property
     def nbytes(self) -> int:
@@ -105,7 +102,8 @@ def _recipe(adapter: Adapter, layout: Layout) -> tuple[Any, ...]:
     ranks = {fqn: target.rank for fqn, target in adapter.targets.items()}
     written = {(fqn, suffix) for _, fqn, suffix in pieces}
     unused = tuple(key for key in layout.rankless if key not in written)
-    return tuple(runs), tuple(tiles), ranks, unused
+    dora = frozenset(fqn for fqn, target in adapter.targets.items() if MAGNITUDE in target.parts)
+    return tuple(runs), tuple(tiles), ranks, unused, dora
 
 
 def _append_run(runs: list[Run], run: Run) -> None:

@@ -103,15 +103,17 @@ class PackedFiles:
         """Where the packed file of these is, or would be."""
         return self.folder / f"{_PREFIX}{hashlib.blake2b(files.key.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
 
-    def read(self, files: Files, *, pin_memory: bool = False) -> Checkpoint | None:
+    def read(self, files: Files, stamp: Stamp, *, pin_memory: bool = False) -> Checkpoint | None:
         """The adapter in these files, from its packed file; None if there is none, or not of what they are now.
 
         A packed file that is damaged, or something else, is deleted.
 
-        Raises:
-            OSError: `files` are gone.
+        Args:
+            files: whence it came.
+            stamp: of them, taken now.
+            pin_memory: read it into page-locked memory.
         """
-        path, stamp = self.path(files), files.stamp()
+        path = self.path(files)
         for _ in range(_ATTEMPTS):
             try:
                 before = _identity(path)

@@ -28,7 +28,7 @@ from .resident import Resident
 from .scaling import ScalingMap
 from .slots import Slot, bring_back, compact, let_be_offloaded
 from .staging import Stagings
-from .state import Records, adapter_records, neutral_records
+from .state import NEUTRAL_SCALING, Records, adapter_records, neutral_records
 from .state_dict import TrueRank
 from .tokens import refuse_compiled_tokens
 
@@ -83,7 +83,8 @@ class Binding:
         self._fused_forward = fused_forward
         self._exclusive = exclusive
         self.hooks: dict[str, TrueRank] = {}
-        self._records: weakref.WeakKeyDictionary[Schema, Records] = weakref.WeakKeyDictionary()
+        self._described: weakref.WeakKeyDictionary[Schema, tuple[Records, Mapping[str, float]]]
+        self._described = weakref.WeakKeyDictionary()
         self._columns: dict[tuple[int, tuple[Any, ...]], tuple[Any, ...]] = {}
         self._originals = {
             key: (param, param.data) for key, param in ((k, h.param) for s in slots.values() for k, h in _keyed(s))
@@ -162,17 +163,17 @@ class Binding:
         """Fqn → rank that the slot has room for."""
         return {fqn: slot.rank for fqn, slot in self.slots.items()}
 
-    def records(self, adapter: Adapter) -> Records:
-        """PEFT's records that describe `adapter` in the slots; made once for all checkpoints of its schema."""
-        if not adapter.targets:
-            return self.neutral_records()
+    def describe(self, adapter: Adapter) -> tuple[Records, Mapping[str, float]]:
+        """PEFT's records of `adapter` in the slots, and fqn → scaling of each slot; the same for all of its schema."""
         schema = adapter.checkpoint.schema
-        if schema not in self._records:
-            found = adapter_records(adapter, self.slots)
+        if schema not in self._described:
+            records = adapter_records(adapter, self.slots) if adapter.targets else self.neutral_records()
             # Equal columns are the same one, so that a swap sees at once which need no writing.
-            columns = tuple(self._columns.setdefault(pair, pair[1]) for pair in enumerate(found.columns))
-            self._records[schema] = found._replace(columns=columns)
-        return self._records[schema]
+            columns = tuple(self._columns.setdefault(pair, pair[1]) for pair in enumerate(records.columns))
+            scalings = {fqn: target.scaling for fqn, target in adapter.targets.items()}
+            scalings = {fqn: scalings.get(fqn, NEUTRAL_SCALING) for fqn in self.slots}
+            self._described[schema] = records._replace(columns=columns), scalings
+        return self._described[schema]
 
     def neutral_records(self) -> Records:
         """PEFT's records of slots that add nothing."""
@@ -296,7 +297,7 @@ class Binding:
             self._add_parts(extra)
             self.memory = self._bind(ranks, arena=arena)
             self.arena = arena
-            self._records.clear()
+            self._described.clear()
             if dirty:
                 self.memory.traces.mark_dirty()
             return undo
@@ -316,7 +317,7 @@ class Binding:
         self.memory = self._bind(ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
         self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
-        self._records.clear()
+        self._described.clear()
         if dirty:
             self.memory.traces.mark_dirty()
 
@@ -352,7 +353,7 @@ class Binding:
             self._added = added
             homes.put_back()
             self.memory, self.arena = memory, arena
-            self._records.clear()
+            self._described.clear()
             note_sizes(self.slots)
 
         return undo

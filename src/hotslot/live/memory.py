@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -113,6 +113,8 @@ class Memory:
         self.on_gpu = any(device.type == "cuda" for device in self.devices)
         self._buffers: dict[torch.device, torch.Tensor] = {}
         self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._known_columns: weakref.WeakKeyDictionary[Schema, tuple[Mapping[str, float], list[Copy]]]
+        self._known_columns = weakref.WeakKeyDictionary()
         self._arenas = [arena for arena in arenas if arena is not None]
         self.stagings = stagings if stagings is not None else Stagings()
         self.came_from = "host"  # the bytes of the last swap
@@ -157,25 +159,37 @@ class Memory:
             stage: by torch's copies, from the device if True; by default by the kernel, where it runs.
         """
         with torch.inference_mode(False), torch.no_grad():
-            dora = block.dora if block is not None else frozenset()
-            columns = [
-                (column, _column_values([scalings[fqn] for fqn in fqns], [fqn in dora for fqn in fqns], like=column))
-                for column, fqns in self._scalings
-            ]
             if block is None:
-                unused, through_arena = self.layout.rankless, bool(self._arenas)
-                return Writes(None, self._clearing, [], [], [], scalings, dora, columns, {}, unused, through_arena)
+                columns, arena = self._columns(scalings, ()), bool(self._arenas)
+                unused = self.layout.rankless
+                return Writes(None, self._clearing, [], [], [], scalings, frozenset(), columns, {}, unused, arena)
             assert block.layout is self.layout
+            columns = self._columns_for(block, scalings)
             found = self._scatters_for(block) if stage is None else []
             staged, targets, sources = ([], [], []) if found else self._copies(block, stage)
             through_arena = bool(self._arenas) and (bool(found) or not block.tiles)
-            told = scalings, dora, columns, block.ranks, block.unused
+            told = scalings, block.dora, columns, block.ranks, block.unused
             return Writes(block if found else None, found, staged, targets, sources, *told, through_arena)
 
     @cached_property
     def neutral(self) -> Writes:
         """What leaves the slots as if there were no adapter."""
         return self.compile(None, dict.fromkeys(self.slots, NEUTRAL_SCALING))
+
+    def _columns_for(self, block: Block, scalings: Mapping[str, float]) -> list[Copy]:
+        """`_columns`, made once for all blocks of a schema that have these scalings."""
+        schema = block.adapter.checkpoint.schema
+        known = self._known_columns.get(schema)
+        if known is None or known[0] is not scalings:
+            known = self._known_columns[schema] = scalings, self._columns(scalings, block.dora)
+        return known[1]
+
+    def _columns(self, scalings: Mapping[str, float], dora: Collection[str]) -> list[Copy]:
+        """The arenas' columns of scalings and uses of DoRA, and the values that are to be there."""
+        return [
+            (column, _column_values([scalings[fqn] for fqn in fqns], [fqn in dora for fqn in fqns], like=column))
+            for column, fqns in self._scalings
+        ]
 
     def _copies(self, block: Block, stage: bool | None) -> tuple[list[Copy], list[torch.Tensor], list[torch.Tensor]]:
         """`staged`, `targets` and `sources` of the Writes, for torch's own copies."""
