@@ -12,7 +12,7 @@ from ..errors import ModelError
 from .slots import Slot
 
 _CHUNK = 32  # tensors whose Python and C++ objects fit the first-level cache
-_SAMPLED = 16  # slots of each member of a model, where nobody writes single ones
+_SAMPLED = 16  # slots of each part of a model, where nobody writes single ones
 _version_of: Callable[[torch.Tensor], int] = attrgetter("_version")
 
 # A layer, the map that is to be its `scaling`, the adapter's name, the view that is to be there.
@@ -25,11 +25,11 @@ class Traces:
     Args:
         slots: all slots of one adapter name.
         arenas: with whose version counters their scalings count.
-        exclusive: look at some slots of each member only.
+        exclusive: look at some slots of each part of the model only.
     """
 
     def __init__(self, slots: Mapping[str, Slot], arenas: Iterable[torch.Tensor], *, exclusive: bool) -> None:
-        self._slots = _sample(slots) if exclusive else dict(slots)
+        self._slots = sample(slots) if exclusive else dict(slots)
         # The fields of all parts' Held as lists: a swap looks at each of hundreds.
         held = [entry for slot in self._slots.values() for entry in slot.held.values()]
         self._params = [entry.param for entry in held]
@@ -110,9 +110,11 @@ class Traces:
         self._versions = [*counted, *map(_version_of, self._arenas)]
 
 
-def _sample(slots: Mapping[str, Slot]) -> dict[str, Slot]:
+def sample(slots: Mapping[str, Slot]) -> dict[str, Slot]:
     """Some of each part of the model that may be moved or replaced by itself: of a pipeline, its components."""
-    by_member: dict[str, list[str]] = {}
+    parts: dict[str, list[str]] = {}
     for fqn in slots:
-        by_member.setdefault(fqn.partition(".")[0], []).append(fqn)
-    return {fqn: slots[fqn] for fqns in by_member.values() for fqn in fqns[:: -(-len(fqns) // _SAMPLED)]}
+        parts.setdefault(fqn.partition(".")[0], []).append(fqn)
+    if len(parts) > _SAMPLED:  # they are layers
+        parts = {"": list(slots)}
+    return {fqn: slots[fqn] for fqns in parts.values() for fqn in fqns[:: -(-len(fqns) // _SAMPLED)]}
