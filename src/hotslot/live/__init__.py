@@ -13,7 +13,7 @@ from .discover import adapter_names, count_slots, innermost, is_compiled, is_on_
 from .exchange import carries, put_on, refuse_merged, refuse_put_on, taken_off
 from .forbidden import allow, forbid, refuse_passed_over, seen_to
 from .guard import guard, is_guarded, unguard
-from .inject import OUT_PROJ, Injection, inject, remove, slot_shapes
+from .inject import Injection, inject, remove
 from .low_rank import blended
 from .memory import Image, Memory, Writes
 from .merges import NO_MERGES, Merges, host_bytes
@@ -23,6 +23,7 @@ from .offloading import refuse_offloaded
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
+from .shapes import OUT_PROJ, slot_shapes
 from .skeleton import hollow
 from .slots import Slot, find_slots, let_be_offloaded, stay_on_device
 from .staging import Stagings

@@ -10,8 +10,8 @@ from torch import nn
 
 from .base import base_modules
 from .discover import canonical_name, lora_layers, unwrap
-from .inject import OUT_PROJ
 from .saved import saved_wrappers
+from .shapes import OUT_PROJ
 
 
 def matching_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
