@@ -430,6 +430,18 @@ def attaching(came_with: str | None) -> Make:
     return make
 
 
+def attaching_beside(entry: Entry, folders: dict[str, Path]) -> Stage:
+    """Another slot, to a model with an adapter that is active, in PEFT's own models around it and in a head, too."""
+    model = fresh(entry, folders["head"])
+    attach = functools.partial(hotslot.attach, model, {"a": folders["a"]}, adapter_name="second")
+
+    def swap() -> None:
+        attach().activate("a")
+        model.set_adapter("second", inference_mode=True)
+
+    return Stage(entry, model, attach, swap, folders["a"])
+
+
 def growing(came_with: str | None) -> Make:
     """More slots and larger ones, fused, under a live adapter that was trained on; on a PEFT model beside its own."""
 
@@ -501,6 +513,8 @@ PREPARATIONS: dict[str, Scenario] = {
     "attach to a plain model": (attaching(None), "embedding"),
     "attach to a grouped convolution": (attaching(None), "conv2d"),
     "attach to a PEFT model": (attaching("b"), "embedding"),
+    "attach beside an active adapter": (attaching_beside, "embedding"),
+    "attach with a head": (attaching_with_a_head, "embedding"),
     "attach beside tokens": (attaching_with_tokens("fewer"), "embedding"),
     "attach and wrap for tokens": (attaching_with_tokens("mix"), "embedding"),
     "prepare_model_for_compiled_hotswap": (preparing, "mlp"),
@@ -578,7 +592,7 @@ def test_a_preparation_that_breaks_off_changes_nothing(name: str, injector: Inje
 
 
 @injected
-@pytest.mark.parametrize("came_with", [None, "a"], ids=["plain-model", "peft-model"])
+@pytest.mark.parametrize("came_with", [None, "a", "beside"], ids=["plain-model", "peft-model", "beside-another"])
 def test_a_detach_that_breaks_off_can_be_repeated(came_with: str | None, injector: Injector, folders: Folders) -> None:
     """It is no swap: what counts is that a second detach() finishes it, and leaves the model as it was."""
     entry, dry = ZOO["embedding"], injector(0)
@@ -598,6 +612,12 @@ def test_a_detach_that_breaks_off_can_be_repeated(came_with: str | None, injecto
 
 def attached_to(came_with: str | None, entry: Entry, folders: Folders) -> tuple[hotslot.Swapper, nn.Module, Snapshot]:
     """A swapper with another adapter live, fused on a plain model; its model, and what that was before."""
+    if came_with == "beside":
+        model = fresh(entry, folders[entry.name]["head"])
+        before = snapshot(model)
+        swapper = hotslot.attach(model, {"b": folders[entry.name]["b"]}, adapter_name="second")
+        swapper.activate("b")
+        return swapper, model, before
     model = entry.build() if came_with is None else fresh(entry, folders[entry.name][came_with])
     before = snapshot(model)
     swapper = attached(entry, folders[entry.name], model, fused=came_with is None)

@@ -32,11 +32,12 @@ def attach(
     cache: Cache = Cache(),  # noqa: B008  it is frozen
     watch: bool = False,
 ) -> Swapper:
-    """Make a model ready for swaps, in place; nothing is activated.
+    """Make a model ready for swaps, in place; nothing is activated, and the model computes what it did.
 
     On a plain model every module that one of `adapters` targets gets a neutral slot of the largest rank that any of
     them has there: all of them activate later, in any order, without recompilation. On a model that carries PEFT
     LoRA layers named `adapter_name`, those are the slots; their Parameter objects stay, and are padded if need be.
+    Beside adapters of other names the new slots are active with those that are; the live ones add up.
 
     That is room for one adapter at a time, and no more, for a slot of an adapter's own rank is written in one copy
     and computes to the bit what a fresh load does. Blends, adapters to come and other dtypes are a matter of `plan`.
@@ -49,7 +50,7 @@ def attach(
             adapter_config.json is an adapter of its name, for a pipeline each safetensors file. Of those, and of all
             once `cache` has a budget for host memory, headers and configs are read now, and the values of one of each
             family (of equal header and config); the others' when they are needed.
-        adapter_name: PEFT's name of the slot that is written.
+        adapter_name: PEFT's name of the slot that is written. A model may have several, each with a Swapper.
         route: "side": slots hold adapters, and what they cannot hold is refused; "merged": adapters of any method are
             merged into the base's weights, in place, and a forward pass costs what the base's does; "auto": in slots
             what they can hold, the rest merged.

@@ -8,25 +8,34 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..block import SlotShape
-from ..errors import ModelError
+from ..errors import MergedError, ModelError
 from ..methods import MAGNITUDE
-from .discover import canonical_name, lora_layers, roots, unwrap
+from .activity import Activity
+from .calls import calls_of
+from .discover import callable_roots, canonical_name, lora_layers, roots, unwrap
 from .offloading import is_offloaded, refuse_offloaded, refuse_reading_offloaded, stay_beside
 from .photo import ABSENT, Photo
 from .shapes import OUT_PROJ
+
+# LoRA layers that are on their models for hotslot's slots alone: the last slot to go puts the base layer back.
+_made: weakref.WeakSet[Any] = weakref.WeakSet()
+# Model → its attributes of PEFT's before any slot came, ABSENT where there was none. So when the last adapter has gone.
+_attributes: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Injection:
     """What `inject` has done, for `remove`: on a model, or on each member of an Assembly."""
 
+    adapter_name: str
     roots: list[_Injected]
+    activities: list[Activity]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,37 +43,43 @@ class _Injected:
     """What was done to one model that keeps PEFT's configs of its own."""
 
     model: weakref.ref[nn.Module]
-    adapter_name: str
-    replaced: list[tuple[dict[str, Any], str, nn.Module, Any]]  # parent's modules, name, base layer, LoRA layer
-    joined: list[tuple[Any, Any]]  # LoRA layers that had other adapters, and which of those were active
-    auxiliary: list[tuple[Any, Any]]  # PEFT's wrappers beside its layers, and which adapter was active in them
-    attributes: dict[str, Any]  # of the model, as they were; ABSENT where there was none
+    layers: list[tuple[dict[str, Any], str, Any]]  # parent's modules, name, LoRA layer: those with a new slot
     resident: Any  # the config of an adapter of this name that was there before, or None
 
 
 def inject(model: nn.Module, adapter_name: str, shapes: Mapping[str, SlotShape]) -> Injection:
     """Add LoRA layers for `shapes`, at the smallest rank; the base model's own tensors and flags stay as they are.
 
+    A slot that is new is active beside the adapters that are; one that was there already stays as active as it was.
+    If it raises, the model is as it was.
+
     PEFT makes the layers; it is told the modules by name, because its rank_pattern of hundreds of regular expressions
     takes seconds (9 s for 840 modules). `bind` gives them their ranks.
+
+    Raises:
+        MergedError: an adapter is merged into the base weights.
+        ModelError: a target was compiled by itself, or its weights are elsewhere.
     """
-    injection = Injection([])
+    injection = Injection(adapter_name, [], [])
     photos: list[Photo] = []
-    standing = _standing(model, adapter_name)
+    layers = [layer for _, layer in lora_layers(model)]
+    own = {layer for layer in layers if adapter_name in layer._get_available_adapters()}
+    joins = not own or any(adapter_name in layer.active_adapters for layer in own)
+    _refuse_merged(model, layers)
     try:
         for prefix, root in roots(model).items():
-            own = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
-            if not own:
-                continue
-            get_base_model: Any = getattr(root, "get_base_model", None)
-            inner: nn.Module = get_base_model() if get_base_model is not None else root
-            photos.append(Photo(inner))
-            injection.roots.append(_inject(root, inner, adapter_name, own, photos[-1], standing))
+            *around, inner = callable_roots(root)
+            photos.append(Photo(inner, around))
+            wanted = {fqn.removeprefix(prefix): shape for fqn, shape in shapes.items() if fqn.startswith(prefix)}
+            if wanted:
+                here = {layer for _, layer in lora_layers(root)}
+                like = min(layers, key=lambda layer: (layer not in here, layer not in own), default=None)
+                injection.roots.append(_inject(root, inner, adapter_name, wanted, photos[-1], like))
+            injection.activities.append(Activity(root, adapter_name, joins=joins))
         return injection
     except BaseException:
-        if len(photos) > len(injection.roots):  # amid the last one
-            photos[-1].put_back()
-        remove(injection)
+        for photo in reversed(photos):
+            photo.put_back()
         raise
 
 
@@ -74,10 +89,10 @@ def _inject(
     adapter_name: str,
     shapes: Mapping[str, SlotShape],
     photo: Photo,
-    standing: _Standing | None,
+    like: Any,
 ) -> _Injected:
+    """`inject` for one model that keeps PEFT's configs. New layers are as active as `like`, one that was there."""
     from peft import inject_adapter_in_model
-    from peft.utils.other import AuxiliaryTrainingWrapper
 
     names = {canonical_name(name, ""): name for name, _ in inner.named_modules()}
     targeted = {names[fqn.removesuffix(OUT_PROJ)] for fqn, shape in shapes.items() if shape.parameter is None}
@@ -90,9 +105,7 @@ def _inject(
     _refuse_compiled_targets(adapted)
     for fqn, shape in shapes.items():
         _refuse_without_memory(inner, fqn, names[fqn.removesuffix(OUT_PROJ).replace(".base_layer", "")], shape)
-    before = _layers_with_parents(inner)
-    stood = {id(layer): _Standing.of(layer) for _, _, layer in before.values()}
-    auxiliary = [(m, m._active_adapter) for m in inner.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    before = {layer for _, _, layer in _layers_with_parents(inner)}
     attention = _plain_attentions(inner)
     with warnings.catch_warnings(), torch.inference_mode(False):
         # Targets by name and not by pattern, Conv1D's transposed weight, grouped convolutions: all meant so.
@@ -103,28 +116,38 @@ def _inject(
             config.target_parameters = parameters
         inject_adapter_in_model(config, inner, adapter_name, state_dict=None if parameters else targets)
     after = _layers_with_parents(inner)
-    _settle_attention((layer for _, _, layer in after.values()), attention)
+    _settle_attention((layer for _, _, layer in after), attention)
     photo.put_back_flags()
-    if standing is not None:
-        _keep_active(adapter_name, standing, stood, (layer for _, _, layer in after.values()))
-        _put_back_auxiliary(auxiliary)
-        auxiliary.clear()
+    photo.put_back_active()  # PEFT has activated the adapter, and it alone
+    for _, _, layer in after:
+        if layer not in before:
+            _made.add(layer)
+            layer._active_adapter = [] if like is None else [*like.active_adapters]
+            layer._disable_adapters = like is not None and like.disable_adapters
     resident = photo.configs.get(adapter_name)
     if resident is not None:
         inner.__dict__["peft_config"][adapter_name] = resident  # PEFT has put the injection's in its place
-    injection = _Injected(weakref.ref(inner), adapter_name, [], [], auxiliary, photo.attributes, resident)
-    for name, (parent, child, layer) in after.items():
-        if name not in before:
-            injection.replaced.append((parent._modules, child, layer.get_base_layer(), layer))
     by_name = dict(lora_layers(model))
+    joined = {by_name[fqn] for fqn in shapes}
     for fqn, shape in shapes.items():
-        layer = by_name[fqn]
-        if id(layer) in stood:
-            injection.joined.append((layer, stood[id(layer)].active))
-        _make_neutral(layer, adapter_name, shape)
+        _make_neutral(by_name[fqn], adapter_name, shape)
     if hasattr(inner, "_hf_peft_config_loaded"):
         inner.__dict__["_hf_peft_config_loaded"] = True  # transformers' own adapter methods ask it
-    return injection
+    changed = [place for place in after if place[2] not in before or place[2] in joined]
+    _attributes.setdefault(inner, photo.attributes)
+    return _Injected(weakref.ref(inner), changed, resident)
+
+
+def _refuse_merged(model: nn.Module, layers: Iterable[Any]) -> None:
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise MergedError(
+            "An adapter is merged into the base weights: its layers pass over what else they have, and PEFT unmerges "
+            "it when it makes new ones.",
+            where=", ".join(merged),
+            expected="a model on which nothing is merged",
+            hint=f"unmerge it first: {calls_of(model).unmerge}",
+        )
 
 
 def _refuse_without_memory(model: nn.Module, fqn: str, name: str, shape: SlotShape) -> None:
@@ -174,44 +197,6 @@ def _settle_attention(
                 module._parameters.update(saved)
 
 
-class _Standing(NamedTuple):
-    """Which adapters are active in a layer, and whether none is heeded."""
-
-    active: Any
-    disabled: bool
-
-    @classmethod
-    def of(cls, layer: Any) -> _Standing:
-        return cls(layer._active_adapter, layer._disable_adapters)
-
-
-def _standing(model: nn.Module, adapter_name: str) -> _Standing | None:
-    """Of the layers that have the adapter already, on whichever member of an Assembly; None if none has."""
-    own = (layer for _, layer in lora_layers(model) if adapter_name in {*layer.lora_A, *layer.lora_embedding_A})
-    return next(map(_Standing.of, own), None)
-
-
-def _keep_active(name: str, standing: _Standing, stood: Mapping[int, _Standing], layers: Iterable[Any]) -> None:
-    """PEFT activates the adapter, and it alone, on all layers. One that was there before stays as active as it was.
-
-    So do those beside it. Layers of other members may not know yet that it is active.
-    """
-    for layer in layers:
-        before = stood.get(id(layer), standing)
-        missing = name in _listed(standing.active) and name not in _listed(before.active)
-        layer._active_adapter = [*_listed(before.active), name] if missing else before.active
-        layer._disable_adapters = before.disabled
-
-
-def _listed(active: Any) -> list[str]:
-    return [active] if isinstance(active, str) else active
-
-
-def _put_back_auxiliary(auxiliary: Iterable[tuple[Any, Any]]) -> None:
-    for wrapper, active in auxiliary:
-        wrapper._active_adapter = active
-
-
 def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
     from peft import LoraConfig
 
@@ -220,15 +205,16 @@ def _injection_config(shapes: Mapping[str, SlotShape]) -> Any:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules="(?!)", init_lora_weights=False, inference_mode=True)
 
 
-def _layers_with_parents(model: nn.Module) -> dict[str, tuple[nn.Module, str, Any]]:
+def _layers_with_parents(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """(the parent's modules, name there, layer) of every LoRA layer, outermost first."""
     from peft.tuners.lora import LoraLayer
 
-    found: dict[str, tuple[nn.Module, str, Any]] = {}
-    for name, module in model.named_modules():
-        for child_name, child in module.named_children():
-            if isinstance(child, LoraLayer):
-                found[f"{name}.{child_name}"] = (module, child_name, child)
-    return found
+    return [
+        (module._modules, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, LoraLayer)
+    ]
 
 
 def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
@@ -255,38 +241,52 @@ def _make_neutral(layer: Any, name: str, shape: SlotShape) -> None:
 
 
 def remove(injection: Injection) -> None:
-    """Undo `inject`: the base layers back in their places, the model's attributes as they were."""
+    """Undo `inject`, but for what others have activated since: base layers and attributes as they were.
+
+    Layers that have other adapters stay. May be repeated.
+    """
     for injected in injection.roots:
-        _remove(injected)
+        _remove(injected, injection.adapter_name)
+    for activity in injection.activities:
+        activity.leave()
 
 
-def _remove(injection: _Injected) -> None:
-    name = injection.adapter_name
-    for layer, active in injection.joined:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's notice about which adapter becomes active: `active`, at once
-            flags = [(param, param.requires_grad) for param in layer.parameters()]
-            layer.delete_adapter(name)
-            for param, flag in flags:  # PEFT makes the next adapter trainable
-                param.requires_grad_(flag)
-        layer._active_adapter = active
-    for parent, child, base, layer in injection.replaced:
-        others = {*layer.lora_A, *layer.lora_embedding_A} - {name}
-        if others:
-            layer.delete_adapter(name)
-        elif child in parent and unwrap(parent[child]) is layer:
-            parent[child] = base
-    _put_back_auxiliary(injection.auxiliary)
-    model = injection.model()
-    configs = model.__dict__.get("peft_config") if model is not None else None
-    if model is None or configs is None:
+def _remove(injected: _Injected, name: str) -> None:
+    for _, _, layer in injected.layers:
+        _delete(layer, name)
+    for siblings, child, layer in injected.layers:
+        base = layer.get_base_layer()
+        if layer in _made and _is_free(layer) and child in siblings and unwrap(siblings[child]) is layer:
+            siblings[child] = base
+    model = injected.model()
+    if model is None:
         return
-    if injection.resident is not None:
-        configs[name] = injection.resident
+    configs = model.__dict__.get("peft_config") or {}
+    if injected.resident is not None:
+        configs[name] = injected.resident
         return
     configs.pop(name, None)
-    for key, value in injection.attributes.items():
-        if value is not ABSENT:
-            model.__dict__[key] = value
-        elif not configs:  # users may have added adapters of their own since
-            model.__dict__.pop(key, None)
+    if not configs:
+        for key, value in _attributes.get(model, {}).items():
+            if value is ABSENT:
+                model.__dict__.pop(key, None)
+            else:
+                model.__dict__[key] = value
+        _attributes.pop(model, None)
+
+
+def _delete(layer: Any, name: str) -> None:
+    """What PEFT's delete_adapter does, which also activates another adapter, and makes it trainable."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        held = getattr(layer, attribute)
+        if name in held:
+            del held[name]
+
+
+def _is_free(layer: Any) -> bool:
+    """Whether neither the layer nor one within it, around the same base layer, has any adapter."""
+    while hasattr(layer, "_get_available_adapters"):
+        if layer._get_available_adapters():
+            return False
+        layer = layer.base_layer
+    return True

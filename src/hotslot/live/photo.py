@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 ABSENT = object()
-_LORA_RECORDS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "lora_variant")
+_ACTIVE = ("_active_adapter", "active_adapter")  # of layers and wrappers; of PEFT's models
+# Of LoRA layers, and of a ParameterDict.
+_RECORDS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "lora_variant", "_keys")
 _MODEL_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
 
 class Photo:
-    """Which modules and Parameter objects are where, with which flags, and PEFT's records of them. No values."""
+    """Which modules and Parameter objects are where, with which flags, and PEFT's records of them. No values.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model that keeps PEFT's configs.
+        around: PEFT's own models around it.
+    """
+
+    def __init__(self, model: nn.Module, around: Iterable[nn.Module] = ()) -> None:
         self._model = model
-        self._modules = [_ModulePhoto(module) for module in model.modules()]
+        self._modules = [_ModulePhoto(module) for module in (*around, *model.modules())]
         self._flags = [(param, param.requires_grad) for param in model.parameters()]
         self.attributes = {key: model.__dict__.get(key, ABSENT) for key in _MODEL_ATTRIBUTES}
         configs = self.attributes["peft_config"]
@@ -26,6 +34,11 @@ class Photo:
         """Each parameter as trainable as it was."""
         for param, flag in self._flags:
             param.requires_grad_(flag)
+
+    def put_back_active(self) -> None:
+        """The adapters that were active, and no others."""
+        for photo in self._modules:
+            photo.put_back_active()
 
     def put_back(self) -> None:
         """All of it."""
@@ -49,11 +62,14 @@ class _ModulePhoto:
         self._children = dict(module._modules)
         self._parameters = dict(module._parameters)
         self._training = module.training
-        self._active = module.__dict__.get("_active_adapter", ABSENT)
+        self._active = {key: module.__dict__[key] for key in _ACTIVE if key in module.__dict__}
         adapters = module.__dict__.get("_adapters")
         self._adapters = set(adapters) if isinstance(adapters, set) else None
-        records = {key: module.__dict__.get(key) for key in _LORA_RECORDS}
+        records = {key: module.__dict__.get(key) for key in _RECORDS}
         self._records = [(record, dict(record)) for record in records.values() if type(record) is dict]
+
+    def put_back_active(self) -> None:
+        self._module.__dict__.update(self._active)
 
     def put_back(self) -> None:
         module = self._module
@@ -65,8 +81,7 @@ class _ModulePhoto:
         module._parameters.clear()
         module._parameters.update(self._parameters)
         module.training = self._training
-        if self._active is not ABSENT:
-            module.__dict__["_active_adapter"] = self._active
+        self.put_back_active()
         if self._adapters is not None:
             module.__dict__["_adapters"] = set(self._adapters)
         for record, content in self._records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -10,10 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError, UnsupportedError
+from .activity import Choice
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
 from .offloading import refuse_offloaded
 from .saved import saved_modules
 from .tokens import token_rooms
+
+# Wrappers that are on their models for hotslot's slots alone: the last slot to go puts the module back.
+_made: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +28,12 @@ class Wrapping:
     Attributes:
         adapter_name: PEFT's name of the slot.
         fqns: the modules that have a wrapper's place now, which holds nothing yet.
-        made: (siblings, name there, module, wrapper) of the new wrappers.
-        joined: (wrapper, which adapter was active) of those that other adapters had.
+        wrappers: (siblings, name there, wrapper, which adapters were active in it and are now).
     """
 
     adapter_name: str
     fqns: tuple[str, ...]
-    made: list[tuple[dict[str, Any], str, Any, Any]] = field(default_factory=list)
-    joined: list[tuple[Any, Any]] = field(default_factory=list)
+    wrappers: list[tuple[dict[str, Any], str, Any, Choice]] = field(default_factory=list)
 
 
 def wrap(
@@ -55,7 +58,10 @@ def wrap(
     with_tokens = tokens.keys() - token_rooms(model, adapter_name).keys()
     missing = sorted({*saved} - saved_modules(model, adapter_name) | with_tokens)
     missing += [fqn for fqn, source in tied.items() if source in missing]  # after what they are tied to
-    wrapping, active = Wrapping(adapter_name, tuple(missing)), _is_active(model, adapter_name)
+    wrapping = Wrapping(adapter_name, tuple(missing))
+    slots = [layer for _, layer in lora_layers(model) if adapter_name in layer._get_available_adapters()]
+    active = any(adapter_name in layer.active_adapters for layer in slots)
+    disabled = any(layer.disable_adapters for layer in slots)
     places = _places(model) if missing else {}
     try:
         for fqn in missing:
@@ -65,25 +71,32 @@ def wrap(
             _refuse_other_use(fqn, module, saves=fqn in saved)
             original: Any = getattr(module, "original_module", module)
             _refuse_meta(fqn, original)
+            before = getattr(module, "_active_adapter", [])
+            choice = Choice(before, adapter_name if active else before)
+            if original is not module:
+                if active:
+                    _refuse_another(fqn, module, adapter_name)
+                wrapping.wrappers.append((siblings, child, module, choice))
             flags = [param.requires_grad for param in original.parameters()]
             if fqn in saved:
-                wrapper = _wrapper_of_copies(wrapping, module)
+                wrapper = _wrapper_of_copies(adapter_name, module)
                 copies = [original, wrapper.modules_to_save[adapter_name]]
             else:
                 source_siblings, source_child = places[tied.get(fqn, fqn)]
                 source = source_siblings[source_child].token_adapter if fqn in tied else None
-                wrapper = _wrapper_of_tokens(wrapping, fqn, module, tokens.get(fqn, 0), source)
+                wrapper = _wrapper_of_tokens(adapter_name, fqn, module, tokens.get(fqn, 0), source)
                 copies = [original]
             if wrapper is not module:
-                wrapping.made.append((siblings, child, module, wrapper))
+                _made.add(wrapper)
+                wrapping.wrappers.append((siblings, child, wrapper, choice))
                 siblings[child] = wrapper
+                _set_disabled(wrapper, disabled)
             # The copy as trainable as the original: torch's linear takes a kernel with another rounding for a frozen
             # weight, and the copy is to compute what the original does where no adapter has values for it.
             for copied in copies:
                 for param, flag in zip(copied.parameters(), flags, strict=True):
                     param.requires_grad_(flag)
-            if wrapper is not module or active:
-                _set_active(wrapper, adapter_name if active else [])
+            _set_active(wrapper, choice.given)
         return wrapping
     except BaseException:
         unwrap_saved(wrapping)
@@ -91,39 +104,33 @@ def wrap(
 
 
 def unwrap_saved(wrapping: Wrapping) -> None:
-    """Undo `wrap`: the modules back in their places. May be repeated."""
+    """Undo `wrap`: the modules back in their places, unless other adapters have copies or tokens. May be repeated."""
     name = wrapping.adapter_name
-    for wrapper, active in wrapping.joined:
+    for siblings, child, wrapper, choice in wrapping.wrappers:
         _forget(wrapper, name)
         there = wrapper._get_available_adapters()
-        _set_active(wrapper, active if {active} <= there or isinstance(active, list) else [])  # others may have gone
-    for siblings, child, module, wrapper in wrapping.made:
-        found: Any = siblings.get(child)
-        if found is not None and id(unwrap(found)) == id(wrapper):
-            if wrapper._get_available_adapters() - {name}:  # an adapter that came later
-                wrapper.delete_adapter(name, None)
-            else:
-                siblings[child] = module
+        _set_active(wrapper, choice.without(name, wrapper._active_adapter, there))
+        if wrapper in _made and not there and child in siblings and unwrap(siblings[child]) is wrapper:
+            siblings[child] = wrapper.original_module
 
 
-def _wrapper_of_copies(wrapping: Wrapping, module: Any) -> Any:
+def _wrapper_of_copies(adapter_name: str, module: Any) -> Any:
     """A ModulesToSaveWrapper around the module, or the one that it is, with a copy for the adapter."""
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
-        wrapping.joined.append((module, module._active_adapter))
-        module.update(wrapping.adapter_name)
+        module.update(adapter_name)
         return module
-    made = ModulesToSaveWrapper(module, wrapping.adapter_name)
+    made = ModulesToSaveWrapper(module, adapter_name)
     made.training = module.training
     return made
 
 
-def _wrapper_of_tokens(wrapping: Wrapping, fqn: str, module: Any, room: int, source: Any) -> Any:
+def _wrapper_of_tokens(name: str, fqn: str, module: Any, room: int, source: Any) -> Any:
     """A TrainableTokensWrapper, likewise: with `room` tokens, whose rows are the module's own; or tied to `source`."""
     from peft.utils.other import TrainableTokensWrapper
 
-    name, tokens = wrapping.adapter_name, list(range(room))
+    tokens = list(range(room))
     if isinstance(module, TrainableTokensWrapper):
         if module.token_adapter.tied_adapter is not source:
             raise UnsupportedError(
@@ -133,7 +140,6 @@ def _wrapper_of_tokens(wrapping: Wrapping, fqn: str, module: Any, room: int, sou
                 expected=f"tied: {source is not None}",
                 hint="use a model of its own for this adapter",
             )
-        wrapping.joined.append((module, module._active_adapter))
         module.update(name, token_indices=tokens, tied_adapter=source)
         wrapper: Any = module
     else:
@@ -166,8 +172,24 @@ def _set_active(wrapper: Any, active: Any) -> None:
         wrapper.token_adapter._active_adapter = active
 
 
-def _is_active(model: nn.Module, adapter_name: str) -> bool:
-    return any(adapter_name in layer.active_adapters for _, layer in lora_layers(model))
+def _set_disabled(wrapper: Any, disabled: bool) -> None:
+    wrapper._disable_adapters = disabled
+    if hasattr(wrapper, "token_adapter"):
+        wrapper.token_adapter._disable_adapters = disabled
+
+
+def _refuse_another(fqn: str, wrapper: Any, adapter_name: str) -> None:
+    """Raise if an adapter is active in the wrapper that would be passed over if this one were."""
+    others = {*wrapper.active_adapters} & wrapper._get_available_adapters() - {adapter_name}
+    if others:
+        raise UnsupportedError(
+            "Two adapters that are active at once save the same module whole, or have tokens of it.",
+            where=fqn,
+            found=f"{adapter_name!r}, and on the model: {', '.join(map(repr, sorted(others)))}",
+            expected="one of them: PEFT computes with one copy of a module at a time",
+            hint=f"attach(model, adapter_name={min(others)!r}) swaps in the place of the one that is there; or use a "
+            "model of its own for this adapter",
+        )
 
 
 def _refuse_other_use(fqn: str, module: Any, *, saves: bool) -> None:
