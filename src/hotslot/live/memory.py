@@ -358,8 +358,9 @@ class Memory:
         sources = {}
         if writes.block is not None:
             data, key = writes.block.data, writes.block.version
-            for device, _ in writes.scatters:
-                sources[device], self.came_from = self.stagings.of(device).bring(data, key)
+            with torch.inference_mode(False):  # a buffer that is made in it could not be written by a swap out of it
+                for device, _ in writes.scatters:
+                    sources[device], self.came_from = self.stagings.of(device).bring(data, key)
         self._brought = writes, sources
 
     def arrival(self) -> Arrival:
