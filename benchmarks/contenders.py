@@ -188,22 +188,27 @@ def _swapper(bench: Bench, slot_rank: int) -> list[Contender]:
         Contender(COLD, "hotslot Swapper.load + activate", twin, load_and_activate),
         Contender(WARM, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter])),
     ]
-    return [*found, _packed(bench, slot_rank), *([_kept(bench, slot_rank)] if bench.device.type == "cuda" else [])]
+    kept = [_kept(bench, slot_rank)] if bench.device.type == "cuda" else []
+    return [*found, _packed(bench, slot_rank, lazy=False), _packed(bench, slot_rank, lazy=True), *kept]
 
 
-def _packed(bench: Bench, slot_rank: int) -> Contender:
-    """From the packed files that an earlier reading has left; the first swap to each adapter, untimed, makes them."""
+def _packed(bench: Bench, slot_rank: int, *, lazy: bool) -> Contender:
+    """From the packed files that an earlier reading has left; the first swap to each adapter, untimed, makes them.
+
+    If `lazy`, it is the swap that reads: on a GPU each piece goes there while the next are read.
+    """
     model = _slots(bench, slot_rank)
     cache = hotslot.Cache(disk_bytes=None, folder=bench.folders[0].parent / "packed")
     swapper = hotslot.attach(model, {"cold": str(bench.folders[0])}, adapter_name=ADAPTER_NAME, cache=cache)
     swapper.activate("cold")
 
     def load_and_activate(adapter: int) -> None:
-        swapper.load("cold", str(bench.folders[adapter]))
+        swapper.load("cold", str(bench.folders[adapter]), lazy=lazy)
         swapper.activate("cold")
 
     twin = Model(bench, model, exact=slot_rank == bench.size.rank)
-    return Contender(COLD, "hotslot Swapper.load + activate, packed", twin, load_and_activate)
+    name = f"hotslot Swapper.load{'(lazy=True)' if lazy else ''} + activate, packed"
+    return Contender(COLD, name, twin, load_and_activate)
 
 
 def _kept(bench: Bench, slot_rank: int) -> Contender:

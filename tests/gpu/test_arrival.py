@@ -28,6 +28,7 @@ from hotslot.errors import ChangedError, InFlightError, NonFiniteError  # noqa: 
 from hotslot.live.memory import Memory  # noqa: E402
 from hotslot.live.staging import Arrival, Staging  # noqa: E402
 from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot  # noqa: E402
+from test_all_or_nothing import LineFault  # noqa: E402
 from zoo import ZOO  # noqa: E402
 
 MLP = ZOO["mlp"]
@@ -245,6 +246,38 @@ def test_what_is_still_coming_does_not_end_up_over_the_next() -> None:
         here.arrive(target, "first")
         found, _ = here.bring(second, "second")
         assert bool((found == 2).all())
+
+
+@pytest.mark.parametrize("kind", ["read", "from the host"])
+def test_an_interrupt_leaves_what_is_live_and_nothing_wrong_on_the_device(kind: str, sources: dict[str, Path]) -> None:
+    _model, swapper = attached(MLP, sources, DEVICE, cache=Cache(device_bytes=(1 << 20) * (kind == "read")))
+    arenas = {}
+    for name in sources:
+        swapper.activate(name)
+        arenas[name] = arena(swapper).clone()
+
+    def before_a_swap_to_other() -> None:
+        """Whose bytes will lie over those of dense."""
+        if kind == "read":
+            evict(swapper, "other")
+        swapper.activate("dense")
+        swapper.deactivate()
+
+    before_a_swap_to_other()
+    with LineFault(0, KeyboardInterrupt) as dry:
+        swapper.activate("other")
+    lines = {step: k for k, step in enumerate(dry.steps, 1) if step.startswith("staging.py")}  # the last time of each
+    assert len(lines) > 15
+    for step, k in lines.items():
+        before_a_swap_to_other()
+        before = arena(swapper).clone()
+        with pytest.raises(KeyboardInterrupt), LineFault(k, KeyboardInterrupt):
+            swapper.activate("other")
+        assert torch.equal(arena(swapper), before)
+        for name in ("dense", "other", "dense"):
+            swapper.activate(name)
+            assert torch.equal(arena(swapper), arenas[name]), step
+        swapper.check_integrity()
 
 
 def test_another_swap_does_not_take_it(sources: dict[str, Path], from_host: list[str]) -> None:
