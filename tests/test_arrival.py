@@ -84,6 +84,20 @@ def test_each_byte_comes_once_and_in_order(threads: None, nbytes: int, tmp_path:
         assert recorder.versions == [checkpoint.version]
 
 
+def test_pieces_of_a_file_come_in_the_order_of_memory(threads: None, tmp_path: Path) -> None:
+    files = write(tmp_path / "adapter", 10 * PIECE + 8)
+    header, half = checkpoints.read_header(files.weights), 5 * PIECE + 4
+    first, second = checkpoints.parse_header(header, files.weights)
+    schema = checkpoints.Schema({}, [second._replace(start=0, stop=half), first._replace(start=half, stop=2 * half)])
+    pieces = checkpoints.Piece(0, half, half), checkpoints.Piece(half, 2 * half, 0)
+    recorder = Recorder()
+    family = checkpoints.FileFamily(header, 2 * half, schema, pieces)
+    checkpoint = family.read(files.weights, origin="a LoRA", sink=recorder)
+    content = files.weights.read_bytes()[8 + len(header) :]
+    assert recorder.bytes == checkpoint.data.numpy().tobytes() == content[half:] + content[:half]
+    assert recorder.versions == [checkpoint.version]
+
+
 def test_what_is_rearranged_in_memory_comes_so(threads: None, tmp_path: Path) -> None:
     files = write(tmp_path / "adapter", 5 * PIECE)
     parts = {"half": torch.randn(3).half(), "whole": torch.randn(70)}  # 6 bytes, and then 4 at a time
