@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from adapters import expected_peft_warnings
 from zoo import CLASSIFIERS, TIED, ZOO, Entry
 
-# What padding the low-rank matmuls may change in an output, relative to its largest magnitude (see `error`):
-# about ten times the worst seen over the zoo. Where the shapes agree, outputs agree bitwise: `exact=True`.
+# What padding the low-rank matmuls may change in an output, relative to its largest magnitude (see `error`): some
+# times the worst seen over the zoo, which is another on each CPU. Where the shapes agree, outputs agree bitwise:
+# `exact=True`.
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 5e-6,  # transformers computes its norms in float32 even here
-    torch.float32: 5e-5,
+    torch.float32: 2e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 1e-1,
 }

@@ -30,7 +30,8 @@ def run_with_triton(*files: str, interpreted: bool) -> str:
 
 
 def test_kernels_in_the_interpreter() -> None:
-    assert "needs a GPU, or" not in run_with_triton("gpu/test_kernels.py", "gpu/test_scatter.py", interpreted=True)
+    files = ("gpu/test_arrival.py", "gpu/test_kernels.py", "gpu/test_scatter.py")
+    assert "needs a GPU, or" not in run_with_triton(*files, interpreted=True)
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_there() -> None:

@@ -71,7 +71,9 @@ def hotswap_adapter(
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if kwargs.get(key) is not None}
     if "token" not in hub and kwargs.get("use_auth_token"):
         hub["token"] = kwargs["use_auth_token"]
-    checkpoint = checkpoints.read(model_name_or_path, pin_memory=live.is_on_gpu(model), **hub)
+    engine = Engine.of(model, adapter_name)
+    sink = engine.arrival() if engine is not None else None
+    checkpoint = checkpoints.read(model_name_or_path, pin_memory=live.is_on_gpu(model), sink=sink, **hub)
     checkpoint = live.converted(model, checkpoint)
     _refuse_other_method(_config_on(model, adapter_name), checkpoint.config.get("peft_type"))
     swap(model, adapter_name, checkpoint)

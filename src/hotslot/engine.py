@@ -340,6 +340,10 @@ class Engine:
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         return State(self.live.entry, image, records)
 
+    def arrival(self) -> live.Arrival:
+        """What takes an adapter to the devices while it is read for a swap that is to come."""
+        return self.binding.memory.arrival()
+
     def prefetch(self, entry: Entry) -> bool:
         """Let the entry's bytes stay on the devices. Says whether there was room, and use, for them on all."""
         return self.binding.memory.prefetch(entry.compile(self.binding).writes)

@@ -21,7 +21,7 @@ from typing import Any
 from .blending import Blender
 from .cache import Cache, Tier, user_folder
 from .cache.packed import PackedFiles
-from .checkpoint import Checkpoint, Files, keep_buffer, read_files
+from .checkpoint import Checkpoint, Files, Sink, keep_buffer, read_files
 from .entry import Entry
 from .errors import CacheFullError, ChangedError, UnknownAdapterError
 from .pipelines import Request
@@ -73,7 +73,8 @@ class Library:
         cache: budgets.
         lock: held while anything changes, and never while a file is read.
         pin_memory: whether a GPU will read what is in memory.
-        open: gives the Checkpoint of a source, and raises what is wrong with it; called without the lock.
+        open: gives the Checkpoint of a source, and raises what is wrong with it; called without the lock. Where a file
+            has to be read for it, its bytes go on to the sink.
         packed_as: gives the files that a source's packed file stands for, if it may have one.
         make: gives the Entry of a name and a Checkpoint, made ready for the model; called with the lock held.
         is_used: whether what is live, or was before, has its values there; called with the lock held.
@@ -85,7 +86,7 @@ class Library:
         lock: AbstractContextManager[Any],
         *,
         pin_memory: bool,
-        open: Callable[[Request], Checkpoint],
+        open: Callable[[Request, Sink | None], Checkpoint],
         packed_as: Callable[[Request], Files | None],
         make: Callable[[str, Checkpoint], Entry],
         is_used: Callable[[Entry], bool],
@@ -240,8 +241,8 @@ class Library:
             self._tier.clear()
 
     @contextmanager
-    def lent(self, names: Collection[str]) -> Iterator[Loan]:
-        """For a block: adapters in memory, read if they were not there.
+    def lent(self, names: Collection[str], sink: Sink | None = None) -> Iterator[Loan]:
+        """For a block: adapters in memory, read if they were not there; then their bytes go on to the sink meanwhile.
 
         Raises:
             UnknownAdapterError: no adapter of that name is loaded.
@@ -256,7 +257,7 @@ class Library:
                 entry = self._lend(name)
                 if entry is None:
                     started = time.perf_counter()
-                    entry = self._lend_read(name)
+                    entry = self._lend_read(name, sink)
                     seconds = (seconds or 0.0) + time.perf_counter() - started
                 entries[name] = entry
             yield Loan(entries, seconds)
@@ -318,28 +319,29 @@ class Library:
                 self.hits += 1
             return entry
 
-    def _lend_read(self, name: str) -> Entry:
+    def _lend_read(self, name: str, sink: Sink | None) -> Entry:
         """What has to be read, unless another thread has just done so."""
         with self._reading:
             while True:
                 entry = self._lend(name)
                 if entry is None:
-                    entry = self._bring(self.known(name), new=False)
+                    entry = self._bring(self.known(name), sink, new=False)
                     self.misses += entry is not None
                 if entry is not None:
                     return entry
 
-    def _bring(self, known: Known, *, new: bool) -> Entry | None:
+    def _bring(self, known: Known, sink: Sink | None = None, *, new: bool) -> Entry | None:
         """Read an adapter and hold it.
 
         Args:
             known: of the adapter.
+            sink: where its bytes go on to.
             new: whether it takes the place of what has its name, unless that is the same. Else it is lent, if it has
                 not lost its name meanwhile.
         """
         with self.room(known.nbytes, known.name) as room:
             assert known.source is not None, "what cannot be read again does not go"
-            checkpoint, pack = self._read(known.source)
+            checkpoint, pack = self._read(known.source, sink)
             with self._lock:
                 if not new and self._known.get(known.name) is not known:
                     return None
@@ -394,21 +396,24 @@ class Library:
         known.pinned = former is not None and former.pinned
         self._known[known.name] = known
 
-    def _read(self, source: Request) -> tuple[Checkpoint, Callable[[], object] | None]:
+    def _read(self, source: Request, sink: Sink | None) -> tuple[Checkpoint, Callable[[], object] | None]:
         """What a source holds; and what keeps it as a packed file, where that is to be done."""
         files = self._packed_as(source) if self._packed is not None else None
         if self._packed is None or files is None:
-            return self._open(source), None
+            return self._open(source, sink), None
         try:
             stamp, read_ns = files.stamp(), time.time_ns()
-            checkpoint = self._packed.read(files, stamp, pin_memory=self._pin_memory)
+            checkpoint = self._packed.read(files, stamp, pin_memory=self._pin_memory, sink=sink)
         except OSError:  # it is gone: which `open` says better
-            return self._open(source), None
+            return self._open(source, sink), None
         if checkpoint is not None:
-            return self._open(checkpoint), None
+            return self._open(checkpoint, None), None
         # What PEFT makes of an adapter for this model is not packed, what diffusers makes of a file is.
-        checkpoint = read_files(source, pin_memory=self._pin_memory) if source is files else self._open(source)
-        return self._open(checkpoint), functools.partial(self._packed.write, files, stamp, read_ns, checkpoint)
+        if source is files:
+            checkpoint = read_files(source, pin_memory=self._pin_memory, sink=sink)
+        else:
+            checkpoint = self._open(source, sink)
+        return self._open(checkpoint, None), functools.partial(self._packed.write, files, stamp, read_ns, checkpoint)
 
     def _pack(self, pack: Callable[[], object], entry: Entry) -> None:
         try:

@@ -18,7 +18,7 @@ class SwapReport:
         generation: how many swaps have changed the model's adapters so far, all of its swappers counted.
         route: "side", beside the base layer, where the model has its adapters; "merged", into the base's weights;
             "side+merged", as far as there are slots.
-        tier: where the bytes came from: "host", "device", or "none" if there were none to bring.
+        tier: where the bytes came from: "disk", "host", "device", or "none" if there were none to bring.
         nbytes: that were brought in: of the adapter, and of base weights where it was merged.
         seconds: wall time of the swap, without the wait for work in flight. On a GPU the copies may still be under way,
             in the stream's order.

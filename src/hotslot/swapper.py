@@ -23,7 +23,7 @@ from . import checkpoint as checkpoints
 from . import live
 from .blending import Blend, Ingredient, needed_ranks
 from .cache import Cache
-from .checkpoint import Checkpoint, Files, Source
+from .checkpoint import Checkpoint, Files, Sink, Source
 from .engine import Engine, State
 from .entry import Entry
 from .errors import (
@@ -354,7 +354,7 @@ class Swapper:
     def fits(self, source: Source, *, config: Any = None, **hub: Any) -> Fit:
         """Whether an adapter could be loaded and activated, by which route, at how many bytes; else why not."""
         try:
-            entry = Entry("", self._open(self._request(source, config, hub)), route=self._route)
+            entry = Entry("", self._open(self._request(source, config, hub), None), route=self._route)
         except (CheckpointError, DoesNotFitError, UnsupportedError) as error:
             return Fit(None, 0, str(error))
         try:
@@ -670,8 +670,9 @@ class Swapper:
     @contextmanager
     def _lent(self, adapter: str | Mapping[str, float], blend: str | None) -> Iterator[Loan]:
         """What `activate` asks for, in memory; and room for a blend of it as far as that is a matter of waiting."""
-        with self._library.lent(self._names(adapter, blend)) as loan:
-            if not isinstance(adapter, str):
+        names, alone = self._names(adapter, blend), isinstance(adapter, str)
+        with self._library.lent(names, self._bound().arrival() if alone else None) as loan:
+            if not alone:
                 self._library.finish_packing()
             yield loan
 
@@ -747,8 +748,8 @@ class Swapper:
         """A source, such that it can be read when it is needed; tensors are copied now."""
         return request(self._bound().model, source, config=config, pin_memory=self._pins, **hub)
 
-    def _open(self, asked: Request) -> Checkpoint:
-        return read(self._bound().model, asked, pin_memory=self._pins)
+    def _open(self, asked: Request, sink: Sink | None) -> Checkpoint:
+        return read(self._bound().model, asked, pin_memory=self._pins, sink=sink)
 
     def _packed_as(self, asked: Request) -> Files | None:
         return packed_as(self._bound().model, asked)

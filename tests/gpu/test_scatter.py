@@ -186,6 +186,16 @@ def test_without_room_nothing_is_kept(tmp_path: Path) -> None:
     assert swapper.device_bytes == 0
 
 
+def test_swaps_in_inference_mode_and_out_of_it(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    _, swapper = attached(entry, adapters(tmp_path, entry), DEVICE)
+    binding = swapper.engine.binding
+    dense, other = (swapper._library.peek(name).compile(binding).writes for name in ("dense", "other"))
+    with torch.inference_mode():
+        binding.memory.bring(dense)
+    binding.memory.bring(other)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_swap_waits_for_nothing(tmp_path: Path) -> None:
     entry = ZOO["llama"]

@@ -34,6 +34,7 @@ from ..checkpoint import (
     Checkpoint,
     Files,
     Schema,
+    Sink,
     Stamp,
     open_data,
     parse_config,
@@ -103,7 +104,9 @@ class PackedFiles:
         """Where the packed file of these is, or would be."""
         return self.folder / f"{_PREFIX}{hashlib.blake2b(files.key.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
 
-    def read(self, files: Files, stamp: Stamp, *, pin_memory: bool = False) -> Checkpoint | None:
+    def read(
+        self, files: Files, stamp: Stamp, *, pin_memory: bool = False, sink: Sink | None = None
+    ) -> Checkpoint | None:
         """The adapter in these files, from its packed file; None if there is none, or not of what they are now.
 
         A packed file that is damaged, or something else, is deleted.
@@ -112,12 +115,13 @@ class PackedFiles:
             files: whence it came.
             stamp: of them, taken now.
             pin_memory: read it into page-locked memory.
+            sink: gets the pieces as they are read.
         """
         path = self.path(files)
         for _ in range(_ATTEMPTS):
             try:
                 before = _identity(path)
-                return self._read(path, files, stamp, pin_memory=pin_memory)
+                return self._read(path, files, stamp, pin_memory=pin_memory, sink=sink)
             except FileNotFoundError:
                 return None
             except (_Damaged, HotslotError) as error:
@@ -131,12 +135,14 @@ class PackedFiles:
                 return None
         return None
 
-    def _read(self, path: Path, files: Files, stamp: Stamp, *, pin_memory: bool) -> Checkpoint | None:
+    def _read(
+        self, path: Path, files: Files, stamp: Stamp, *, pin_memory: bool, sink: Sink | None
+    ) -> Checkpoint | None:
         found = self._header(path)
         if found.source != stamp.text or not stamp.settled(found.read_ns):
             return None  # `write` will put another one in its place
         with open_data(path, found.header, found.schema.nbytes, pin_memory=pin_memory) as (data, fill):
-            known = Checkpoint.known(found.schema, data, found.version, files.origin, fill)
+            known = Checkpoint.known(found.schema, data, found.version, files.origin, fill, sink)
         if known is None:
             raise _Damaged("values that are not those of its version")
         os.utime(path)  # used now: others' limits go by it

@@ -5,7 +5,7 @@ of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` d
 """
 
 from .buffers import keep_buffer
-from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, TensorSpec, each_config, view
+from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, Sink, TensorSpec, each_config, view
 from .configs import config_dict, parse_config
 from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
@@ -39,6 +39,7 @@ __all__ = [
     "Piece",
     "Recent",
     "Schema",
+    "Sink",
     "Source",
     "Stamp",
     "TensorSpec",

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import xxhash
@@ -131,6 +131,16 @@ def each_config(
     return {**config, "components": changed}
 
 
+class Sink(Protocol):
+    """Takes a checkpoint's bytes further while others are still being read. One thread calls it: the one that reads."""
+
+    def take(self, data: torch.Tensor, start: int, stop: int) -> None:
+        """Bytes `start` to `stop` of `data` are there. The first begin at 0, and each next where the last ended."""
+
+    def prove(self, version: str) -> None:
+        """All of them were there, and are this version's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """An adapter as it was saved; immutable, on the host, independent of any model.
@@ -149,7 +159,9 @@ class Checkpoint:
     origin: str
 
     @classmethod
-    def checked(cls, schema: Schema, data: torch.Tensor, origin: str, fill: Fill | None = None) -> Checkpoint:
+    def checked(
+        cls, schema: Schema, data: torch.Tensor, origin: str, fill: Fill | None = None, sink: Sink | None = None
+    ) -> Checkpoint:
         """Digest the bytes, prove every value finite, and seal both into a Checkpoint.
 
         Args:
@@ -157,6 +169,7 @@ class Checkpoint:
             data: the bytes, or, with `fill`, the memory that it will bring them to.
             origin: what the user called it.
             fill: called once for each piece, by several threads.
+            sink: where the bytes go on to meanwhile. What it took is nothing if this raises.
 
         Raises:
             NonFiniteError: naming the first tensor with a NaN or an infinity.
@@ -165,16 +178,25 @@ class Checkpoint:
         def finite(start: int, stop: int) -> bool:
             return _finite_between(schema, data, start, stop)
 
-        digests, sound = _sweep(data, fill, finite)
+        digests, sound = _sweep(data, fill, sink, finite)
         if not sound:
             raise _non_finite(schema, data, origin)
-        return cls(schema, data, _version(schema, digests), origin)
+        version = _version(schema, digests)
+        if sink is not None:
+            sink.prove(version)
+        return cls(schema, data, version, origin)
 
     @classmethod
-    def known(cls, schema: Schema, data: torch.Tensor, version: str, origin: str, fill: Fill) -> Checkpoint | None:
+    def known(
+        cls, schema: Schema, data: torch.Tensor, version: str, origin: str, fill: Fill, sink: Sink | None = None
+    ) -> Checkpoint | None:
         """As `checked`, of bytes that were once found sound and had this version; None if they have another one."""
-        digests, _ = _sweep(data, fill)
-        return cls(schema, data, version, origin) if _version(schema, digests) == version else None
+        digests, _ = _sweep(data, fill, sink)
+        if _version(schema, digests) != version:
+            return None
+        if sink is not None:
+            sink.prove(version)
+        return cls(schema, data, version, origin)
 
     @classmethod
     def outline(cls, schema: Schema, origin: str, *, number: int = 1) -> Checkpoint:
@@ -220,21 +242,30 @@ def view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
 
 
 def _sweep(
-    data: torch.Tensor, fill: Fill | None, proves: Callable[[int, int], bool] = lambda start, stop: True
+    data: torch.Tensor,
+    fill: Fill | None,
+    sink: Sink | None,
+    proves: Callable[[int, int], bool] = lambda start, stop: True,
 ) -> tuple[bytes, bool]:
     """Bring and digest all bytes, piece by piece. Returns the digests, and whether `proves` held for each piece."""
     whole = data.numpy().data
 
-    def take(start: int) -> tuple[bytes, bool]:
-        stop = min(start + CHUNK_BYTES, len(whole))
+    def take(piece: tuple[int, int]) -> tuple[bytes, bool]:
+        start, stop = piece
         if fill is not None:
             fill(start, stop)
         return xxhash.xxh3_128_digest(whole[start:stop]), proves(start, stop)
 
-    starts = range(0, len(whole), CHUNK_BYTES)
+    pieces = [(start, min(start + CHUNK_BYTES, len(whole))) for start in range(0, len(whole), CHUNK_BYTES)]
     in_threads = len(whole) >= _THREADS_FROM_BYTES
-    taken = list(_pool().map(take, starts) if in_threads else map(take, starts))
-    return b"".join(digest for digest, _ in taken), all(proved for _, proved in taken)
+    digests, sound = [], True
+    taken = _pool().map(take, pieces) if in_threads else map(take, pieces)
+    for piece, (digest, proved) in zip(pieces, taken, strict=True):  # in their order, each as soon as it is there
+        if sink is not None:
+            sink.take(data, *piece)
+        digests.append(digest)
+        sound &= proved
+    return b"".join(digests), sound
 
 
 def _version(schema: Schema, digests: bytes) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
-from .checkpoint import Checkpoint, Schema, TensorSpec
+from .checkpoint import Checkpoint, Schema, Sink, TensorSpec
 from .configs import SAVE_AGAIN, config_dict, parse_config
 from .files import Files
 from .limits import MAX_CONFIG_BYTES, bad_name
@@ -44,6 +44,7 @@ def read(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
     pin_memory: bool = False,
+    sink: Sink | None = None,
 ) -> Checkpoint:
     """Read and check an adapter.
 
@@ -53,6 +54,7 @@ def read(
         config: a peft config or a dict like adapter_config.json; replaces the folder's own where both are given.
         subfolder, revision, cache_dir, token: as in `huggingface_hub.hf_hub_download`; a folder takes `subfolder` too.
         pin_memory: read into page-locked memory, from which a copy to a GPU is several times faster.
+        sink: where the bytes of a file go on to while it is read.
 
     Raises:
         CheckpointError: one of its kinds, see `hotslot.errors`.
@@ -60,8 +62,8 @@ def read(
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Files):
-        return read_files(source, pin_memory=pin_memory)
-    found = _read(source, config, subfolder, revision, cache_dir, token, pin_memory=pin_memory)
+        return read_files(source, pin_memory=pin_memory, sink=sink)
+    found = _read(source, config, subfolder, revision, cache_dir, token, pin_memory=pin_memory, sink=sink)
     _refuse_components(found.config, found.origin)
     return found
 
@@ -86,6 +88,7 @@ def _read(
     token: str | bool | None,
     *,
     pin_memory: bool,
+    sink: Sink | None,
 ) -> Checkpoint:
     if isinstance(source, Mapping):
         if config is None:
@@ -98,10 +101,10 @@ def _read(
             )
         return from_tensors(source, config, pin_memory=pin_memory)
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-    return read_files(locate(source, config, **hub), pin_memory=pin_memory)
+    return read_files(locate(source, config, **hub), pin_memory=pin_memory, sink=sink)
 
 
-def read_files(files: Files, *, pin_memory: bool = False) -> Checkpoint:
+def read_files(files: Files, *, pin_memory: bool = False, sink: Sink | None = None) -> Checkpoint:
     """Read and check the adapter in these files; see `read`.
 
     Raises:
@@ -111,9 +114,9 @@ def read_files(files: Files, *, pin_memory: bool = False) -> Checkpoint:
         header, specs, schema = _survey(files)
         with open_data(files.weights, header, _nbytes(specs), pin_memory=pin_memory) as (data, fill):
             if is_aligned(specs):
-                return Checkpoint.checked(schema, data, files.origin, fill)
+                return Checkpoint.checked(schema, data, files.origin, fill, sink)
             fill(0, data.numel())
-        return Checkpoint.checked(schema, aligned(specs, data)[1], files.origin)
+        return Checkpoint.checked(schema, aligned(specs, data)[1], files.origin, sink=sink)
 
 
 def survey(files: Files) -> Schema:
@@ -188,7 +191,7 @@ class FileFamily:
     schema: Schema
     pieces: tuple[Piece, ...]
 
-    def read(self, path: Path, *, origin: str, pin_memory: bool = False) -> Checkpoint:
+    def read(self, path: Path, *, origin: str, pin_memory: bool = False, sink: Sink | None = None) -> Checkpoint:
         """One of them.
 
         Raises:
@@ -196,7 +199,7 @@ class FileFamily:
         """
         try:
             with open_data(path, self.header, self.nbytes, pieces=self.pieces, pin_memory=pin_memory) as (data, fill):
-                return Checkpoint.checked(self.schema, data, origin, fill)
+                return Checkpoint.checked(self.schema, data, origin, fill, sink)
         except HotslotError:
             raise
         except OSError as error:

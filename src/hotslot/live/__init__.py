@@ -26,7 +26,7 @@ from .saved import refuse_adapted_and_saved, saved_modules
 from .shapes import OUT_PROJ, slot_shapes
 from .skeleton import hollow
 from .slots import Slot, find_slots, let_be_offloaded, stay_on_device
-from .staging import Stagings
+from .staging import Arrival, Stagings
 from .state import NEUTRAL_SCALING, Records, build_config, refuse_unsupported_resident
 from .streams import note_stream, ordered, refuse_while_capturing
 from .targets import matching_targets
@@ -39,6 +39,7 @@ __all__ = [
     "NO_MERGES",
     "OUT_PROJ",
     "PRISTINE",
+    "Arrival",
     "Assembly",
     "Binding",
     "Image",

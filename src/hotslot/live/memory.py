@@ -25,7 +25,7 @@ from .absolutes import AbsoluteImage
 from .scaling import ScalingMap
 from .scatter import KEPT_TABLES, Scatter, scatters
 from .slots import Slot
-from .staging import Stagings
+from .staging import Arrival, Stagings
 from .state import NEUTRAL_SCALING
 from .traces import Traces
 
@@ -300,9 +300,14 @@ class Memory:
         sources = {}
         if writes.block is not None:
             data, key = writes.block.data, writes.block.version
-            for device, _ in writes.scatters:
-                sources[device], self.came_from = self.stagings.of(device).bring(data, key)
+            with torch.inference_mode(False):  # a buffer that is made in it could not be written by a swap out of it
+                for device, _ in writes.scatters:
+                    sources[device], self.came_from = self.stagings.of(device).bring(data, key)
         self._brought = writes, sources
+
+    def arrival(self) -> Arrival:
+        """Where an adapter goes while it is read, if it is swapped in next: to no device where there is no kernel."""
+        return Arrival([self.stagings.of(device) for device, _ in self._clearing])
 
     def prefetch(self, writes: Writes) -> bool:
         """Let the bytes of `writes` stay on their devices. Says whether there was room for them on all, and use."""

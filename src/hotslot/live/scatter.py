@@ -110,7 +110,8 @@ class Scatter:
         """Write, on the current stream.
 
         Args:
-            source: 1-D uint8 on the arena's device, the block's bytes and up to 7 others; None to clear.
+            source: 1-D uint8 on the arena's device, in whole words: the block's bytes, and others behind them; None to
+                clear.
             occupied: of each slot the rank up to which it may hold values.
         """
         from .row_kernel import copy_rows

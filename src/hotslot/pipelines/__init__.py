@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import CONFIG_NAME, Checkpoint, Files, Schema, Source, config_dict
+from ..checkpoint import CONFIG_NAME, Checkpoint, Files, Schema, Sink, Source, config_dict
 from ..errors import AdapterNotFoundError, ConfigError, ModelError, UnexpectedTargetError
 from .components import Components
 from .conversion import configuration
@@ -121,11 +121,17 @@ def request(
 
 
 def read(
-    model: nn.Module, source: Source | Request, *, config: Any = None, pin_memory: bool = False, **options: Any
+    model: nn.Module,
+    source: Source | Request,
+    *,
+    config: Any = None,
+    pin_memory: bool = False,
+    sink: Sink | None = None,
+    **options: Any,
 ) -> Checkpoint:
     """An adapter for the model: `hotslot.checkpoint.read`, or for a pipeline as diffusers reads it.
 
-    Takes what `request` does, or what it gives.
+    Takes what `request` does, or what it gives; `sink` as `hotslot.checkpoint.read` does.
 
     Raises:
         CheckpointError: one of its kinds, see `hotslot.errors`.
@@ -134,8 +140,8 @@ def read(
     asked = request(model, source, config=config, pin_memory=pin_memory, **options)
     if isinstance(asked, LoraFile):
         assert isinstance(model, Components)
-        return model.read(asked.source, pin_memory=pin_memory, **asked.options)
-    checkpoint = checkpoints.read_files(asked, pin_memory=pin_memory) if isinstance(asked, Files) else asked
+        return model.read(asked.source, pin_memory=pin_memory, sink=sink, **asked.options)
+    checkpoint = checkpoints.read(asked, pin_memory=pin_memory, sink=sink)
     return checkpoint if isinstance(model, Components) else live.converted(model, checkpoint)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import checkpoint as checkpoints
 from .. import live
-from ..checkpoint import Checkpoint, FileFamily, Files, Recent, Schema
+from ..checkpoint import Checkpoint, FileFamily, Files, Recent, Schema, Sink
 from ..errors import AdapterNotFoundError, PickleRefusedError
 from .conversion import Answer, Conversion, Family, Shell
 from .straight import Outline, family_of_files, file_here, header_here
@@ -59,7 +59,7 @@ class Components(live.Assembly):
         pipe = self._pipe()
         return {} if pipe is None else {name: getattr(pipe, name, None) for name in self._modules}
 
-    def read(self, source: Any, *, pin_memory: bool = False, **options: Any) -> Checkpoint:
+    def read(self, source: Any, *, pin_memory: bool = False, sink: Sink | None = None, **options: Any) -> Checkpoint:
         """See `hotslot.pipelines.read`."""
         origin = "the dict of tensors" if isinstance(source, Mapping) else os.fspath(source)
         options = {key: value for key, value in options.items() if value is not None}
@@ -68,7 +68,7 @@ class Components(live.Assembly):
         header = header_here(source, options)
         seen = self._files.get((header.content, asked)) if header is not None else None
         if header is not None and seen is not None and seen.family is not None:
-            return seen.family.read(header.path, origin=origin, pin_memory=pin_memory)
+            return seen.family.read(header.path, origin=origin, pin_memory=pin_memory, sink=sink)
         models = {prefix.removesuffix("."): model for prefix, model in live.roots(self).items()}
         conversion = Conversion(self._shell, models, origin)
         answer = conversion.ask(dict(source) if isinstance(source, Mapping) else source, options)
