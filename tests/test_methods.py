@@ -382,6 +382,20 @@ def test_fits_says_what_a_merge_costs(tmp_path: Path) -> None:
     assert (report.route, report.nbytes, report.error) == ("merged", fit.nbytes, None)
 
 
+def test_fits_where_no_larger_plan_would_take_it(tmp_path: Path) -> None:
+    entry = ZOO["embedding"]
+    tokens = make_adapter(
+        tmp_path / "tokens", entry, seed=0, target_modules=["mix"], trainable_token_indices={"word": [4]}
+    )
+    word = make_adapter(tmp_path / "word", entry, seed=1, target_modules=["word"])
+    swapper = hotslot.attach(model := entry.build(), {"tokens": tokens})
+    fit = swapper.fits(word)
+    assert (fit.route, fit.plan) == ("merged", None), "no slot beside tokens of the same module"
+    swapper.load("word", word)
+    assert swapper.activate("word").route == "merged"
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, word))
+
+
 def test_fits_prices_every_place_for_pristine_values(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     folder = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1)
