@@ -706,6 +706,45 @@ def test_two_swappers_do_not_merge_into_the_same_weight(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, own[name]) for name, tensor in tensors_of(model).items())
 
 
+@pytest.mark.parametrize("first", ["merged", "saved"])
+def test_one_swapper_does_not_merge_into_what_another_has_a_copy_of(first: str, tmp_path: Path) -> None:
+    """The copy would keep what was merged, or hide it."""
+    entry = ZOO["embedding"]
+    merged = make_method_adapter(tmp_path / "merged", "LORA", entry, seed=1, target_modules=["head"])
+    saved = make_adapter(tmp_path / "saved", entry, seed=2, target_modules=["mix"], modules_to_save=["head"])
+    model = entry.build()
+    own = tensors_of(model)
+    ways: dict[str, Any] = {"merged": ({"a": merged}, "one", "merged"), "saved": ({"a": saved}, "two", "auto")}
+    adapters, name, route = ways.pop(first)
+    swapper = hotslot.attach(model, adapters, adapter_name=name, route=route)
+    swapper.activate("a")
+    before = snapshot(model)
+    (adapters, name, route) = next(iter(ways.values()))
+    with pytest.raises(UnsupportedError, match=r"Two swappers[^$]*head\.weight"):
+        hotslot.attach(model, adapters, adapter_name=name, route=route)
+    assert_unchanged(before, snapshot(model))
+    swapper.detach()
+    assert_same_tensors(model, own)
+
+
+def test_slots_that_have_grown_take_what_was_merged(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    small = make_adapter(tmp_path / "small", entry, seed=0, r=2, target_modules=["up"])
+    wide = make_adapter(tmp_path / "wide", entry, seed=1, r=4, target_modules=["up", "down"])
+    model = entry.build()
+    swapper = hotslot.attach(model, {"small": small})
+    swapper.load("wide", wide)
+    assert swapper.activate("wide").route == "merged"
+    plan = swapper.fits(wide).plan
+    swapper.grow(plan)
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, wide))
+    report = swapper.activate("wide")
+    assert (report.route, report.changed) == ("side", True)
+    assert torch.equal(model.state_dict()["down.base_layer.weight"], entry.build().state_dict()["down.weight"])
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, wide), exact=True)
+    assert not swapper.activate("wide").changed
+
+
 def test_a_model_without_slots_is_saved_with_what_is_merged(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     model: Any = entry.build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class Absolutes:
         self._sites = Sites(adapter_name)
         self._stores = stores(pristine, model)
         self._merged: set[Key] = set()  # the sites of `take_in`
+        self._outdated: set[Key] = set()  # those among them whose store was made for other values
+        self.age = 0  # grows when others have changed the model's own values
         self._modules = ModuleSites(adapter_name, self._sites)
         self._tokens = TokenSites(adapter_name, self._sites)
         self._biases = BiasSites(adapter_name, self._sites)
@@ -118,7 +121,28 @@ class Absolutes:
         """
         self._biases.refuse_merges_into_lost(places)
         self._sites.refuse_others(places)
+        for key in places.keys() & self._outdated:
+            site = self._sites.by_key[key]
+            self._sites.by_key[key] = replace(site, store=self._stores(key[1], site.tensor))
+            self._outdated.discard(key)
         self._merged.update(self._add(places, self._stores))
+
+    def watch(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+        """Note tensors of the base model that something was made from: `age` grows when they have changed."""
+        missing = {key: place for key, place in places.items() if key not in self._sites.by_key}
+        with self._sites.changing():
+            self._sites.read.update(missing)
+
+    @property
+    def merged_now(self) -> set[Key]:
+        """Which tensors of `take_in` may hold something else than the model's own values."""
+        return self._merged & self._sites.foreign
+
+    def note_changes(self) -> None:
+        """Let `age` grow if others have changed the model's own values since this was last called."""
+        if self._sites.own_changed():
+            self.age += 1
+            self._outdated = {key for key in self._merged if not self._sites.by_key[key].kept}
 
     def hold(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
         """Make sites of tensors of an adapter that came with the model, whose values are the own ones; they stay."""
@@ -146,8 +170,10 @@ class Absolutes:
         """Forget what `take_in` has made, but for these and for what has others' values now."""
         with self._sites.changing():
             for key in self._merged - set(needed) - self._sites.foreign:
-                del self._sites.by_key[key]
+                site = self._sites.by_key.pop(key)
+                self._sites.read[key] = site.holder, site.name
                 self._merged.discard(key)
+                self._outdated.discard(key)
 
     # -- what is to be live ------------------------------------------------------------------------------------------
 
