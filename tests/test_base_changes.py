@@ -124,3 +124,16 @@ def test_training_what_is_not_read_makes_nothing_anew(tmp_path: Path, monkeypatc
         swapper.activate("a")
     swapper.deactivate()
     assert not made
+
+
+def test_weights_of_inference_mode_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", "LOHA")
+    copies = make_adapter(tmp_path / "copies", LLAMA, seed=1, target_modules=["embed_tokens"])
+    with torch.inference_mode():
+        model = LLAMA.build()
+        with pytest.raises(ModelError, match="inference mode"):
+            hotslot.attach(model, {"a": folder}, route="merged")
+        swapper = hotslot.attach(model, {"copies": copies})
+        swapper.activate("copies")
+    want = fresh(LLAMA, copies)
+    assert_same_output(LLAMA.output(model, LLAMA.inputs()), LLAMA.output(want, LLAMA.inputs()), exact=True)

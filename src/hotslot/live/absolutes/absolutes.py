@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ...errors import ModelError
 from ...methods import Adapter
 from ..discover import unwrap
 from ..pristine import InMemory, Store, stores
@@ -118,9 +119,19 @@ class Absolutes:
 
         Raises:
             UnsupportedError: what the model itself has there is lost, or another swapper writes there.
+            ModelError: they are inference tensors, which nobody may write outside of inference mode.
         """
         self._biases.refuse_merges_into_lost(places)
         self._sites.refuse_others(places)
+        for (_, path), (holder, name) in places.items():
+            if holder[name].is_inference():
+                raise ModelError(
+                    "The model's weights were made in inference mode, and cannot be merged into.",
+                    where=path,
+                    found="an inference tensor",
+                    expected="weights that may be written",
+                    hint="build the model outside of torch.inference_mode(); swaps may be within it",
+                )
         for key in places.keys() & self._outdated:
             site = self._sites.by_key[key]
             self._sites.by_key[key] = replace(site, store=self._stores(key[1], site.tensor))

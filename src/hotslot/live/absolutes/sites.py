@@ -243,7 +243,8 @@ class Sites:
         tensors += [site.original() for site in sites if site.original is not None]
         tensors += [holder[name] for holder, name in self.read.values()]
         # No triples: a thousand small objects at each swap would call the garbage collector.
-        return [*map(id, tensors), *[one._version for one in tensors], *[one.data_ptr() for one in tensors]]
+        versions = [0 if one.is_inference() else one._version for one in tensors]  # those count no versions
+        return [*map(id, tensors), *versions, *[one.data_ptr() for one in tensors]]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
