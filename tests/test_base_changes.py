@@ -111,6 +111,27 @@ def test_a_file_cannot_bring_back_what_was_trained(tmp_path: Path) -> None:
     assert_same_weights(model, merged_into(LLAMA.build(), tmp_path / "a"))
 
 
+@pytest.mark.parametrize("renamed", [True, False])
+def test_a_file_that_is_written_over_while_it_alone_has_the_base(renamed: bool, tmp_path: Path) -> None:
+    LLAMA.build().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    LLAMA.build(seed=1).save_pretrained(tmp_path / "other")  # type: ignore[operator]
+    model: Any = type(LLAMA.build()).from_pretrained(tmp_path / "base").eval()  # type: ignore[attr-defined]
+    folder = make(tmp_path / "a", "LOHA")
+    swapper = hotslot.attach(model, {"a": folder}, route="merged", plan=hotslot.plan(model, pristine="file"))
+    swapper.activate("a")
+    mine, other = (tmp_path / name / "model.safetensors" for name in ("base", "other"))
+    if renamed:
+        other.replace(mine)
+        swapper.deactivate()
+        assert_same_weights(model, tensors_of(LLAMA.build()))
+    else:
+        mine.write_bytes(other.read_bytes())  # of what is not merged into transformers maps the file itself
+        with pytest.raises(ModelError, match="written over"):
+            swapper.deactivate()
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(model.get_parameter(name), merged_into(LLAMA.build(), folder)[name])
+
+
 def test_training_what_is_not_read_makes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = LLAMA.build()
     swapper = hotslot.attach(model, {"a": make(tmp_path / "a", "LOHA")}, route="merged")

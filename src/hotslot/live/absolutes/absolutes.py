@@ -227,10 +227,12 @@ class Absolutes:
     # -- a swap ------------------------------------------------------------------------------------------------------
 
     def refuse_if_replaced(self) -> None:
-        """Raise if the model no longer has one of the tensors, or another adapter has written the norms."""
+        """Raise if the model no longer has one of the tensors or its own values, or others have written the norms."""
         self._weights.refuse_if_others_came(self._model())
         self._modules.refuse_if_deleted()
         self._sites.refuse_if_replaced()
+        for key in self.merged_now:
+            self._sites.by_key[key].store.refuse_if_changed()
 
     def is_dirty(self) -> bool:
         """Whether others have written a site, or the model's own values, since `mark_clean`."""
