@@ -598,6 +598,18 @@ def test_pristine_memory_is_that_of_the_weights_that_loaded_adapters_touch(tmp_p
     assert_same_tensors(model, before)
 
 
+def test_unloading_leaves_the_biases_that_another_adapter_has_others_for(tmp_path: Path) -> None:
+    entry = ZOO["bert"]
+    norms = make_method_adapter(tmp_path / "norms", "LN_TUNING", entry, seed=1)
+    biases = make_adapter(tmp_path / "biases", entry, seed=2, target_modules=["query"], bias="all")
+    swapper = hotslot.attach(model := entry.build(), {"norms": norms, "biases": biases})
+    swapper.unload("norms")
+    swapper.activate("biases")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, biases), exact=True)
+    swapper.deactivate()
+    assert_same_output(entry.output(model, entry.inputs()), entry.output(entry.build(), entry.inputs()), exact=True)
+
+
 def test_patterns_are_bounded_over_all_modules_that_peft_asks_for(tmp_path: Path) -> None:
     """One path alone it would match in good time."""
     entry = ZOO["llama"]

@@ -300,11 +300,12 @@ class Engine:
         return any(entry is other or entry in other.lenders for other in used)
 
     def let_go(self, loaded: Iterable[Entry]) -> None:
-        """Forget the base's own values where neither these are merged, nor what is or was live."""
+        """Forget the base's own values where neither these have others, nor what is or was live."""
         states = (self.live, self.previous, self.original)
         entries = [*loaded, *(state.entry for state in states if state is not None and state.entry is not None)]
-        needed = {key for entry in entries for merge in entry.compile(self.binding).merges.all for key in merge.keys}
-        self.binding.absolutes.let_go(needed)
+        compiled = [entry.compile(self.binding) for entry in entries]
+        needed = {key for one in compiled for merge in one.merges.all for key in merge.keys}
+        self.binding.absolutes.let_go(needed.union(*(one.values for one in compiled)))
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""

@@ -228,8 +228,8 @@ class Sites:
         """
         before, now = self._noted, self._current_versions()
         self._noted = now
-        if len(before) != len(now):
-            return True
+        if before == now or len(before) != len(now):
+            return before != now
         written = [key in self.foreign or site.original is not None for key, site in self.by_key.items()]
         count = len(now) // 3
         return any(
