@@ -610,6 +610,18 @@ def test_unloading_leaves_the_biases_that_another_adapter_has_others_for(tmp_pat
     assert_same_output(entry.output(model, entry.inputs()), entry.output(entry.build(), entry.inputs()), exact=True)
 
 
+def test_a_block_swaps_back_to_what_was_unloaded_within_it(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folders = {name: make_method_adapter(tmp_path / name, name, seed=1) for name in ("LN_TUNING", "LOHA", "IA3")}
+    swapper = hotslot.attach(model := entry.build(), folders, route="merged")
+    swapper.activate("LN_TUNING")
+    with swapper.using("LOHA"):
+        with swapper.using("IA3"):
+            pass
+        swapper.unload("LN_TUNING")
+    assert_same_tensors(model, fresh_merge(entry, folders["LN_TUNING"]))
+
+
 def test_patterns_are_bounded_over_all_modules_that_peft_asks_for(tmp_path: Path) -> None:
     """One path alone it would match in good time."""
     entry = ZOO["llama"]
