@@ -202,3 +202,14 @@ def test_a_parameter_of_a_layer_that_another_adapter_has_wrapped_is_refused(tmp_
     with pytest.raises(errors.UnsupportedError, match="up"):
         hotslot.attach(model, {"a": folder})
     assert_unchanged(before, snapshot(model))
+
+
+def test_a_parameter_of_a_layer_that_another_adapter_has_dora_on_is_refused(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    bare = make_adapter(tmp_path / "a", entry, seed=1, target_modules=[], target_parameters=["up.weight"])
+    dora = make_adapter(tmp_path / "b", entry, seed=2, target_modules=["up"], use_dora=True)
+    model = entry.build()
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match="no DoRA"):
+        hotslot.attach(model, {"a": bare, "b": dora})
+    assert_unchanged(before, snapshot(model))
