@@ -131,7 +131,11 @@ def test_the_first_bytes_go_on_before_the_last_are_read(
 
     monkeypatch.setattr(os, "preadv", held_back)
     recorder = Recorder(lambda stop: gone_on.set())
-    assert checkpoints.read_files(files, sink=recorder) if kind == "source" else packed.read(files, files.stamp(), sink=recorder)
+    assert (
+        checkpoints.read_files(files, sink=recorder)
+        if kind == "source"
+        else packed.read(files, files.stamp(), sink=recorder)
+    )
     assert waited == [True]
 
 

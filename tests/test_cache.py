@@ -243,3 +243,22 @@ def test_threads_leave_it_sound() -> None:
         thread.join()
     assert not failures
     tier.check_integrity()
+
+
+def test_an_interrupt_while_it_is_asked_what_may_go() -> None:
+    interrupted = [True]
+
+    def keeps(item: Item) -> bool:
+        if interrupted[0]:
+            raise KeyboardInterrupt
+        return False
+
+    tier: Tier[Item] = Tier(None, keeps=keeps)
+    tier.add("a", Item(3))
+    tier.retire("a")
+    with pytest.raises(KeyboardInterrupt):
+        tier.settle()
+    tier.check_integrity()
+    interrupted[0] = False
+    assert len(tier.settle()) == 1
+    assert tier.nbytes == 0

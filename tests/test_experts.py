@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hotslot
-from adapters import expected_peft_warnings
+from adapters import expected_peft_warnings, make_adapter
 from hotslot import errors
 from oracle import assert_same_output, assert_unchanged, error, snapshot
+from zoo import ZOO
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 RANKS = {f"layers.0.{name}": 5 for name in EXPERTS}
@@ -191,3 +192,24 @@ def _expert_adapter(folder: Path, rank: int, *, seed: int) -> Path:
             param.data.copy_(0.3 * torch.randn(param.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_parameter_of_a_layer_that_another_adapter_has_wrapped_is_refused(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    folder = make_adapter(tmp_path / "a", entry, seed=1, target_modules=[], target_parameters=["up.weight"])
+    model = get_peft_model(entry.build(), LoraConfig(target_modules=["up"]), adapter_name="other").eval()
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match="up"):
+        hotslot.attach(model, {"a": folder})
+    assert_unchanged(before, snapshot(model))
+
+
+def test_a_parameter_of_a_layer_that_another_adapter_has_dora_on_is_refused(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    bare = make_adapter(tmp_path / "a", entry, seed=1, target_modules=[], target_parameters=["up.weight"])
+    dora = make_adapter(tmp_path / "b", entry, seed=2, target_modules=["up"], use_dora=True)
+    model = entry.build()
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match="no DoRA"):
+        hotslot.attach(model, {"a": bare, "b": dora})
+    assert_unchanged(before, snapshot(model))

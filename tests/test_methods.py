@@ -382,6 +382,20 @@ def test_fits_says_what_a_merge_costs(tmp_path: Path) -> None:
     assert (report.route, report.nbytes, report.error) == ("merged", fit.nbytes, None)
 
 
+def test_fits_where_no_larger_plan_would_take_it(tmp_path: Path) -> None:
+    entry = ZOO["embedding"]
+    tokens = make_adapter(
+        tmp_path / "tokens", entry, seed=0, target_modules=["mix"], trainable_token_indices={"word": [4]}
+    )
+    word = make_adapter(tmp_path / "word", entry, seed=1, target_modules=["word"])
+    swapper = hotslot.attach(model := entry.build(), {"tokens": tokens})
+    fit = swapper.fits(word)
+    assert (fit.route, fit.plan) == ("merged", None), "no slot beside tokens of the same module"
+    swapper.load("word", word)
+    assert swapper.activate("word").route == "merged"
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, word))
+
+
 def test_fits_prices_every_place_for_pristine_values(tmp_path: Path) -> None:
     entry = ZOO["llama"]
     folder = make_method_adapter(tmp_path / "loha", "LOHA", entry, seed=1)
@@ -584,6 +598,30 @@ def test_pristine_memory_is_that_of_the_weights_that_loaded_adapters_touch(tmp_p
     assert_same_tensors(model, before)
 
 
+def test_unloading_leaves_the_biases_that_another_adapter_has_others_for(tmp_path: Path) -> None:
+    entry = ZOO["bert"]
+    norms = make_method_adapter(tmp_path / "norms", "LN_TUNING", entry, seed=1)
+    biases = make_adapter(tmp_path / "biases", entry, seed=2, target_modules=["query"], bias="all")
+    swapper = hotslot.attach(model := entry.build(), {"norms": norms, "biases": biases})
+    swapper.unload("norms")
+    swapper.activate("biases")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, biases), exact=True)
+    swapper.deactivate()
+    assert_same_output(entry.output(model, entry.inputs()), entry.output(entry.build(), entry.inputs()), exact=True)
+
+
+def test_a_block_swaps_back_to_what_was_unloaded_within_it(tmp_path: Path) -> None:
+    entry = ZOO["llama"]
+    folders = {name: make_method_adapter(tmp_path / name, name, seed=1) for name in ("LN_TUNING", "LOHA", "IA3")}
+    swapper = hotslot.attach(model := entry.build(), folders, route="merged")
+    swapper.activate("LN_TUNING")
+    with swapper.using("LOHA"):
+        with swapper.using("IA3"):
+            pass
+        swapper.unload("LN_TUNING")
+    assert_same_tensors(model, fresh_merge(entry, folders["LN_TUNING"]))
+
+
 def test_patterns_are_bounded_over_all_modules_that_peft_asks_for(tmp_path: Path) -> None:
     """One path alone it would match in good time."""
     entry = ZOO["llama"]
@@ -690,6 +728,45 @@ def test_two_swappers_do_not_merge_into_the_same_weight(tmp_path: Path) -> None:
     second.activate("y")
     second.detach()
     assert all(torch.equal(tensor, own[name]) for name, tensor in tensors_of(model).items())
+
+
+@pytest.mark.parametrize("first", ["merged", "saved"])
+def test_one_swapper_does_not_merge_into_what_another_has_a_copy_of(first: str, tmp_path: Path) -> None:
+    """The copy would keep what was merged, or hide it."""
+    entry = ZOO["embedding"]
+    merged = make_method_adapter(tmp_path / "merged", "LORA", entry, seed=1, target_modules=["head"])
+    saved = make_adapter(tmp_path / "saved", entry, seed=2, target_modules=["mix"], modules_to_save=["head"])
+    model = entry.build()
+    own = tensors_of(model)
+    ways: dict[str, Any] = {"merged": ({"a": merged}, "one", "merged"), "saved": ({"a": saved}, "two", "auto")}
+    adapters, name, route = ways.pop(first)
+    swapper = hotslot.attach(model, adapters, adapter_name=name, route=route)
+    swapper.activate("a")
+    before = snapshot(model)
+    (adapters, name, route) = next(iter(ways.values()))
+    with pytest.raises(UnsupportedError, match=r"Two swappers[^$]*head\.weight"):
+        hotslot.attach(model, adapters, adapter_name=name, route=route)
+    assert_unchanged(before, snapshot(model))
+    swapper.detach()
+    assert_same_tensors(model, own)
+
+
+def test_slots_that_have_grown_take_what_was_merged(tmp_path: Path) -> None:
+    entry = ZOO["mlp"]
+    small = make_adapter(tmp_path / "small", entry, seed=0, r=2, target_modules=["up"])
+    wide = make_adapter(tmp_path / "wide", entry, seed=1, r=4, target_modules=["up", "down"])
+    model = entry.build()
+    swapper = hotslot.attach(model, {"small": small})
+    swapper.load("wide", wide)
+    assert swapper.activate("wide").route == "merged"
+    plan = swapper.fits(wide).plan
+    swapper.grow(plan)
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, wide))
+    report = swapper.activate("wide")
+    assert (report.route, report.changed) == ("side", True)
+    assert torch.equal(model.state_dict()["down.base_layer.weight"], entry.build().state_dict()["down.weight"])
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, wide), exact=True)
+    assert not swapper.activate("wide").changed
 
 
 def test_a_model_without_slots_is_saved_with_what_is_merged(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ class Engine:
     def _swap(self, target: State, started: float) -> SwapReport:
         binding, previous = self.binding, self.live
         moved, touched = binding.put_right()
+        touched = touched or self._outgrown()
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return self._report(target, previous, 0, started, changed=False)
@@ -299,11 +300,12 @@ class Engine:
         return any(entry is other or entry in other.lenders for other in used)
 
     def let_go(self, loaded: Iterable[Entry]) -> None:
-        """Forget the base's own values where neither these are merged, nor what is or was live."""
+        """Forget the base's own values where neither these have others, nor what is or was live."""
         states = (self.live, self.previous, self.original)
         entries = [*loaded, *(state.entry for state in states if state is not None and state.entry is not None)]
-        needed = {key for entry in entries for merge in entry.compile(self.binding).merges.all for key in merge.keys}
-        self.binding.absolutes.let_go(needed)
+        compiled = [entry.compile(self.binding) for entry in entries]
+        needed = {key for one in compiled for merge in one.merges.all for key in merge.keys}
+        self.binding.absolutes.let_go(needed.union(*(one.values for one in compiled)))
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""
@@ -321,6 +323,7 @@ class Engine:
     def finds_live(self, target: State) -> bool:
         """Whether `swap` would have nothing to do. Touches nothing, so it needs no gate."""
         moved, touched = self.binding.moved_and_dirty()
+        touched = touched or self._outgrown()
         return self._is_live(target) and not moved and (not touched or self._is_foreign(target))
 
     def _is_live(self, target: State) -> bool:
@@ -329,6 +332,19 @@ class Engine:
         if target.entry is None or self.live.entry is None or target.image or self.live.image:
             return False
         return (target.name, target.version) == (self.live.name, self.live.version)
+
+    def _outgrown(self) -> bool:
+        """Whether what is live is merged where slots have come for it since."""
+        state = self.live
+        return state.entry is not None and state.image is None and bool(self._merged_beyond(state.entry))
+
+    def _merged_beyond(self, entry: Entry) -> set[tuple[str, str]]:
+        """Tensors of the base that something is merged into, and would not be if the entry were written now."""
+        merged = self.binding.absolutes.merged_now
+        if not merged:
+            return merged
+        compiled = entry.compile(self.binding)
+        return merged - compiled.values.keys() - {key for merge in compiled.merges.all for key in merge.keys}
 
     def _is_foreign(self, state: State) -> bool:
         """Whether it is what came with the model, which nothing but the model has."""
@@ -343,6 +359,18 @@ class Engine:
     def arrival(self) -> live.Arrival:
         """What takes an adapter to the devices while it is read for a swap that is to come."""
         return self.binding.memory.arrival()
+
+    def refresh(self, entry: Entry) -> bool:
+        """Before a swap to the entry: make it anew if others have changed the base's own values. Says whether it was.
+
+        Raises:
+            DoesNotFitError, ModelError, UnsupportedError: the base as it is now has no place for it.
+        """
+        if not entry.reads_base(self.binding):
+            return False
+        self.binding.refuse_if_replaced()
+        self.binding.absolutes.note_changes()
+        return entry.refresh(self.binding)
 
     def prefetch(self, entry: Entry) -> bool:
         """Let the entry's bytes stay on the devices. Says whether there was room, and use, for them on all."""
@@ -390,7 +418,7 @@ class Engine:
     def _note_merged(self, target: State) -> None:
         """Let nobody take empty slots for an adapter that they do not hold."""
         entry = target.entry
-        merged = entry is not None and bool(entry.compile(self.binding).merges.all)
+        merged = entry is not None and bool(entry.compile(self.binding).merges.all or self._merged_beyond(entry))
         if merged:
             self._merged = True  # before it is done: it may be broken off
             live.forbid(self.model, self.adapter_name, target.name)

@@ -73,6 +73,7 @@ class Entry:
         for part in checkpoint.components.values():
             live.build_config(part)  # refused here if PEFT would refuse it
         self._compiled: Compiled | None = None
+        self._age = 0  # of the base's own values that it was made from
         self._merged: tuple[Binding, frozenset[str], Merges] | None = None
         self.contents = checkpoint.version  # of equal contents the values are equal, and alpha may differ
         self.error: float | None = None  # of what it is an approximation of
@@ -99,6 +100,8 @@ class Entry:
             DoesNotFitError: the model has no place for it.
         """
         memory, beside = binding.memory, binding.beside
+        if self._compiled is None:
+            self._age = binding.absolutes.age
         if self._compiled is None or self._compiled.memory is not memory or self._compiled.beside != beside:
             if binding.resident is not None:
                 self._compiled = self._in_the_place_of(binding.resident, binding)
@@ -108,6 +111,30 @@ class Entry:
             writes, nbytes = memory.compile(block, scalings), self.adapter.checkpoint.nbytes if block else 0
             self._compiled = Compiled(memory, writes, values, records, merges, nbytes)
         return self._compiled
+
+    def refresh(self, binding: Binding) -> bool:
+        """Make it ready anew if others have changed the base's own values since, of which some of it was made.
+
+        Returns:
+            Whether that was needed.
+
+        Raises:
+            DoesNotFitError, ModelError, UnsupportedError: the base as it is now has no place for it.
+        """
+        if self._age == binding.absolutes.age:
+            return False
+        known = self._compiled, self._merged, self._age
+        try:
+            self._compiled = self._merged = None
+            self.compile(binding)
+            return True
+        except BaseException:
+            self._compiled, self._merged, self._age = known
+            raise
+
+    def reads_base(self, binding: Binding) -> bool:
+        """Whether what a swap writes was made from the base's own values."""
+        return bool(self.adapter.base_copies or self.compile(binding).merges.all)
 
     def _in_the_place_of(self, resident: live.Resident, binding: Binding) -> Compiled:
         """In the layers of the adapter that came with the model; or below them, which are to do nothing then."""

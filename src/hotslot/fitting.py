@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from . import live
 from .engine import Engine
 from .entry import Entry
-from .errors import RankError, UnexpectedTargetError
+from .errors import DoesNotFitError, RankError, UnexpectedTargetError, UnsupportedError
 from .planning import Plan, plan_adapters, refuse_unfit
 from .report import Fit
 
@@ -33,7 +35,10 @@ def fit(engine: Engine, plan: Plan, entry: Entry) -> Fit:
     route, merges = compiled.route, compiled.merges
     if not merges.all:
         return Fit(route, entry.adapter.checkpoint.nbytes, None)
-    larger = larger_plan(engine, plan, entry) if entry.adapter.targets else None
+    larger = None
+    if entry.adapter.targets:
+        with contextlib.suppress(DoesNotFitError, UnsupportedError):  # no slots can be added for it
+            larger = larger_plan(engine, plan, entry)
     nbytes = merges.nbytes + compiled.nbytes
     pristine = engine.binding.merger.keeping(merges.steps)
     return Fit(route, nbytes, None, larger, merges.nbytes, merges.seconds, merges.error, pristine)

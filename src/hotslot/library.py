@@ -131,8 +131,8 @@ class Library:
         return self._tier.evictions
 
     def entries(self) -> list[Entry]:
-        """What is in memory, blends included."""
-        return [entry for _, entry in self._tier.items()]
+        """What is in memory, blends included, and what is lent, though it was unloaded since."""
+        return list(dict.fromkeys([*(entry for _, entry in self._tier.items()), *self._loans]))
 
     def known(self, name: str) -> Known:
         """What is known of an adapter.

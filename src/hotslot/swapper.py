@@ -721,8 +721,11 @@ class Swapper:
 
     def _recorded_swap(self, target: State, read_seconds: float | None = None) -> SwapReport:
         """Swap, with the lock held. `read_seconds`: what bringing it into memory took, if it was not there."""
+        engine = self._bound()
         try:
-            report = self._bound().swap(target)
+            if target.entry is not None and target.image is None and engine.refresh(target.entry):
+                self._library.weigh(target.entry)
+            report = engine.swap(target)
         except BaseException:
             self._recorder.add_failure()
             raise

@@ -136,14 +136,10 @@ class Tier(Generic[T]):
         if not self._retired:
             return []
         with self._lock:
-            known, self._retired, gone = self._retired, [], []
-            for item, size in known:
-                if self._keeps(item):
-                    self._retired.append((item, size))
-                else:
-                    gone.append(item)
-                    self._nbytes -= size
-            return gone
+            known = [(item, size, self._keeps(item)) for item, size in self._retired]  # first: it may be broken off
+            self._retired = [(item, size) for item, size, stays in known if stays]
+            self._nbytes -= sum(size for _, size, stays in known if not stays)
+            return [item for item, _, stays in known if not stays]
 
     def evict(self, name: str) -> T | None:
         """Let go of an item as if there were no room; None if there is none.

@@ -265,6 +265,8 @@ class Binding:
         """
         self.refuse_if_replaced()
         moved, dirty = self.moved_and_dirty()
+        if dirty:
+            self.absolutes.note_changes()
         if not moved:
             return False, dirty
         for (fqn, suffix), place in self.memory.layout.places.items():

@@ -22,6 +22,7 @@ from peft.tuners.lora.dora import (
 from torch import nn
 from torch.nn import functional as F
 
+from ..errors import UnsupportedError
 from .quantised import dense_weight, is_dense
 
 
@@ -128,7 +129,16 @@ def add_magnitude(
     layer: Any, adapter_name: str, shape: tuple[int, ...], dtype: torch.dtype, *, requires_grad: bool = False
 ) -> None:
     """Make a layer of plain LoRA one that DoRA may use, with a neutral magnitude, not in use."""
-    variant = layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+    try:
+        variant = layer.resolve_lora_variant(config=LoraConfig(use_dora=True))
+    except ValueError as error:
+        raise UnsupportedError(
+            "PEFT has no DoRA for such a layer.",
+            where=type(layer).__name__,
+            found=f"one adapter with DoRA, and another of a bare parameter (target_parameters) there: {error}",
+            expected="one or the other",
+            hint="attach them to models of their own; or route='merged'",
+        ) from error
     slot_class, device = _OF_VARIANT[type(variant)], layer.get_base_layer().weight.device
     module = slot_class(fan_in_fan_out=slot_class is SlotDoraEmbedding or getattr(layer, "fan_in_fan_out", False))
     module.weight = nn.Parameter(torch.ones(shape, dtype=dtype, device=device), requires_grad)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..block import SlotShape
-from ..errors import MergedError, ModelError
+from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE
 from .activity import Activity
 from .calls import calls_of
@@ -114,7 +114,16 @@ def _inject(
         if parameters:  # which PEFT does not take together with a state_dict
             config.target_modules = f"^({'|'.join(map(re.escape, sorted(targeted)))})$" if targeted else set()
             config.target_parameters = parameters
-        inject_adapter_in_model(config, inner, adapter_name, state_dict=None if parameters else targets)
+        try:
+            inject_adapter_in_model(config, inner, adapter_name, state_dict=None if parameters else targets)
+        except ValueError as error:  # a bare parameter of a layer that another adapter has wrapped
+            raise UnsupportedError(
+                "PEFT does not put such an adapter on this model.",
+                where=adapted[0],
+                found=f"{type(error).__name__}: {error!s:.300}",
+                expected="a model on which no other adapter is in its way",
+                hint="attach to the base model; or route='merged'",
+            ) from error
     after = _layers_with_parents(inner)
     _settle_attention((layer for _, _, layer in after), attention)
     photo.put_back_flags()

@@ -61,7 +61,10 @@ class Merger:
             name: (holder, key) for path, module in base_tree(model) for name, holder, key in _tensors(path, module)
         }
 
+        read: set[str] = set()
+
         def own(name: str) -> torch.Tensor:
+            read.add(name)
             holder, key = places[name]
             values = self._absolutes.own(("", name), holder[key])
             if values.is_meta:
@@ -82,6 +85,7 @@ class Merger:
             prepared += _stated(checkpoint, fqns, places)
             kept = _one_of_each_tie([merge for merge in prepared if merge], places, own, checkpoint)
             self._absolutes.take_in({key: places[key[1]] for merge in kept for key in merge.keys})
+            self._absolutes.watch({("", name): places[name] for name in read})
             return self.priced(kept)
 
     def keeping(self, merges: Sequence[Merge]) -> dict[str, Keeping]:

@@ -25,6 +25,9 @@ class Store(Protocol):
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """What has the values of `tensor` from now on, whatever is written there. Nobody writes into it."""
 
+    def refuse_if_changed(self) -> None:
+        """Raise ModelError if what was kept is lost."""
+
 
 # Path of a tensor of the base model, the tensor → where its values are to be kept. Raises if they cannot be.
 Stores: TypeAlias = Callable[[str, torch.Tensor], Store]
@@ -55,18 +58,48 @@ class InMemory:
             known = self._memory = torch.empty_like(tensor, device="cpu" if far else None, pin_memory=far)
         return known.copy_(tensor)
 
+    def refuse_if_changed(self) -> None:
+        """See Store."""
+
 
 class InFile:
-    """The tensor of the model's own checkpoint, mapped and not read."""
+    """The tensor of the model's own checkpoint, mapped and not read.
+
+    Args:
+        file: that it is in. Another may take its name, but nobody may write into it.
+        read: maps the tensor.
+    """
 
     nbytes = 0
 
-    def __init__(self, mapped: torch.Tensor) -> None:
-        self._mapped = mapped
+    def __init__(self, file: Path, read: Callable[[], torch.Tensor]) -> None:
+        self._file, self._stat = file, file.stat()
+        self._mapped = read()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether it has these values."""
+        return self._mapped.shape == tensor.shape and torch.equal(self._mapped.to(tensor), tensor.detach())
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """See Store."""
         return self._mapped
+
+    def refuse_if_changed(self) -> None:
+        """See Store."""
+        try:
+            found = self._file.stat()
+        except FileNotFoundError:  # what is mapped is there still, and so if another has the name
+            return
+        was = self._stat
+        same = (found.st_mtime_ns, found.st_size) == (was.st_mtime_ns, was.st_size)
+        if (found.st_dev, found.st_ino) == (was.st_dev, was.st_ino) and not same:
+            raise ModelError(
+                "The model's checkpoint was written over, and with it the base's own values that it alone had.",
+                where=str(self._file),
+                found=f"{found.st_size:,} bytes, changed since",
+                expected="the file as it was; another may be put in its place by renaming",
+                hint="load the model anew; keep them in memory: pristine='host' or 'device'",
+            )
 
 
 def stores(where: str, model: nn.Module) -> Stores:
@@ -89,8 +122,8 @@ def stores(where: str, model: nn.Module) -> Stores:
 
     def store(path: str, tensor: torch.Tensor) -> Store:
         names = [path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")]
-        found = next((mapped[name]() for name in names if name in mapped), None)
-        if found is None or not _holds(found, tensor):
+        found = next((InFile(*mapped[name]) for name in names if name in mapped), None)
+        if found is None or not found.holds(tensor):
             raise ModelError(
                 "The model's checkpoint does not have what the model holds, so that it cannot bring that back.",
                 where=path,
@@ -98,13 +131,9 @@ def stores(where: str, model: nn.Module) -> Stores:
                 expected="the model's own values",
                 hint="keep them in memory: pristine='host' or 'device'",
             )
-        return InFile(found)
+        return found
 
     return store
-
-
-def _holds(found: torch.Tensor, tensor: torch.Tensor) -> bool:
-    return found.shape == tensor.shape and torch.equal(found.to(tensor), tensor.detach())
 
 
 def _folder(model: nn.Module) -> Path:
@@ -129,15 +158,15 @@ def _folder(model: nn.Module) -> Path:
     return folder
 
 
-def _mapped(folder: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """(name, a function that maps the tensor) of all tensors in the folder's files."""
+def _mapped(folder: Path) -> Iterator[tuple[str, tuple[Path, Callable[[], torch.Tensor]]]]:
+    """(name, its file and a function that maps the tensor) of all tensors in the folder's files."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
         file: Any = safe_open(path, framework="pt")
         names = file.keys()  # in a line of its own: it is no dict
         for name in names:
-            yield name, _reader(file, name)
+            yield name, (path, _reader(file, name))
 
 
 def _reader(file: Any, name: str) -> Callable[[], torch.Tensor]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ...errors import ModelError
 from ...methods import Adapter
 from ..discover import unwrap
 from ..pristine import InMemory, Store, stores
@@ -43,6 +45,8 @@ class Absolutes:
         self._sites = Sites(adapter_name)
         self._stores = stores(pristine, model)
         self._merged: set[Key] = set()  # the sites of `take_in`
+        self._outdated: set[Key] = set()  # those among them whose store was made for other values
+        self.age = 0  # grows when others have changed the model's own values
         self._modules = ModuleSites(adapter_name, self._sites)
         self._tokens = TokenSites(adapter_name, self._sites)
         self._biases = BiasSites(adapter_name, self._sites)
@@ -115,10 +119,41 @@ class Absolutes:
 
         Raises:
             UnsupportedError: what the model itself has there is lost, or another swapper writes there.
+            ModelError: they are inference tensors, which nobody may write outside of inference mode.
         """
         self._biases.refuse_merges_into_lost(places)
         self._sites.refuse_others(places)
+        for (_, path), (holder, name) in places.items():
+            if holder[name].is_inference():
+                raise ModelError(
+                    "The model's weights were made in inference mode, and cannot be merged into.",
+                    where=path,
+                    found="an inference tensor",
+                    expected="weights that may be written",
+                    hint="build the model outside of torch.inference_mode(); swaps may be within it",
+                )
+        for key in places.keys() & self._outdated:
+            site = self._sites.by_key[key]
+            self._sites.by_key[key] = replace(site, store=self._stores(key[1], site.tensor))
+            self._outdated.discard(key)
         self._merged.update(self._add(places, self._stores))
+
+    def watch(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+        """Note tensors of the base model that something was made from: `age` grows when they have changed."""
+        missing = {key: place for key, place in places.items() if key not in self._sites.by_key}
+        with self._sites.changing():
+            self._sites.read.update(missing)
+
+    @property
+    def merged_now(self) -> set[Key]:
+        """Which tensors of `take_in` may hold something else than the model's own values."""
+        return self._merged & self._sites.foreign
+
+    def note_changes(self) -> None:
+        """Let `age` grow if others have changed the model's own values since this was last called."""
+        if self._sites.own_changed():
+            self.age += 1
+            self._outdated = {key for key in self._merged if not self._sites.by_key[key].kept}
 
     def hold(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
         """Make sites of tensors of an adapter that came with the model, whose values are the own ones; they stay."""
@@ -146,8 +181,10 @@ class Absolutes:
         """Forget what `take_in` has made, but for these and for what has others' values now."""
         with self._sites.changing():
             for key in self._merged - set(needed) - self._sites.foreign:
-                del self._sites.by_key[key]
+                site = self._sites.by_key.pop(key)
+                self._sites.read[key] = site.holder, site.name
                 self._merged.discard(key)
+                self._outdated.discard(key)
 
     # -- what is to be live ------------------------------------------------------------------------------------------
 
@@ -190,10 +227,12 @@ class Absolutes:
     # -- a swap ------------------------------------------------------------------------------------------------------
 
     def refuse_if_replaced(self) -> None:
-        """Raise if the model no longer has one of the tensors, or another adapter has written the norms."""
+        """Raise if the model no longer has one of the tensors or its own values, or others have written the norms."""
         self._weights.refuse_if_others_came(self._model())
         self._modules.refuse_if_deleted()
         self._sites.refuse_if_replaced()
+        for key in self.merged_now:
+            self._sites.by_key[key].store.refuse_if_changed()
 
     def is_dirty(self) -> bool:
         """Whether others have written a site, or the model's own values, since `mark_clean`."""

@@ -60,6 +60,7 @@ class ModuleSites:
     def _take_in(self, fqn: str, wrapper: Any, shown: bool) -> None:
         copied = wrapper.modules_to_save[self._adapter_name]
         own = {name: (holder, key) for name, holder, key, _ in named_tensors(wrapper.original_module)}
+        self._sites.refuse_others({(fqn, name): place for name, place in own.items()}, copied=True)
         for name, holder, key, tensor in named_tensors(copied):
             param = tensor if isinstance(tensor, nn.Parameter) else None
             self._sites.by_key[fqn, name] = Site(holder, key, param, _reader(*own[name]))

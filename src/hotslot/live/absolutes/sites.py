@@ -100,12 +100,15 @@ class Sites:
     Attributes:
         by_key: each of them. Add and remove within `changing`.
         foreign: keys of those that may hold something else than the model's own values.
+        read: key → where it hangs, of the base's tensors without a site that something to be written was made from.
     """
 
     def __init__(self, adapter_name: str) -> None:
         self.by_key: dict[Key, Site] = {}
         self.foreign: set[Key] = set()
+        self.read: dict[Key, tuple[dict[str, Any], str]] = {}
         self._versions: list[int] = []
+        self._noted: list[int] = []  # what they were when `own_changed` was last asked, or nobody else had written
         self._adapter_name = adapter_name
         self.claim()
 
@@ -126,7 +129,12 @@ class Sites:
         """Sites come and go meanwhile; if nobody else has written before, nobody has afterwards."""
         dirty = self.is_dirty()
         yield
-        self._versions = [] if dirty else self._current_versions()
+        for key in self.read.keys() & self.by_key.keys():
+            del self.read[key]
+        if dirty:
+            self._versions = []
+        else:
+            self.mark_clean()
 
     def undo(self) -> Callable[[], None]:
         """A function that forgets what comes and goes from now on. It writes nothing."""
@@ -149,22 +157,28 @@ class Sites:
         """Bytes that are held of the base's own values."""
         return sum(site.store.nbytes for site in self.by_key.values())
 
-    def refuse_others(self, places: Mapping[Key, tuple[dict[str, Any], str]]) -> None:
+    def refuse_others(self, places: Mapping[Key, tuple[dict[str, Any], str]], *, copied: bool = False) -> None:
         """Raise if another adapter name has a site at one of these: each would keep the other's values as the model's.
 
         Args:
             places: key → the dict that has the tensor, its name there.
+            copied: whether copies are written, and of these is only read what the model's own values are.
         """
-        wanted = {(id(holder), name): key for key, (holder, name) in places.items()}
+        wanted = {id(holder[name]): key for key, (holder, name) in places.items()}
         with _all_lock:
             others = set(_all) - {self}
         for other in others:
-            taken = [key for site in other.by_key.values() if (key := wanted.get((id(site.holder), site.name)))]
+            sites = other.by_key.values()
+            theirs = [site.holder.get(site.name) for site in sites]
+            if not copied:
+                theirs += [site.original() for site in sites if site.original is not None]
+            taken = [key for tensor in theirs if (key := wanted.get(id(tensor)))]
             if taken:
                 raise UnsupportedError(
                     "Two swappers would write into the same tensors of the base model.",
-                    where=taken[0][1],
-                    found=f"{len(taken)} tensors that the swapper of {other._adapter_name!r} writes adapters into",
+                    where=".".join(filter(None, taken[0])),
+                    found=f"{len(taken)} tensors that the swapper of {other._adapter_name!r} writes adapters into"
+                    + ("" if copied else ", or has copies of"),
                     expected=f"others, or none, for the swapper of {self._adapter_name!r}",
                     hint="load both adapters into one swapper; or detach the other one",
                 )
@@ -201,18 +215,36 @@ class Sites:
 
     def is_dirty(self) -> bool:
         """Whether others have written a site, or the model's own values, since `mark_clean`."""
-        return bool(self.by_key) and self._current_versions() != self._versions
+        return bool(self.by_key or self.read) and self._current_versions() != self._versions
 
     def mark_clean(self) -> None:
         """Take what is live now as written by hotslot."""
-        self._versions = self._current_versions()
+        self._versions = self._noted = self._current_versions()
+
+    def own_changed(self) -> bool:
+        """Whether others have changed the model's own values, as far as can be told, since this was last asked.
+
+        Another dtype or device is a change, too, of what is kept meanwhile as well.
+        """
+        before, now = self._noted, self._current_versions()
+        self._noted = now
+        if before == now or len(before) != len(now):
+            return before != now
+        written = [key in self.foreign or site.original is not None for key, site in self.by_key.items()]
+        count = len(now) // 3
+        return any(
+            one != other and (i // count == 2 or i % count >= len(written) or not written[i % count])
+            for i, (one, other) in enumerate(zip(before, now, strict=True))
+        )
 
     def _current_versions(self) -> list[int]:
         sites = self.by_key.values()
         tensors = [site.holder[site.name] for site in sites]
         tensors += [site.original() for site in sites if site.original is not None]
-        # No pairs: a thousand small objects at each swap would call the garbage collector.
-        return [*map(id, tensors), *[tensor._version for tensor in tensors]]
+        tensors += [holder[name] for holder, name in self.read.values()]
+        # No triples: a thousand small objects at each swap would call the garbage collector.
+        versions = [0 if one.is_inference() else one._version for one in tensors]  # those count no versions
+        return [*map(id, tensors), *versions, *[one.data_ptr() for one in tensors]]
 
     # -- writing -----------------------------------------------------------------------------------------------------
 

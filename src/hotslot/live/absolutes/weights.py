@@ -55,6 +55,10 @@ class WeightSites:
             return {}
         modules = all_base_modules(model)
         copies = list(base_copies(model, adapter, modules))
+        with self._sites.changing():
+            for copy in copies:
+                if not copy.holder[copy.name].is_meta:  # offloaded: another one after each forward pass
+                    self._sites.read["", f"{copy.fqn}.{copy.name}"] = copy.holder, copy.name
         # Of a tied weight the last one is what PEFT leaves behind.
         last = {id(copy.holder[copy.name]): copy for copy in copies if copy.taken}
         differing = [copy for copy in copies if self._differs(copy, adapter, modules[copy.fqn])]
