@@ -84,6 +84,7 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
         ("9MB", "drop-in cold, times faster than PEFT's", theirs, drop_in, 5.0),
         ("9MB", "warm activate, times faster than PEFT's hotswap_adapter", theirs, activate, 20.0),
         ("9MB", "warm activate, part of the plain copy's speed", copy, activate, 0.5),
+        ("9MB", "warm activate of exclusive slots, part of the plain copy's speed", copy, f"{activate}, exclusive", 0.5),
         ("9MB", "cold from a packed file, times faster than PEFT's hotswap_adapter", theirs, packed, 15.0),
         ("9MB", "cold from a packed file, part of plain read + copy's speed", read, packed, 1 / 3),
         ("84MB", "drop-in cold, part of plain read + copy's speed", read, drop_in, 0.5),
