@@ -147,3 +147,79 @@ def test_a_backward_pass_over_a_swap_raises(exclusive: bool) -> None:
     swapper.activate("b")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+def _counters(params: list[nn.Parameter]) -> int:
+    """How many version counters they have."""
+    left, count = list(params), 0
+    while left:
+        before = [param._version for param in left]
+        torch.autograd.graph.increment_version(left[0])
+        left = [param for param, version in zip(left, before, strict=True) if param._version == version]
+        count += 1
+    return count
+
+
+@both
+def test_one_write_counts_for_all(exclusive: bool) -> None:
+    """The control: else each parameter has a counter of its own, and a swap counts up each."""
+    model, swapper = _deep(exclusive)
+    params = _params(model)
+    assert _counters(params) == (1 if exclusive else len(params))
+    swapper.activate("a")
+    assert swapper.activate("b").changed
+    assert not swapper.activate("b").changed, "what hotslot has counted is no trace of others"
+    with torch.no_grad():
+        params[2].add_(1.0)  # a write, to whichever, counts for all
+    assert swapper.activate("b").changed
+
+
+def test_detach_gives_each_its_own_counter_again() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(ENTRY.build(), LoraConfig(r=2, target_modules=["up", "down"], inference_mode=True))
+    params = _params(model)
+    values = [param.detach().clone() for param in params]
+    swapper = hotslot.attach(model, exclusive=True)
+    assert _counters(params) == 1
+    swapper.detach()
+    assert list(map(id, _params(model))) == list(map(id, params))
+    assert _counters(params) == len(params)
+    assert all(map(torch.equal, params, values))
+
+
+def test_parameters_in_training_keep_their_counters(folders: dict[str, Path]) -> None:
+    """An optimizer that steps within the backward pass goes on working; so does what swaps do."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(ENTRY.build(), LoraConfig(r=4, target_modules=list(ENTRY.targets)))
+    swapper = hotslot.attach(model, folders, exclusive=True)
+    params = _params(model)
+    assert _counters(params) == len(params)
+    swapper.activate("dense")
+    for param in params:
+        optimizer = torch.optim.SGD([param], lr=0.1)
+        param.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())  # type: ignore[misc]
+    ENTRY.read(model(**ENTRY.inputs())).sum().backward()
+    assert swapper.activate("dense").changed
+    assert_same_output(ENTRY.output(model, ENTRY.inputs()), fresh_output(ENTRY, folders["dense"]))
+
+
+def test_compiled_code_stays(folders: dict[str, Path]) -> None:
+    swapper = hotslot.attach(model := ENTRY.build(), folders, exclusive=True)
+    compiled: Any = torch.compile(model, backend="eager")
+    swapper.activate("dense")
+    ENTRY.output(compiled, ENTRY.inputs())
+    with hotslot.testing.no_recompile(), hotslot.testing.same_addresses(model):
+        for name in ("small", "dense"):
+            swapper.activate(name)
+            assert_same_output(ENTRY.output(compiled, ENTRY.inputs()), fresh_output(ENTRY, folders[name]))
+    params = _params(model)
+    model.double()
+    swapper.activate("small")  # into other memory, beside compiled code's weak references
+    inputs = ENTRY.inputs(dtype=torch.float64)
+    assert_same_output(ENTRY.output(model, inputs), fresh_output(ENTRY, folders["small"], dtype=torch.float64))
+    assert list(map(id, _params(model))) == list(map(id, params))
+    before = [param._version for param in params]
+    swapper.activate("dense")
+    assert all(param._version > version for param, version in zip(params, before, strict=True))

@@ -62,7 +62,9 @@ def attach(
         exclusive: whether a swap may take it that nobody else writes, moves or replaces single parameters of the slots,
             and look at 16 slots of each part of the model, not at each of hundreds. What is done to all of them
             (`model.to`, an optimizer's step, `load_state_dict`, `delete_adapter`) it still finds, and keeps or
-            refuses; a write to others alone is overwritten, and `rollback` does not bring it back.
+            refuses; a write to others alone is overwritten, and `rollback` does not bring it back. Parameters
+            that are not in training share one version counter, so that an optimizer that steps within the backward
+            pass is not for them.
         cache: budgets for adapters, such as `hotslot.Cache(device_bytes=1 << 30, host_bytes=8 << 30)`.
         watch: whether to look into the folder `adapters` each second from now on: what is new or changed there is
             loaded, as by `Swapper.load(lazy=True)`; what has gone is unloaded once it is not live.

@@ -19,7 +19,7 @@ from .absolutes import Absolutes, Key, Merge
 from .assembly import Assembly
 from .discover import is_compiled, roots, unwrap
 from .dropout import SlotDropout
-from .homes import Homes, bind, note_sizes
+from .homes import Homes, become_view, bind, note_sizes
 from .ledger import Ledger
 from .memory import Image, Memory, Writes
 from .merging import Merger
@@ -439,7 +439,10 @@ class Binding:
                 if original.dtype != held.dtype or original.device != held.device or original.shape != held.shape:
                     original = torch.empty_like(held, memory_format=torch.contiguous_format)
                 original.copy_(held)
-                param.data = original
+                if self._exclusive:
+                    become_view(param, original)  # with a version counter of its own again
+                else:
+                    param.data = original
         note_sizes(self.slots)
         for fqn, slot in self.slots.items():
             self._release_scaling(slot, self._scalings[fqn])

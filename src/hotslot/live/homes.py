@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from ..block import Layout, SlotShape, arrange
 from .memory import Copy, Memory, arena_bytes
@@ -27,6 +28,23 @@ def note_sizes(slots: Mapping[str, Slot]) -> None:
                 if hasattr(module, name):
                     weight = slot.held[f"{container}.weight"].param
                     setattr(module, name, weight.shape[0] if container == "lora_A" else weight.shape[1] * slot.groups)
+
+
+def become_view(param: torch.Tensor, home: torch.Tensor) -> None:
+    """Let the Parameter be a view of its new memory, and share its version counter if that is possible.
+
+    Then one count is that of all who do. Not in training: an optimizer that steps within the backward pass would spoil
+    what that has yet to read. Nor where somebody has a weak reference: torch does not exchange such a tensor.
+    """
+    if not param.requires_grad and param.grad is None:
+        view = nn.Parameter(home, requires_grad=False)
+        view.__dict__.update(param.__dict__)
+        try:
+            torch.utils.swap_tensors(param, view)
+            return
+        except RuntimeError:
+            pass
+    param.data = home
 
 
 class Homes:
@@ -72,7 +90,7 @@ def bind(
         ranks: fqn → rank to make room for.
         stagings: through which bytes come to devices; they outlive the memory.
         arena: move all parts into one allocation per device; else a part moves only if its shape changes.
-        exclusive: whether a swap need not look at each slot.
+        exclusive: whether a swap need not look at each slot, nor count up the version of each.
 
     Raises:
         ModelError: a parameter that would change its shape has a gradient or an optimizer's state.
@@ -97,7 +115,10 @@ def bind(
             ]
         homes = _homes(slots, live_ranks, shapes, layout, arenas)
         for param, home in homes:
-            param.data = home
+            if exclusive:
+                become_view(param, home)
+            else:
+                param.data = home
         memory = Memory(slots, layout, arenas, stagings, exclusive=exclusive)
         if arena:
             memory.bind_scalings()

@@ -126,6 +126,8 @@ class Memory:
         self._clearing = self._scatters_of(None)
         self._prepare(self._clearing)
         self._brought: tuple[Writes, dict[torch.device, torch.Tensor]] | None = None
+        # Whose version counters a write counts up: of what shares the arena's, once.
+        self._counted = _counting_alone(self._params, self._arenas) if exclusive else self._params
         self.traces = Traces(slots, self._arenas, exclusive=exclusive)
 
     def bind_scalings(self) -> None:
@@ -272,7 +274,7 @@ class Memory:
             else:
                 self.came_from = "host"
             # Before the copy, which takes all else out of the cache.
-            torch.autograd.graph.increment_version(self._params)
+            torch.autograd.graph.increment_version(self._counted)
             if clear:
                 torch._foreach_zero_(clear)
             if ones:
@@ -290,7 +292,8 @@ class Memory:
                 for fqn, slot in self.slots.items():
                     _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
                 self._use_dora(writes.dora)
-            if clean and writes.through_arena and not clear and not ones:  # each part has counted one
+            # Each part has counted one.
+            if self._counted is self._params and clean and writes.through_arena and not clear and not ones:
                 self.traces.count_write()
             else:
                 self.traces.mark_clean()
@@ -368,8 +371,16 @@ class Memory:
             self._use_dora(image.dora)
             for fqn, slot in self.slots.items():
                 _put_back_scaling(slot, image.scalings.get(fqn, 1.0))  # a slot that was added later is neutral
-            torch.autograd.graph.increment_version(self._params)
+            torch.autograd.graph.increment_version(self._counted)
             self.traces.mark_clean()
+
+
+def _counting_alone(params: Sequence[torch.Tensor], arenas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The arenas, and those parameters that do not share their version counters."""
+    before = [param._version for param in params]
+    torch.autograd.graph.increment_version(arenas)
+    alone = [param for param, version in zip(params, before, strict=True) if param._version == version]
+    return [*alone, *arenas]
 
 
 def arena_bytes(nbytes: int, slots: int) -> int:
