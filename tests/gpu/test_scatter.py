@@ -177,6 +177,22 @@ def test_prefetched_adapters_come_from_the_device_and_unloaded_ones_do_not(tmp_p
     assert swapper.activate("small").tier == "host"
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_backward_pass_over_a_swap_raises(exclusive: bool, tmp_path: Path) -> None:
+    """The kernel writes behind torch's back; the version counters have to rise all the same."""
+    entry = ZOO["mlp"]
+    model, swapper = attached(entry, adapters(tmp_path, entry), DEVICE, exclusive=exclusive)
+    swapper.activate("dense")
+    assert kernels(swapper, "dense")
+    inputs = {name: value.to(DEVICE).requires_grad_() for name, value in entry.inputs().items()}
+    for swaps in (False, True):  # the first is the control
+        total = entry.read(model(**inputs)).sum()
+        if swaps:
+            swapper.activate("other")
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") if swaps else nullcontext():
+            total.backward()
+
+
 def test_without_room_nothing_is_kept(tmp_path: Path) -> None:
     """The control."""
     entry = ZOO["mlp"]
