@@ -56,6 +56,11 @@ def use_slot_attention(layer: PeftMultiheadAttention) -> None:
     layer.__class__ = SlotMultiheadAttention
 
 
+def leave_slot_attention(layer: PeftMultiheadAttention) -> None:
+    """Undo `use_slot_attention`."""
+    layer.__class__ = PeftMultiheadAttention
+
+
 def _delta(layer: Any, name: str) -> torch.Tensor:
     """PEFT's `get_delta_weight`, which gives low-precision factors on a CPU other memory."""
     down: torch.Tensor = layer.lora_A[name].weight

@@ -7,7 +7,8 @@ the slot is not used for DoRA the norm is replaced by the magnitude itself, 1, a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -22,8 +23,11 @@ from peft.tuners.lora.dora import (
 from torch import nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedError
+from ..errors import ModelError, UnsupportedError
 from .quantised import dense_weight, is_dense
+
+if TYPE_CHECKING:
+    from .slots import Slot
 
 
 class _InUse:
@@ -120,9 +124,22 @@ def is_plain_or_dora(variant: Any) -> bool:
     return isinstance(variant, _PLAIN) or type(variant) in _OF_VARIANT
 
 
-def is_slot_dora(module: nn.Module) -> bool:
-    """Whether the module is hotslot's, and may be used for DoRA or not."""
-    return isinstance(module, _InUse)
+def is_peft_dora(module: nn.Module) -> bool:
+    """Whether the module is PEFT's own, and always in use."""
+    return type(module) in _SLOT_CLASSES
+
+
+def refuse_compiled_dora(slots: Mapping[str, Slot]) -> None:
+    """Raise if compiled code knows a magnitude of these slots as PEFT's."""
+    for fqn, slot in slots.items():
+        if slot.dora is not None and not isinstance(slot.dora, _InUse):
+            raise ModelError(
+                "The model was compiled with a DoRA on it, which compiled code knows as PEFT computes it.",
+                where=fqn,
+                found=type(slot.dora).__name__,
+                expected="a model that is attached, or prepared for hot-swapping, before it is compiled",
+                hint="hotslot.attach(model, …), then torch.compile",
+            )
 
 
 def add_magnitude(
@@ -160,18 +177,15 @@ def drop_magnitude(layer: Any, adapter_name: str) -> None:
             layer.lora_variant[adapter_name] = displaced
 
 
-def leave_magnitude(module: Any) -> None:
-    """Make what `add_magnitude` has made PEFT's own, in use."""
-    module.__class__ = next(theirs for theirs, ours in _SLOT_CLASSES.items() if type(module) is ours)
-    del module.in_use, module.displaced
-
-
-def use_slot_dora(layer: Any, adapter_name: str) -> tuple[nn.Module, type[nn.Module]] | None:
-    """Give PEFT's DoRA module the forward of a slot that is in use; (module, its class before), if there is one."""
-    module = layer.lora_magnitude_vector._modules.get(adapter_name)
-    before = type(module)
-    if before not in _SLOT_CLASSES:
-        return None
+def use_slot_dora(module: Any) -> None:
+    """Give PEFT's DoRA module the forward of a slot that is in use."""
     module.in_use = torch.ones((), device=module.weight.device)
-    module.__class__ = _SLOT_CLASSES[before]
-    return module, before
+    module.__class__ = _SLOT_CLASSES[type(module)]
+
+
+def leave_slot_dora(module: Any) -> None:
+    """Make a slot's module PEFT's own, in use, whichever of the two has made it."""
+    if type(module) in _SLOT_CLASSES.values():
+        module.__class__ = next(theirs for theirs, ours in _SLOT_CLASSES.items() if type(module) is ours)
+    for name in ("in_use", "displaced"):
+        module.__dict__.pop(name, None)

@@ -18,6 +18,11 @@ class SlotDropout(nn.Dropout):
     who else does.
     """
 
+    @classmethod
+    def like(cls, found: nn.Module) -> SlotDropout:
+        """One that computes what PEFT's module does."""
+        return cls(getattr(found, "p", 0.0)).train(found.training)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "p":
             edits.count += 1
@@ -28,3 +33,11 @@ class SlotDropout(nn.Dropout):
         if not self.training or self.p == 0.0:
             return input
         return F.dropout(input, self.p, True)
+
+
+def leave_slot_dropout(dropouts: nn.ModuleDict, adapter_name: str, found: nn.Module) -> None:
+    """Put back what was `found` there; a Dropout of the live adapter's rate, if that has another."""
+    live = dropouts._modules.get(adapter_name)
+    if type(live) is SlotDropout:  # else the adapter was deleted, or loaded anew
+        same = live.p == getattr(found, "p", 0.0)
+        dropouts[adapter_name] = found if same else nn.Dropout(live.p).train(live.training)

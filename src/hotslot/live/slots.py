@@ -18,6 +18,7 @@ from .discover import lora_layers_with_parents, unwrap
 from .offloading import bring_back as bring_slot_back
 from .offloading import can_stay, let_go, refuse_offloaded, refuse_reading_offloaded, stay
 from .quantised import has_bias, has_dora
+from .scaling import ScalingMap
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -76,6 +77,17 @@ class Slot:
         return {suffix: held.param for suffix, held in self.held.items()}
 
     @property
+    def live_rank(self) -> int:
+        """The rank that the layer states, if what lies beyond it is empty; else all of it."""
+        stated, room = int(self.layer.r[self.adapter_name]), self.rank
+        if not 0 < stated < room or stated % self.groups:
+            return room
+        for suffix, held in self.held.items():
+            if PARTS[suffix].rank_dim is not None and self.band(held.param.detach(), suffix, stated, room).any():
+                return room
+        return stated
+
+    @property
     def neutral_rank(self) -> int:
         """The smallest rank that this base layer takes."""
         return self.groups
@@ -130,9 +142,9 @@ class Slot:
     def leave_part(self, suffix: str) -> None:
         """Let PEFT have what `with_part` has given, in memory of its own."""
         if suffix == MAGNITUDE:
-            from .dora import leave_magnitude
+            from .dora import leave_slot_dora
 
-            leave_magnitude(self.dora)
+            leave_slot_dora(self.dora)
         param = self.held[suffix].param
         param.data = param.data.clone()
         param.__dict__.pop("__reduce_ex__", None)
@@ -248,8 +260,11 @@ def compact(slots: dict[str, Slot]) -> None:
     """Make the small dicts that each swap reads anew, one after the other: same content, side by side in memory.
 
     They were made while the model was built and lie all over the heap; to fetch 1,000 of them takes a swap of 9 MB half
-    as long as its copy. Compiled code may know them by identity: not for a model that is compiled.
+    as long as its copy. Compiled code may know them by identity: not for a model that is compiled. They stay where
+    another adapter of these layers is bound, which has looked them up.
     """
+    if any(isinstance(slot.layer.scaling, ScalingMap) for slot in slots.values()):
+        return
     name = next(iter(slots.values())).adapter_name if slots else ""
     layers: list[Any] = [slot.layer for slot in slots.values()]
     for container_name in ("lora_A", "lora_B"):

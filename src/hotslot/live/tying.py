@@ -12,13 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import UnsupportedError
+from ..errors import ModelError, UnsupportedError
 from ..methods import Adapter
 from .discover import innermost
+from .slots import Slot
 from .state import build_config
 from .tokens import plain_name, tied_with_embedding
 
 _HINT = "load it with PEFT itself, or train it without ensure_weight_tying"
+
+
+def refuse_shared(slots: Mapping[str, Slot], *, arena: bool) -> None:
+    """Raise if slots share memory, and would go on doing so, or be trained apart."""
+    first: dict[int, str] = {}
+    for fqn, slot in slots.items():
+        for held in slot.held.values():
+            other = first.setdefault(held.param.data_ptr(), fqn)
+            if other != fqn and held.param.numel() and (not arena or held.param.requires_grad):
+                raise ModelError(
+                    "The adapter on the model lets two layers share their matrices (ensure_weight_tying).",
+                    where=fqn,
+                    found=f"the memory of {other!r}" + (", in training" if held.param.requires_grad else ""),
+                    expected="matrices of their own: others than those of tied layers may come",
+                    hint="hotslot.attach to the base model, or to this one, not compiled and not in training",
+                )
 
 
 class _Tie(NamedTuple):
