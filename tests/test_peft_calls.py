@@ -269,6 +269,32 @@ def plain(folders: dict[str, Path], live: str = "b") -> tuple[nn.Module, hotslot
     return model, swapper
 
 
+def attach_beside(model: nn.Module, folders: dict[str, Path]) -> None:
+    hotslot.attach(model, {"b": folders["b"]}, adapter_name="second")
+
+
+def prepare_while_training(model: nn.Module, folders: dict[str, Path]) -> None:
+    for name, param in model.named_parameters():
+        param.grad = torch.ones_like(param) if "lora_" in name else None
+    before = snapshot(model)
+    with pytest.raises(ModelError, match="in training"):
+        hotslot.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize("between", [attach_beside, prepare_while_training])
+def test_the_drop_in_finds_an_adapter_that_was_loaded_anew(between: Any, folders: dict[str, Path]) -> None:
+    """It swaps that, and not the one before, whatever has rearranged the layers' dicts since it looked them up."""
+    model: Any = fresh(MLP, folders["a"])
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    between(model, folders)
+    model.delete_adapter("default")
+    model.load_adapter(str(folders["a"]), adapter_name="default")
+    model.set_adapter("default")
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+
+
 def test_disable_adapter_is_the_base_for_a_block(folders: dict[str, Path]) -> None:
     model, swapper = attached(folders)
     base = output(MLP.build())

@@ -24,7 +24,7 @@ from .offloading import refuse_offloaded
 from .originals import Originals
 from .patches import Patches
 from .resident import Resident
-from .slots import Slot, bring_back, compact, let_be_offloaded
+from .slots import Slot, bring_back, compact, let_be_offloaded, undo_compact
 from .staging import Stagings
 from .state import NEUTRAL_SCALING, Records, adapter_records, neutral_records
 from .tokens import refuse_compiled_tokens
@@ -357,6 +357,7 @@ class Binding:
 
         def undo() -> None:
             unpatch()
+            undo_compact(slots)
             self.slots.update(slots)
             homes.put_back()
             self.memory, self.arena = memory, arena

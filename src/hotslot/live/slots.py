@@ -18,7 +18,6 @@ from .discover import lora_layers_with_parents, unwrap
 from .offloading import bring_back as bring_slot_back
 from .offloading import can_stay, let_go, refuse_offloaded, refuse_reading_offloaded, stay
 from .quantised import has_bias, has_dora
-from .scaling import ScalingMap
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -260,21 +259,31 @@ def compact(slots: dict[str, Slot]) -> None:
     """Make the small dicts that each swap reads anew, one after the other: same content, side by side in memory.
 
     They were made while the model was built and lie all over the heap; to fetch 1,000 of them takes a swap of 9 MB half
-    as long as its copy. Compiled code may know them by identity: not for a model that is compiled. They stay where
-    another adapter of these layers is bound, which has looked them up.
+    as long as its copy. Compiled code may know them by identity: not for a model that is compiled. Those that a layer
+    has for several adapters stay, since the others' slots may know them.
     """
-    if any(isinstance(slot.layer.scaling, ScalingMap) for slot in slots.values()):
-        return
     name = next(iter(slots.values())).adapter_name if slots else ""
     layers: list[Any] = [slot.layer for slot in slots.values()]
     for container_name in ("lora_A", "lora_B"):
         containers = [layer._modules[container_name] for layer in layers]
         for container in containers:
-            container.__dict__["_modules"] = dict(container._modules)
+            if container._modules.keys() <= {name}:
+                container.__dict__["_modules"] = dict(container._modules)
         for module in (container._modules.get(name) for container in containers):
             if module is not None:
                 module.__dict__["_parameters"] = dict(module._parameters)
     slots.update({fqn: replace(slot, held=_held(slot.layer, name)) for fqn, slot in slots.items()})
+
+
+def undo_compact(slots: Mapping[str, Slot]) -> None:
+    """Put back the dicts that these slots know, which were looked up before `compact`, whole or broken off."""
+    for slot in slots.values():
+        for container_name in ("lora_A", "lora_B"):
+            held = slot.held.get(f"{container_name}.weight")
+            if held is not None:
+                container = getattr(slot.layer, container_name)
+                container.__dict__["_modules"] = held.owner
+                held.holder.__dict__["_parameters"] = held.params
 
 
 def _held(layer: LoraLayer, name: str) -> dict[str, Held]:
