@@ -55,17 +55,17 @@ class Patches:
         for fqn, suffix in extra:
             if suffix not in self._slots[fqn].held:
                 self._added.add((fqn, suffix))
-                self._slots[fqn] = self._slots[fqn].with_part(suffix)
-                if fqn in self._hooks:
-                    self._hooks[fqn].params = self._slots[fqn].params
+                slot = self._slots[fqn] = self._slots[fqn].with_part(suffix)
+                if fqn in self._hooks:  # `install` was here before
+                    self._hooks[fqn].params = slot.params
+                    self._pickle_alone(slot.held[suffix].param)
 
     def install(self, slots: Mapping[str, Slot], *, compiled: bool) -> None:
         """Put on these layers what all need; nothing that code which is compiled already has guards on."""
         for slot in slots.values():
             self._speak_for(slot)
             for held in slot.held.values():
-                self._undo.append(partial(_pickle_as_torch_does, held.param))
-                _pickle_alone(held.param)
+                self._pickle_alone(held.param)
             if not compiled:
                 self._replace_dropout(slot)
                 self._replace_attention(slot)
@@ -107,6 +107,10 @@ class Patches:
         hook = self._hooks[slot.fqn] = TrueRank(slot, self._ranks)
         self._undo.append(layer.register_state_dict_post_hook(hook).remove)
         self._undo.append(layer.register_load_state_dict_pre_hook(hook.on_load).remove)
+
+    def _pickle_alone(self, param: nn.Parameter) -> None:
+        self._undo.append(partial(_pickle_as_torch_does, param))
+        _pickle_alone(param)
 
     def _replace_dropout(self, slot: Slot) -> None:
         dropouts, name = slot.layer.lora_dropout, slot.adapter_name
