@@ -494,19 +494,19 @@ def test_a_copy_can_be_attached_and_swapped(way: str, folders: dict[str, Path]) 
 
 
 def test_a_pickle_is_not_many_times_the_model(tmp_path: Path) -> None:
-    """Each parameter is a view of one arena: a pickle must not carry the arena once for each, nor once they are more."""
+    """Each parameter is a view of one arena: a pickle must not carry the arena once for each, nor once it has more."""
 
     def made(**options: Any) -> nn.Module:
         base = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
         return get_peft_model(base, LoraConfig(r=64, target_modules=[str(i) for i in range(6)], **options))
 
     model = made()
-    for name, adapter in {"same": model, "biased": made(lora_bias=True)}.items():
+    for name, adapter in {"same": model, "dora": made(use_dora=True)}.items():
         adapter.save_pretrained(tmp_path / name)
     before = len(pickle.dumps(model))
     swapper = hotslot.attach(model, adapters={"same": tmp_path / "same"})
     assert len(pickle.dumps(model)) < 1.5 * before
-    swapper.grow(hotslot.plan(model, [tmp_path / "biased"]))
+    swapper.grow(hotslot.plan(model, [tmp_path / "dora"]))
     assert len(pickle.dumps(model)) < 1.5 * before
 
 
