@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..block import Layout, SlotShape, arrange
-from .memory import Copy, Memory, arena_bytes
+from .memory import Copy, Memory
 from .scaling import ScalingMap
 from .slots import Slot
 from .staging import Stagings
+from .tail import arena_bytes
 from .training import refuse_padding_while_training
 
 

@@ -18,19 +18,18 @@ from typing import Any, NamedTuple
 import torch
 
 from ..block import Block, Layout, Run, Tile
-from ..block.layout import ALIGNMENT_BYTES
 from ..checkpoint import Schema
 from ..methods import PARTS
 from .absolutes import AbsoluteImage
-from .scaling import ScalingMap
+from .scaling import ScalingMap, put_back_scaling, set_scaling
 from .scatter import KEPT_TABLES, Scatter, scatters
 from .slots import Slot
 from .staging import Arrival, Stagings
 from .state import NEUTRAL_SCALING
+from .tail import column_values, scaling_column
 from .traces import Traces
 
 Copy = tuple[torch.Tensor, torch.Tensor]
-_SCALING_BYTES = 16  # inductor assumes this alignment of what it was compiled with
 
 # A device is reached by one copy of the adapter's bytes and a scatter on the device; only if they go to this few
 # places at most are they copied straight there.
@@ -107,7 +106,7 @@ class Memory:
         }
         self._regions = {layout.places[key].region: view for key, view in self._views.items()}
         self._scalings = [
-            _scaling_column(arena, slots, i, layout) for i, arena in enumerate(arenas) if arena is not None
+            scaling_column(arena, slots, i, layout) for i, arena in enumerate(arenas) if arena is not None
         ]
         self.devices = {view.device for view in self._views.values()}
         self.on_gpu = any(device.type == "cuda" for device in self.devices)
@@ -189,7 +188,7 @@ class Memory:
     def _columns(self, scalings: Mapping[str, float], dora: Collection[str]) -> list[Copy]:
         """The arenas' columns of scalings and uses of DoRA, and the values that are to be there."""
         return [
-            (column, _column_values([scalings[fqn] for fqn in fqns], [fqn in dora for fqn in fqns], like=column))
+            (column, column_values([scalings[fqn] for fqn in fqns], [fqn in dora for fqn in fqns], like=column))
             for column, fqns in self._scalings
         ]
 
@@ -290,7 +289,7 @@ class Memory:
                 column.copy_(values, non_blocking=True)
             if not writes.columns:
                 for fqn, slot in self.slots.items():
-                    _set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
+                    set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
                 self._use_dora(writes.dora)
             # Each part has counted one.
             if self._counted is self._params and clean and writes.through_arena and not clear and not ones:
@@ -370,7 +369,8 @@ class Memory:
                     view.fill_(PARTS[key[1]].neutral)
             self._use_dora(image.dora)
             for fqn, slot in self.slots.items():
-                _put_back_scaling(slot, image.scalings.get(fqn, 1.0))  # a slot that was added later is neutral
+                saved = image.scalings.get(fqn, 1.0)  # a slot that was added later is neutral
+                put_back_scaling(slot.layer.scaling, slot.adapter_name, saved)
             torch.autograd.graph.increment_version(self._counted)
             self.traces.mark_clean()
 
@@ -381,37 +381,6 @@ def _counting_alone(params: Sequence[torch.Tensor], arenas: Sequence[torch.Tenso
     torch.autograd.graph.increment_version(arenas)
     alone = [param for param, version in zip(params, before, strict=True) if param._version == version]
     return [*alone, *arenas]
-
-
-def arena_bytes(nbytes: int, slots: int) -> int:
-    """The size of an arena for parts of `nbytes`, with the tail for the slots' scalings."""
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES + slots * _SCALING_BYTES
-
-
-def _scaling_dtype(slots: Mapping[str, Slot]) -> torch.dtype:
-    # A kernel takes a Python float in its own accumulation type: float32 for all but float64.
-    return torch.float64 if any(slot.dtype == torch.float64 for slot in slots.values()) else torch.float32
-
-
-def _scaling_column(
-    arena: torch.Tensor, slots: Mapping[str, Slot], region: int, layout: Layout
-) -> tuple[torch.Tensor, list[str]]:
-    """The arena's tail as [slots, 2 or 4], 16 bytes a slot: scaling, use of DoRA, nothing; and whose they are."""
-    fqns = [
-        fqn for fqn, slot in slots.items() if any(layout.places[fqn, suffix].region == region for suffix in slot.held)
-    ]
-    dtype = _scaling_dtype(slots)
-    tail = arena[arena.numel() - len(slots) * _SCALING_BYTES :].view(dtype)
-    return tail.view(len(slots), -1)[: len(fqns)], fqns
-
-
-def _column_values(scalings: Sequence[float], dora: Sequence[bool], *, like: torch.Tensor) -> torch.Tensor:
-    """As a column holds them; page-locked for a GPU, since a copy of anything else would wait for it."""
-    found = torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-    found[:, 0] = torch.tensor(scalings, dtype=like.dtype)
-    if any(dora):
-        found[:, 1] = torch.tensor(dora, dtype=like.dtype)
-    return found
 
 
 def _sources(
@@ -440,22 +409,5 @@ def _breaks(pieces: Sequence[Run | Tile], lengths: Sequence[int]) -> list[int]:
     return [0, *(i + 1 for i, yes in enumerate(follows) if not yes)] if pieces else []
 
 
-def _set_scaling(scaling: dict[str, Any], name: str, value: float) -> None:
-    """As PEFT would: a tensor stays that tensor, and what is equal stays untouched, for compiled code may guard it."""
-    current = scaling[name]
-    if isinstance(current, torch.Tensor):
-        current.fill_(value)
-    elif current != value:
-        scaling[name] = value
-
-
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _put_back_scaling(slot: Slot, saved: Any) -> None:
-    current = slot.layer.scaling.get(slot.adapter_name)
-    if isinstance(current, torch.Tensor):
-        current.copy_(torch.as_tensor(saved))
-    elif current != saved:
-        slot.layer.scaling[slot.adapter_name] = saved

@@ -1,4 +1,4 @@
-"""`layer.scaling` whose values live in the arena."""
+"""`layer.scaling`: a map whose values live in the arena, and writing into PEFT's own."""
 
 from __future__ import annotations
 
@@ -79,3 +79,21 @@ class ScalingMap(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return self.plain()
+
+
+def set_scaling(scaling: dict[str, Any], name: str, value: float) -> None:
+    """As PEFT would: a tensor stays that tensor, and what is equal stays untouched, for compiled code may guard it."""
+    current = scaling[name]
+    if isinstance(current, torch.Tensor):
+        current.fill_(value)
+    elif current != value:
+        scaling[name] = value
+
+
+def put_back_scaling(scaling: dict[str, Any], name: str, saved: Any) -> None:
+    """Let it be a number or a tensor that was there before; a tensor stays that tensor."""
+    current = scaling.get(name)
+    if isinstance(current, torch.Tensor):
+        current.copy_(torch.as_tensor(saved))
+    elif current != saved:
+        scaling[name] = saved
