@@ -315,6 +315,20 @@ def test_rollback_of_an_adapter_that_was_unloaded_since(folders: dict[str, Path]
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_deactivating_after_a_rollback_to_the_base_is_no_swap(plain: bool, folders: dict[str, Path]) -> None:
+    model = MLP.build() if plain else fresh(MLP, folders["a"])
+    swapper = hotslot.attach(model, {"a": folders["a"]})
+    swapper.deactivate()
+    swapper.activate("a")
+    swapper.rollback()
+    generation = swapper.generation
+    assert not swapper.deactivate().changed
+    assert swapper.generation == generation
+    swapper.rollback()
+    assert_same_output(output(model), fresh_output(MLP, folders["a"]), exact=True)
+
+
 def test_peft_cannot_load_into_slots_that_the_live_adapter_leaves_unused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
