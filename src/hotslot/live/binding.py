@@ -29,7 +29,7 @@ from .scaling import ScalingMap
 from .slots import Slot, bring_back, compact, let_be_offloaded
 from .staging import Stagings
 from .state import NEUTRAL_SCALING, Records, adapter_records, neutral_records
-from .state_dict import TrueRank
+from .state_dict import Shown, TrueRank
 from .tokens import refuse_compiled_tokens
 
 
@@ -94,7 +94,7 @@ class Binding:
         self._added: set[tuple[str, str]] = set()
         self._handles: list[Any] = []
         self._put_backs: list[Callable[[], None]] = []  # of modules and classes in whose places others are
-        self._ranks = {fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()}
+        self._ranks = Shown({fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()})
         if is_compiled(model):
             _refuse_compiled_dora(slots)
             refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
@@ -115,6 +115,7 @@ class Binding:
             self.memory = self._bind(ranks, arena=arena)
             self._install(slots, compiled=is_compiled(model) and not arena)
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
+            self._ranks.note(self.capture().configs)
         except BaseException:
             self.absolutes.release()
             if self.resident is not None:

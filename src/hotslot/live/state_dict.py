@@ -22,27 +22,44 @@ from .slots import Slot
 _FLAGS = {"lora_B.bias": "lora_bias", MAGNITUDE: "use_dora"}
 
 
+class Shown(dict[str, int]):
+    """Path of a slot → rank of the live adapter; 0 where it does not target the layer, and nothing is shown.
+
+    Attributes:
+        all_biases: whether it saves the base's biases, all of them (`bias="all"`).
+    """
+
+    all_biases = False
+
+    def note(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take in what the live adapter's configs say."""
+        self.all_biases = any(config.get("bias") == "all" for config in configs.values())
+
+
 class TrueRank:
     """Hook of one LoRA layer: on saving cut each part to the live rank, on loading put it back among the padding.
+
+    Where the live adapter has none, and no other is, its bias of the base layer is saved as that of a plain layer: a
+    fresh load has that, and would drop anything else.
 
     Attributes:
         params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
             `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
     """
 
-    def __init__(self, slot: Slot, ranks: Mapping[str, int]) -> None:
-        """Speak for `slot`; `ranks`, which all hooks of an adapter share, has its live rank under its path."""
+    def __init__(self, slot: Slot, shown: Shown) -> None:
+        """Speak for `slot`; `shown` is what all hooks of an adapter share."""
         self.fqn = slot.fqn
         self.adapter_name = slot.adapter_name
         self.groups = slot.groups
         self.experts = slot.experts
         self.params = slot.params
-        self._ranks = ranks
+        self._all_shown = shown
 
     @property
     def rank(self) -> int:
         """Of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown."""
-        return self._ranks[self.fqn]
+        return self._all_shown[self.fqn]
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
@@ -58,6 +75,10 @@ class TrueRank:
                     del state_dict[key]
                 elif shown.shape != state_dict[key].shape:
                     state_dict[key] = shown.contiguous()
+        if self._all_shown.all_biases and self.rank == 0 and layer._get_available_adapters() == {self.adapter_name}:
+            inner = f"{prefix}base_layer."
+            for key in [key for key in state_dict if key.startswith(inner) and "bias" in key]:  # as PEFT chooses them
+                state_dict[prefix + key.removeprefix(inner)] = state_dict.pop(key)
 
     def on_load(
         self,
@@ -76,6 +97,10 @@ class TrueRank:
         that, and makes another of anything else.
         """
         live = dict(layer.named_parameters())
+        for path, _ in layer.get_base_layer().named_parameters():
+            name = path.replace("base_layer.", "")  # of an attention's output projection
+            if "bias" in name and prefix + name in state_dict:
+                state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(prefix + name)
         for key, suffix in self._keys(prefix).items():
             param = live.get(key.removeprefix(prefix))
             own = self.params.get(suffix) is param
