@@ -395,6 +395,28 @@ def test_an_adapter_that_is_not_active_can_be_swapped(folders: dict[str, Path]) 
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
 
 
+@pytest.mark.parametrize("call", ["add_adapter, set_adapter", "disable_adapter_layers"])
+def test_a_swap_without_effect_is_logged_once(
+    call: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, swapper = attached(folders)
+    assert not caplog.records
+    with seeded():
+        CALLS[call](model, folders)
+    before = output(model)
+    swapper.activate("a")
+    swapper.deactivate()
+    swapper.activate("b")
+    assert_same_output(output(model), before, exact=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "which the model does not compute with" in caplog.text
+    model.set_adapter("default")
+    model.base_model.enable_adapter_layers()
+    swapper.activate("a")
+    assert_same_output(output(model), fresh_output(MLP, folders["a"]), exact=True)
+    assert len(caplog.records) == 1
+
+
 # --- mixed batches --------------------------------------------------------------------------------------------------
 
 
