@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -880,6 +881,30 @@ def test_attaching_and_swapping_in_inference_mode_leaves_a_model_that_trains(fol
         swapper.rollback()
     swapper.activate("a")
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
+
+
+def test_loading_and_swapping_under_another_default_device(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As under `torch.set_default_device("cuda")`: what is made in host memory stays there."""
+    dora = make_adapter(tmp_path, MLP, seed=9, r=4, target_modules=["up", "inner.2"], use_dora=True)
+    model = MLP.build()
+    swapper = hotslot.attach(model, {"a": folders["a"], "b": folders["b"], "dora": dora})
+    tensors = load_file(folders["b2"] / "adapter_model.safetensors")
+    with torch.device("meta"):
+        swapper.load("four", folders["four"])
+        swapper.activate("four")
+    assert_same_output(output(model), fresh_output(MLP, folders["four"]), exact=True)
+    with torch.device("meta"):
+        swapper.update("b", tensors)
+        swapper.activate({"a": 0.5, "b": 0.5}, blend="svd")
+        swapper.activate("b")
+    assert_same_output(output(model), fresh_output(MLP, folders["b2"]))
+    with torch.device("meta"):
+        swapper.activate("dora")
+    assert_same_output(output(model), fresh_output(MLP, dora), exact=True)
+    with torch.device("meta"):
+        swapper.deactivate()
+        swapper.detach()
+    assert_same_output(output(model), output(MLP.build()), exact=True)
 
 
 def test_control_peft_in_inference_mode_leaves_a_model_that_does_not(folders: dict[str, Path]) -> None:

@@ -407,10 +407,10 @@ def _scaling_column(
 
 def _column_values(scalings: Sequence[float], dora: Sequence[bool], *, like: torch.Tensor) -> torch.Tensor:
     """As a column holds them; page-locked for a GPU, since a copy of anything else would wait for it."""
-    found = torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-    found[:, 0] = torch.tensor(scalings, dtype=like.dtype)
+    found = torch.zeros(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+    found[:, 0] = torch.tensor(scalings, dtype=like.dtype, device="cpu")
     if any(dora):
-        found[:, 1] = torch.tensor(dora, dtype=like.dtype)
+        found[:, 1] = torch.tensor(dora, dtype=like.dtype, device="cpu")
     return found
 
 
@@ -456,6 +456,6 @@ def _copied(value: Any) -> Any:
 def _put_back_scaling(slot: Slot, saved: Any) -> None:
     current = slot.layer.scaling.get(slot.adapter_name)
     if isinstance(current, torch.Tensor):
-        current.copy_(torch.as_tensor(saved))
+        current.copy_(torch.as_tensor(saved, device="cpu"))
     elif current != saved:
         slot.layer.scaling[slot.adapter_name] = saved
