@@ -1027,6 +1027,19 @@ def test_transformers_adapter_methods_work_beside_the_slot(llamas: dict[str, Pat
     assert_same_output(output(model, LLAMA), fresh_output(LLAMA, llamas["two"]))
 
 
+def test_what_a_lower_rank_has_left_of_its_room_is_saved_after_attach_and_detach(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Padding that nobody hides any more would be in the file, beside a config of the lower rank."""
+    model = fresh(MLP, folders["four"])
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    hotslot.attach(model, {"six": folders["six"]}).detach()
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path)
+    assert_same_output(fresh_output(MLP, tmp_path), fresh_output(MLP, folders["b"]), exact=True)
+
+
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias", "lora_dropout"])
 def test_attach_after_pefts_functions_goes_on_with_what_is_live(option: str, tmp_path: Path) -> None:
     """Though the adapter that came with the model had no place for it; and after it was deleted, all begins anew."""

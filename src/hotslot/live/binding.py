@@ -95,6 +95,7 @@ class Binding:
         self._handles: list[Any] = []
         self._put_backs: list[Callable[[], None]] = []  # of modules and classes in whose places others are
         self._ranks = Shown({fqn: 0 if fqn in empty else _live_rank(slot) for fqn, slot in slots.items()})
+        self._found_ranks = dict(self._ranks)
         if is_compiled(model):
             _refuse_compiled_dora(slots)
             refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
@@ -425,18 +426,23 @@ class Binding:
     def release(self) -> None:
         """Give the parameters their own memory back, holding what they hold now.
 
-        At their old shapes; larger where what is live has a larger rank: PEFT's functions grow slots.
+        At their old shapes, but where what is live has another rank than what was: PEFT's functions swap without
+        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank.
         """
         self.absolutes.release()
         if self.resident is not None:
             self.resident.release()
         self._uninstall()
+        model = self._model()
+        may_shrink = model is not None and not is_compiled(model)
         with torch.inference_mode(False), torch.no_grad():
             for (fqn, suffix), (param, original) in self._originals.items():
                 current, slot = param.data, self.slots[fqn]
-                if current.data_ptr() == original.data_ptr():
+                rank, found = self._ranks[fqn], self._found_ranks.get(fqn, 0)
+                other = rank > found or (may_shrink and 0 < rank < found)
+                if not other and current.data_ptr() == original.data_ptr():
                     continue
-                held = _cut(current, suffix, original.shape, slot, at_least=self._ranks[fqn])
+                held = _cut(current, suffix, original.shape, slot, rank=rank if other else None)
                 if original.dtype != held.dtype or original.device != held.device or original.shape != held.shape:
                     original = torch.empty_like(held, memory_format=torch.contiguous_format)
                 original.copy_(held)
@@ -553,10 +559,11 @@ def _live_rank(slot: Slot) -> int:
     return stated
 
 
-def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot, *, at_least: int) -> torch.Tensor:
-    """The corner of `padded` that has `shape`, or the ranks `at_least`, if these are more."""
+def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot, *, rank: int | None) -> torch.Tensor:
+    """The corner of `padded` that has `shape`, or this rank."""
     part = PARTS[suffix]
-    if part.rank_dim is None or padded.shape == shape:
+    if part.rank_dim is None or (rank is None and padded.shape == shape):
         return padded
-    rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
-    return slot.corner(padded, suffix, max(rank, at_least))
+    if rank is None:
+        rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
+    return slot.corner(padded, suffix, rank)
