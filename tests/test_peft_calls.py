@@ -1027,6 +1027,23 @@ def test_transformers_adapter_methods_work_beside_the_slot(llamas: dict[str, Pat
     assert_same_output(output(model, LLAMA), fresh_output(LLAMA, llamas["two"]))
 
 
+def test_attach_after_a_plain_adapter_took_the_place_of_a_dora(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Nobody is left who tells PEFT's layer that its magnitude is of no adapter."""
+    dora = make_adapter(tmp_path / "dora", MLP, seed=9, r=2, target_modules=["up", "inner.2"], use_dora=True)
+    model = fresh(MLP, dora)
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    swapper = hotslot.attach(model, {"a": folders["a"], "dora": dora})
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    for name in ("a", "dora", "a"):
+        swapper.activate(name)
+        assert_same_output(output(model), fresh_output(MLP, dora if name == "dora" else folders[name]))
+    swapper.detach()
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path / "saved")
+    assert_same_output(fresh_output(MLP, tmp_path / "saved"), fresh_output(MLP, folders["b"]))
+
+
 def test_what_a_lower_rank_has_left_of_its_room_is_saved_after_attach_and_detach(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

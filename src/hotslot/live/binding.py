@@ -417,11 +417,11 @@ class Binding:
     def _install_dora(self, slots: Mapping[str, Slot]) -> None:
         for slot in slots.values():
             if slot.dora is not None:
-                from .dora import use_slot_dora
+                from .dora import put_back_dora, use_slot_dora
 
                 replaced = use_slot_dora(slot.layer, slot.adapter_name)
                 if replaced is not None:
-                    self._put_backs.append(partial(_put_back_class, *replaced))
+                    self._put_backs.append(partial(put_back_dora, slot.layer, slot.adapter_name, replaced))
 
     def release(self) -> None:
         """Give the parameters their own memory back, holding what they hold now.
@@ -494,7 +494,6 @@ def _put_back_dropout(dropouts: Any, adapter_name: str, found: nn.Module) -> Non
 
 def _put_back_class(module: nn.Module, found: type[nn.Module]) -> None:
     module.__class__ = found
-    module.__dict__.pop("in_use", None)  # of DoRA
 
 
 def _pickle_alone(param: nn.Parameter) -> None:

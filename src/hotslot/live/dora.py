@@ -154,10 +154,10 @@ def drop_magnitude(layer: Any, adapter_name: str) -> None:
     layer.use_dora[adapter_name] = False
     if adapter_name in layer.lora_magnitude_vector:
         displaced = layer.lora_magnitude_vector[adapter_name].displaced
-        del layer.lora_magnitude_vector[adapter_name]
-        del layer.lora_variant[adapter_name]
+        layer.lora_variant.pop(adapter_name, None)
         if displaced is not None:
             layer.lora_variant[adapter_name] = displaced
+        del layer.lora_magnitude_vector[adapter_name]  # last: it may be broken off, and repeated
 
 
 def leave_magnitude(module: Any) -> None:
@@ -166,12 +166,21 @@ def leave_magnitude(module: Any) -> None:
     del module.in_use, module.displaced
 
 
-def use_slot_dora(layer: Any, adapter_name: str) -> tuple[nn.Module, type[nn.Module]] | None:
-    """Give PEFT's DoRA module the forward of a slot that is in use; (module, its class before), if there is one."""
+def use_slot_dora(layer: Any, adapter_name: str) -> Any:
+    """Give PEFT's DoRA module the forward of a slot that is in use; returns the module, or None if there is none."""
     module = layer.lora_magnitude_vector._modules.get(adapter_name)
-    before = type(module)
-    if before not in _SLOT_CLASSES:
+    if type(module) not in _SLOT_CLASSES:
         return None
     module.in_use = torch.ones((), device=module.weight.device)
-    module.__class__ = _SLOT_CLASSES[before]
-    return module, before
+    module.displaced = None
+    module.__class__ = _SLOT_CLASSES[type(module)]
+    return module
+
+
+def put_back_dora(layer: Any, adapter_name: str, module: Any) -> None:
+    """Undo `use_slot_dora`. If the live adapter is no DoRA, the layer is to be none: PEFT's would compute one."""
+    if not is_slot_dora(module):
+        return  # it was broken off, and is repeated
+    if not module.in_use and layer.lora_magnitude_vector._modules.get(adapter_name) is module:
+        drop_magnitude(layer, adapter_name)
+    leave_magnitude(module)
