@@ -504,6 +504,33 @@ def test_a_copy_can_be_attached_and_swapped(way: str, folders: dict[str, Path]) 
     swapper.activate("a")
 
 
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("first", ["four", "head"])
+def test_a_copy_that_is_attached_saves_what_is_live_in_it(
+    way: str, first: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """And not at the rank, or with the modules, of what was live in the original."""
+    head = make_adapter(tmp_path / "head", MLP, seed=9, r=3, target_modules=["up"], modules_to_save=["down"])
+    adapters = {"b": folders["b"], "four": folders["four"], "six": folders["six"], "head": head}
+    model = fresh(MLP, adapters[first])
+    swapper = hotslot.attach(model, adapters)
+    for live, folder in adapters.items():
+        swapper.activate(live)
+        copied = COPIES[way](model)
+        again = hotslot.attach(copied, adapters)
+        for name, other in adapters.items():
+            again.activate(name)
+            assert_saves(copied, other, tmp_path / live / name)
+        again.detach()
+        assert_saves(copied, folder, tmp_path / live / "detached")
+
+
+def assert_saves(model: Any, folder: Path, saved: Path) -> None:
+    with expected_peft_warnings():
+        model.save_pretrained(saved)
+    assert_same_output(fresh_output(MLP, saved), fresh_output(MLP, folder))
+
+
 def test_a_pickle_is_not_many_times_the_model(tmp_path: Path) -> None:
     """Each parameter is a view of one arena: a pickle must not carry the arena once for each."""
     model = get_peft_model(

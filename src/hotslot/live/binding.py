@@ -376,6 +376,7 @@ class Binding:
         for fqn, slot in slots.items():
             hook = self.hooks[fqn] = TrueRank(slot, self._ranks)
             layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
+            hook.relieve(layer, self._put_backs)
             self._handles.append(layer.register_state_dict_post_hook(hook))
             self._handles.append(layer.register_load_state_dict_pre_hook(hook.on_load))
             for held in slot.held.values():

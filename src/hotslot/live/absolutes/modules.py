@@ -67,7 +67,7 @@ class ModuleSites:
             if shown:
                 self._sites.foreign.add((fqn, name))
         self._wrappers[fqn], self._shown[fqn] = wrapper, shown
-        self._uninstall.append(SavedModule(fqn, self._adapter_name, self._shown).install(wrapper))
+        SavedModule(fqn, self._adapter_name, self._shown).install(wrapper, self._uninstall)
 
     def undo_find(self) -> Callable[[], None]:
         """A function that undoes a `find`, whole or broken off; to be made before. The sites are not its business."""

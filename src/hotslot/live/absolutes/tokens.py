@@ -61,6 +61,7 @@ class TokenSites:
             self._sites.foreign.update(keys)
         shown = ShownTokens(self._adapter_name, rows.param)
         for wrapper in rows.wrappers:
+            shown.relieve(wrapper, self._uninstall)
             self._uninstall.append(wrapper.register_state_dict_post_hook(shown).remove)
             self._uninstall.append(wrapper.register_load_state_dict_pre_hook(shown.on_load).remove)
 
