@@ -934,6 +934,37 @@ def test_loading_and_swapping_under_another_default_device(folders: dict[str, Pa
     assert_same_output(output(model), output(MLP.build()), exact=True)
 
 
+@pytest.mark.parametrize("within", [False, True], ids=["outside", "within"])
+@pytest.mark.parametrize("way", ["drop-in", "prepared", "attached", "exclusive", "plain"])
+def test_a_model_that_was_made_in_inference_mode(
+    way: str, within: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As where a whole script is: torch counts no versions of such tensors, and lets nobody write them outside."""
+    common = {"target_modules": ["up", "inner.2"], "modules_to_save": ["down"]}
+    came = make_adapter(tmp_path / "came", MLP, seed=9, r=2, use_dora=True, **common)
+    other = make_adapter(tmp_path / "other", MLP, seed=8, r=4, target_modules=["up"], lora_bias=True)
+    with torch.inference_mode():
+        model = MLP.build() if way == "plain" else fresh(MLP, came)
+    start = output(model)
+    if way in ("drop-in", "prepared"):
+        for name in (other, came):
+            with torch.inference_mode(within):
+                if way == "prepared":
+                    hotslot.prepare_model_for_compiled_hotswap(model, target_rank=8)
+                hotslot.hotswap_adapter(model, name, "default")
+            assert_same_output(output(model), fresh_output(MLP, name))
+        return
+    with torch.inference_mode(within):
+        swapper = hotslot.attach(model, {"came": came, "other": other}, exclusive=way == "exclusive")
+        swapper.activate("other")
+    assert_same_output(output(model), fresh_output(MLP, other))
+    with torch.inference_mode(not within):
+        swapper.activate("came")
+    assert_same_output(output(model), fresh_output(MLP, came))
+    swapper.detach()
+    assert_same_output(output(model), start, exact=True)
+
+
 def test_control_peft_in_inference_mode_leaves_a_model_that_does_not(folders: dict[str, Path]) -> None:
     base = MLP.build()
     with torch.inference_mode():

@@ -20,6 +20,7 @@ from .assembly import Assembly
 from .discover import is_compiled, roots, unwrap
 from .dropout import SlotDropout
 from .homes import Homes, become_view, bind, note_sizes
+from .inference import make_normal
 from .ledger import Ledger
 from .memory import Image, Memory, Writes
 from .merging import Merger
@@ -75,6 +76,7 @@ class Binding:
         fused_forward: bool = False,
         exclusive: bool = False,
     ) -> None:
+        make_normal((f"{s.fqn}.{key}", held.param) for s in slots.values() for key, held in s.held.items())
         self._model = weakref.ref(unwrap(model))
         self._prefixes = tuple(roots(model))
         self.slots = slots
@@ -366,7 +368,8 @@ class Binding:
         for fqn, suffix in extra:
             if suffix not in self.slots[fqn].held:
                 self._added.add((fqn, suffix))
-                self.slots[fqn] = self.slots[fqn].with_part(suffix)
+                with torch.inference_mode(False):
+                    self.slots[fqn] = self.slots[fqn].with_part(suffix)
                 if fqn in self.hooks:
                     self.hooks[fqn].params = self.slots[fqn].params
 
@@ -420,7 +423,8 @@ class Binding:
             if slot.dora is not None:
                 from .dora import put_back_dora, use_slot_dora
 
-                replaced = use_slot_dora(slot.layer, slot.adapter_name)
+                with torch.inference_mode(False):
+                    replaced = use_slot_dora(slot.layer, slot.adapter_name)
                 if replaced is not None:
                     self._put_backs.append(partial(put_back_dora, slot.layer, slot.adapter_name, replaced))
 

@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ...methods import Adapter
 from ..discover import lora_layers
+from ..inference import make_normal
 from ..saved import named_tensors, saved_wrappers
 from ..state_dict import SavedModule
 from .sites import Key, Site, Sites
@@ -61,6 +62,7 @@ class ModuleSites:
         copied = wrapper.modules_to_save[self._adapter_name]
         own = {name: (holder, key) for name, holder, key, _ in named_tensors(wrapper.original_module)}
         self._sites.refuse_others({(fqn, name): place for name, place in own.items()}, copied=True)
+        make_normal((f"{fqn}.{name}", tensor) for name, _, _, tensor in named_tensors(copied))
         for name, holder, key, tensor in named_tensors(copied):
             param = tensor if isinstance(tensor, nn.Parameter) else None
             self._sites.by_key[fqn, name] = Site(holder, key, param, _reader(*own[name]))

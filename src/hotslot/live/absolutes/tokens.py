@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import UnexpectedTargetError
 from ...methods import TOKENS, Adapter
+from ..inference import make_normal
 from ..state_dict import ShownTokens
 from ..tokens import (
     PLACES,
@@ -49,6 +50,7 @@ class TokenSites:
             if rooms.get(rows.fqn, 0) > rows.room:
                 rows.resize(rooms[rows.fqn], rows.tokens)
         for rows in find_token_rows(model, self._adapter_name, set(self._rows)):
+            make_normal([(rows.fqn, rows.param)])
             self._rows[rows.fqn] = rows  # first: `release` is to find it, should the binding break off
             rows.bind(rooms.get(rows.fqn, 0), empty=rows.fqn in wrapped)
             self._take_in(rows)
