@@ -150,6 +150,30 @@ def test_what_is_saved_is_the_live_adapter(entry: Entry, folders: Folders, name:
     assert theirs.keys() <= ours.keys()
 
 
+@pytest.mark.parametrize("came_with", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "attention", "conv2d"])
+def test_biases_of_layers_that_only_other_adapters_target_are_saved(name: str, came_with: bool, tmp_path: Path) -> None:
+    """As those of plain layers: under the name of a LoRA layer's base a fresh load would drop them."""
+    entry = ZOO[name]
+    target, other = {"mlp": ("up", "inner.2"), "attention": ("mix", "batch_first"), "conv2d": ("stem", "head")}[name]
+    all_biases = make_adapter(tmp_path / "all", entry, seed=1, r=2, target_modules=[target], bias="all")
+    more = make_adapter(tmp_path / "more", entry, seed=2, r=2, target_modules=[target, other], bias="all")
+    model = fresh(entry, all_biases if came_with else more)
+    swapper = hotslot.attach(model, {"all": all_biases, "more": more})
+    if not came_with:
+        swapper.activate("all")
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path / "saved")
+    assert_live(entry, model, tmp_path / "saved")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    swapper.activate("more")
+    swapper.activate("all")
+    model.load_state_dict(state)
+    assert_live(entry, model, all_biases)
+    swapper.activate("more")
+    assert_live(entry, model, more)
+
+
 def test_trained_biases_survive_and_the_model_s_own_too(made: Callable[[Entry], Folders]) -> None:
     entry = ENTRIES["mlp"]
     folders = made(entry)

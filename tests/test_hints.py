@@ -13,8 +13,10 @@ from peft import LoHaConfig, get_peft_model
 from torch import nn
 
 import hotslot
+from adapters import make_adapter
 from hotslot.errors import HotslotError, MergedError, ModelError, UnsupportedError
 from hotslot.methods import NOT_MERGEABLE
+from oracle import assert_same_output, fresh_output
 from zoo import ZOO
 
 LLAMA = ZOO["llama"]
@@ -108,3 +110,16 @@ def test_a_merged_adapter(owner: str, tmp_path: Path) -> None:
     names["pipe"].fuse_lora() if owner == "diffusers" else names["peft_model"].merge_adapter()
     obey(refusal(MergedError, swapper.deactivate), names)
     swapper.deactivate()
+
+
+@pytest.mark.parametrize("wrapped", [nn.DataParallel, lambda model: nn.Sequential(nn.ModuleDict({"inner": model}))])
+def test_a_wrapper_around_the_model_is_seen_through(wrapped: Any, tmp_path: Path) -> None:
+    folder = make_adapter(tmp_path, ZOO["mlp"], seed=1, target_modules=["up", "down"])
+    model = wrapped(ZOO["mlp"].build())
+    with pytest.raises(HotslotError) as refusal:
+        hotslot.attach(model, {"a": folder})
+    path = re.search(r"attach to model\.([\w.]+), which has them", str(refusal.value))
+    assert path is not None
+    inner = model.get_submodule(path[1])
+    hotslot.attach(inner, {"a": folder}).activate("a")
+    assert_same_output(ZOO["mlp"].output(inner, ZOO["mlp"].inputs()), fresh_output(ZOO["mlp"], folder))

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -341,6 +342,20 @@ def test_rollback_of_an_adapter_that_was_unloaded_since(folders: dict[str, Path]
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_deactivating_after_a_rollback_to_the_base_is_no_swap(plain: bool, folders: dict[str, Path]) -> None:
+    model = MLP.build() if plain else fresh(MLP, folders["a"])
+    swapper = hotslot.attach(model, {"a": folders["a"]})
+    swapper.deactivate()
+    swapper.activate("a")
+    swapper.rollback()
+    generation = swapper.generation
+    assert not swapper.deactivate().changed
+    assert swapper.generation == generation
+    swapper.rollback()
+    assert_same_output(output(model), fresh_output(MLP, folders["a"]), exact=True)
+
+
 def test_peft_cannot_load_into_slots_that_the_live_adapter_leaves_unused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -405,6 +420,28 @@ def test_an_adapter_that_is_not_active_can_be_swapped(folders: dict[str, Path]) 
     assert_same_output(output(model), before, exact=True)
     model.set_adapter("default")
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
+
+
+@pytest.mark.parametrize("call", ["add_adapter, set_adapter", "disable_adapter_layers"])
+def test_a_swap_without_effect_is_logged_once(
+    call: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, swapper = attached(folders)
+    assert not caplog.records
+    with seeded():
+        CALLS[call](model, folders)
+    before = output(model)
+    swapper.activate("a")
+    swapper.deactivate()
+    swapper.activate("b")
+    assert_same_output(output(model), before, exact=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "which the model does not compute with" in caplog.text
+    model.set_adapter("default")
+    model.base_model.enable_adapter_layers()
+    swapper.activate("a")
+    assert_same_output(output(model), fresh_output(MLP, folders["a"]), exact=True)
+    assert len(caplog.records) == 1
 
 
 # --- mixed batches --------------------------------------------------------------------------------------------------
@@ -491,6 +528,33 @@ def test_a_copy_can_be_attached_and_swapped(way: str, folders: dict[str, Path]) 
     again.rollback()
     assert_same_output(output(copied), expected)
     swapper.activate("a")
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("first", ["four", "head"])
+def test_a_copy_that_is_attached_saves_what_is_live_in_it(
+    way: str, first: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """And not at the rank, or with the modules, of what was live in the original."""
+    head = make_adapter(tmp_path / "head", MLP, seed=9, r=3, target_modules=["up"], modules_to_save=["down"])
+    adapters = {"b": folders["b"], "four": folders["four"], "six": folders["six"], "head": head}
+    model = fresh(MLP, adapters[first])
+    swapper = hotslot.attach(model, adapters)
+    for live, folder in adapters.items():
+        swapper.activate(live)
+        copied = COPIES[way](model)
+        again = hotslot.attach(copied, adapters)
+        for name, other in adapters.items():
+            again.activate(name)
+            assert_saves(copied, other, tmp_path / live / name)
+        again.detach()
+        assert_saves(copied, folder, tmp_path / live / "detached")
+
+
+def assert_saves(model: Any, folder: Path, saved: Path) -> None:
+    with expected_peft_warnings():
+        model.save_pretrained(saved)
+    assert_same_output(fresh_output(MLP, saved), fresh_output(MLP, folder))
 
 
 def test_a_pickle_is_not_many_times_the_model(tmp_path: Path) -> None:
@@ -877,6 +941,61 @@ def test_attaching_and_swapping_in_inference_mode_leaves_a_model_that_trains(fol
     assert_same_output(output(model), fresh_output(MLP, folders["a"]))
 
 
+def test_loading_and_swapping_under_another_default_device(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As under `torch.set_default_device("cuda")`: what is made in host memory stays there."""
+    dora = make_adapter(tmp_path, MLP, seed=9, r=4, target_modules=["up", "inner.2"], use_dora=True)
+    model = MLP.build()
+    swapper = hotslot.attach(model, {"a": folders["a"], "b": folders["b"], "dora": dora})
+    tensors = load_file(folders["b2"] / "adapter_model.safetensors")
+    with torch.device("meta"):
+        swapper.load("four", folders["four"])
+        swapper.activate("four")
+    assert_same_output(output(model), fresh_output(MLP, folders["four"]), exact=True)
+    with torch.device("meta"):
+        swapper.update("b", tensors)
+        swapper.activate({"a": 0.5, "b": 0.5}, blend="svd")
+        swapper.activate("b")
+    assert_same_output(output(model), fresh_output(MLP, folders["b2"]))
+    with torch.device("meta"):
+        swapper.activate("dora")
+    assert_same_output(output(model), fresh_output(MLP, dora), exact=True)
+    with torch.device("meta"):
+        swapper.deactivate()
+        swapper.detach()
+    assert_same_output(output(model), output(MLP.build()), exact=True)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["outside", "within"])
+@pytest.mark.parametrize("way", ["drop-in", "prepared", "attached", "exclusive", "plain"])
+def test_a_model_that_was_made_in_inference_mode(
+    way: str, within: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As where a whole script is: torch counts no versions of such tensors, and lets nobody write them outside."""
+    common = {"target_modules": ["up", "inner.2"], "modules_to_save": ["down"]}
+    came = make_adapter(tmp_path / "came", MLP, seed=9, r=2, use_dora=True, **common)
+    other = make_adapter(tmp_path / "other", MLP, seed=8, r=4, target_modules=["up"], lora_bias=True)
+    with torch.inference_mode():
+        model = MLP.build() if way == "plain" else fresh(MLP, came)
+    start = output(model)
+    if way in ("drop-in", "prepared"):
+        for name in (other, came):
+            with torch.inference_mode(within):
+                if way == "prepared":
+                    hotslot.prepare_model_for_compiled_hotswap(model, target_rank=8)
+                hotslot.hotswap_adapter(model, name, "default")
+            assert_same_output(output(model), fresh_output(MLP, name))
+        return
+    with torch.inference_mode(within):
+        swapper = hotslot.attach(model, {"came": came, "other": other}, exclusive=way == "exclusive")
+        swapper.activate("other")
+    assert_same_output(output(model), fresh_output(MLP, other))
+    with torch.inference_mode(not within):
+        swapper.activate("came")
+    assert_same_output(output(model), fresh_output(MLP, came))
+    swapper.detach()
+    assert_same_output(output(model), start, exact=True)
+
+
 def test_control_peft_in_inference_mode_leaves_a_model_that_does_not(folders: dict[str, Path]) -> None:
     base = MLP.build()
     with torch.inference_mode():
@@ -995,6 +1114,36 @@ def test_transformers_adapter_methods_work_beside_the_slot(llamas: dict[str, Pat
         assert model.get_adapter_state_dict("default").keys() == twin.get_adapter_state_dict("default").keys()
     swapper.activate("two")
     assert_same_output(output(model, LLAMA), fresh_output(LLAMA, llamas["two"]))
+
+
+def test_attach_after_a_plain_adapter_took_the_place_of_a_dora(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Nobody is left who tells PEFT's layer that its magnitude is of no adapter."""
+    dora = make_adapter(tmp_path / "dora", MLP, seed=9, r=2, target_modules=["up", "inner.2"], use_dora=True)
+    model = fresh(MLP, dora)
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    swapper = hotslot.attach(model, {"a": folders["a"], "dora": dora})
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    for name in ("a", "dora", "a"):
+        swapper.activate(name)
+        assert_same_output(output(model), fresh_output(MLP, dora if name == "dora" else folders[name]))
+    swapper.detach()
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path / "saved")
+    assert_same_output(fresh_output(MLP, tmp_path / "saved"), fresh_output(MLP, folders["b"]))
+
+
+def test_what_a_lower_rank_has_left_of_its_room_is_saved_after_attach_and_detach(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Padding that nobody hides any more would be in the file, beside a config of the lower rank."""
+    model = fresh(MLP, folders["four"])
+    hotslot.hotswap_adapter(model, folders["b"], "default")
+    hotslot.attach(model, {"six": folders["six"]}).detach()
+    assert_same_output(output(model), fresh_output(MLP, folders["b"]))
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path)
+    assert_same_output(fresh_output(MLP, tmp_path), fresh_output(MLP, folders["b"]), exact=True)
 
 
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias", "lora_dropout"])

@@ -354,6 +354,8 @@ class Engine:
         """What is live, such that it can be written again."""
         records = self.binding.capture()
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
+        if self.live is self._neutral and image is None and records == self._neutral.records:
+            return self._neutral  # by which `_is_live` knows that there is nothing to do
         return State(self.live.entry, image, records)
 
     def arrival(self) -> live.Arrival:

@@ -90,6 +90,7 @@ class Swapper:
             is_used=engine.uses,
         )
         self._proven: set[bytes] = set()  # digests of Schemas of which an adapter was found to fit
+        self._told_passed_over = False
         self._detaching = self._detached = False
         for entry, source in entries:
             self._proven.add(entry.adapter.checkpoint.schema.digest)
@@ -725,6 +726,7 @@ class Swapper:
         try:
             if target.entry is not None and target.image is None and engine.refresh(target.entry):
                 self._library.weigh(target.entry)
+            self._warn_if_passed_over(engine, target)
             report = engine.swap(target)
         except BaseException:
             self._recorder.add_failure()
@@ -746,6 +748,22 @@ class Swapper:
                 callback(report)
             except Exception:
                 logger.exception("%r is live, and a callback of on_swap failed", report.adapter)
+
+    def _warn_if_passed_over(self, engine: Engine, target: State) -> None:
+        """Say so once, if a swap has no effect on what is computed: PEFT's `add_adapter` activates its own adapter."""
+        if target.entry is None:
+            return
+        slots = engine.binding.slots
+        slot = next((slots[fqn] for fqn in target.entry.adapter.targets if fqn in slots), None)
+        passed_over = slot is not None and not slot.is_active  # one speaks for all: PEFT's calls set them alike
+        if passed_over and not self._told_passed_over:
+            name = engine.adapter_name
+            logger.warning(
+                "%r goes into the slot %r, which the model does not compute with: that is not among PEFT's active "
+                "adapters (model.set_adapter(%r)), or adapters are disabled",
+                target.name, name, name,
+            )  # fmt: skip
+        self._told_passed_over = passed_over
 
     def _request(self, source: Source | Request, config: Any, hub: Mapping[str, Any]) -> Request:
         """A source, such that it can be read when it is needed; tensors are copied now."""

@@ -169,8 +169,8 @@ def _cut(
     root = s[:, :kept].sqrt()
     new_down, new_up = (view(data, recipe.schema.tensors[f"{PREFIX}{fqn}.{suffix}"]) for suffix in (a, b))
     ranks = recipe.shrunk[fqn] // slot.groups
-    cut_down = torch.zeros(s.shape[0], ranks, right.shape[1], dtype=torch.float64)
-    cut_up = torch.zeros(s.shape[0], left.shape[1], ranks, dtype=torch.float64)
+    cut_down = s.new_zeros(s.shape[0], ranks, right.shape[1])
+    cut_up = s.new_zeros(s.shape[0], left.shape[1], ranks)
     cut_down[:, :kept] = root[:, :, None] * (vh[:, :kept] @ right.mT)
     cut_up[:, :, :kept] = (left @ u[:, :, :kept]) * root[:, None]
     new_down.copy_(cut_down.reshape(new_down.shape))

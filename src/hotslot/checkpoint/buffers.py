@@ -21,14 +21,16 @@ _lock = threading.Lock()
 def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
     """A 1-D uint8 tensor of `nbytes`, with anything in it. It is the caller's until all views of it are gone."""
     if pin_memory:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # torch keeps page-locked memory itself
+        return torch.empty(
+            nbytes, dtype=torch.uint8, device="cpu", pin_memory=True
+        )  # torch keeps page-locked memory itself
     with _lock, torch.inference_mode(False):
         for i, buffer in enumerate(_kept):
             if nbytes <= buffer.numel() <= 2 * nbytes and _only_kept_here(buffer):
                 del _kept[i]  # to the end of the list, the last to be let go
                 break
         else:
-            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         _keep(buffer)
         return buffer[:nbytes]
 
@@ -40,7 +42,7 @@ def keep_buffer(data: torch.Tensor) -> None:
     with _lock, torch.inference_mode(False):
         storage = data.untyped_storage()
         if all(kept.untyped_storage().data_ptr() != storage.data_ptr() for kept in _kept):
-            _keep(torch.empty(0, dtype=torch.uint8).set_(storage))
+            _keep(torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage))
 
 
 def _keep(buffer: torch.Tensor) -> None:
@@ -56,7 +58,7 @@ def _only_kept_here(buffer: torch.Tensor) -> bool:
 
 
 def _alone() -> int:
-    storage = torch.empty(1, dtype=torch.uint8)
+    storage = torch.empty(1, dtype=torch.uint8, device="cpu")
     return int(torch._C._storage_Use_Count(storage.untyped_storage()._cdata))
 
 

@@ -17,6 +17,7 @@ from .absolutes import Absolutes, Key, Merge
 from .assembly import Assembly
 from .discover import is_compiled, roots, unwrap
 from .homes import Homes, bind, note_sizes
+from .inference import make_normal
 from .ledger import Ledger
 from .memory import Image, Memory, Writes
 from .merging import Merger
@@ -27,6 +28,7 @@ from .resident import Resident
 from .slots import Slot, bring_back, compact, let_be_offloaded, undo_compact
 from .staging import Stagings
 from .state import NEUTRAL_SCALING, Records, adapter_records, neutral_records
+from .state_dict import Shown
 from .tokens import refuse_compiled_tokens
 from .tying import refuse_shared
 
@@ -83,6 +85,7 @@ class Binding:
                 refuse_compiled_dora(slots)
             refuse_compiled_tokens(model, adapter_name, wrapped, tokens)
         refuse_shared(slots, arena=arena)
+        make_normal((f"{s.fqn}.{key}", held.param) for s in slots.values() for key, held in s.held.items())
         self._model = weakref.ref(unwrap(model))
         self._prefixes = tuple(roots(model))
         self._adapter_name = adapter_name
@@ -91,11 +94,11 @@ class Binding:
         self.arena = arena
         self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
         self.stagings = Stagings(device_bytes)
-        self._ranks = {fqn: 0 if fqn in empty else slot.live_rank for fqn, slot in slots.items()}
+        self._ranks = Shown({fqn: 0 if fqn in empty else slot.live_rank for fqn, slot in slots.items()})
         self._described: weakref.WeakKeyDictionary[Schema, tuple[Records, Mapping[str, float]]]
         self._described = weakref.WeakKeyDictionary()
         self._columns: dict[tuple[int, tuple[Any, ...]], tuple[Any, ...]] = {}
-        self._originals = Originals(slots)
+        self._originals = Originals(slots, self._ranks)
         self._patches = Patches(slots, self._ranks, fused_forward=fused_forward)
         self.absolutes = Absolutes(model, adapter_name, pristine)
         self.merger = Merger(model, self.absolutes, fused=fused)
@@ -113,6 +116,7 @@ class Binding:
             self.memory = self._bind(ranks, arena=arena)
             self._patches.install(slots, compiled=compiled and not arena)
             self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
+            self._ranks.note(self.capture().configs)
         except BaseException:
             self.absolutes.release()
             if self.resident is not None:
@@ -344,7 +348,9 @@ class Binding:
         if self.resident is not None:
             self.resident.release()
         self._patches.take_off()
-        self._originals.take_back(self.slots, self._ranks, exclusive=self._exclusive)
+        model = self._model()
+        may_shrink = model is not None and not is_compiled(model)
+        self._originals.take_back(self.slots, self._ranks, exclusive=self._exclusive, may_shrink=may_shrink)
         self._ledger.release()
         let_be_offloaded(self.slots)
 

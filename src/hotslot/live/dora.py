@@ -171,15 +171,16 @@ def drop_magnitude(layer: Any, adapter_name: str) -> None:
     layer.use_dora[adapter_name] = False
     if adapter_name in layer.lora_magnitude_vector:
         displaced = layer.lora_magnitude_vector[adapter_name].displaced
-        del layer.lora_magnitude_vector[adapter_name]
-        del layer.lora_variant[adapter_name]
+        layer.lora_variant.pop(adapter_name, None)
         if displaced is not None:
             layer.lora_variant[adapter_name] = displaced
+        del layer.lora_magnitude_vector[adapter_name]  # last: it may be broken off, and repeated
 
 
 def use_slot_dora(module: Any) -> None:
     """Give PEFT's DoRA module the forward of a slot that is in use."""
     module.in_use = torch.ones((), device=module.weight.device)
+    module.displaced = None
     module.__class__ = _SLOT_CLASSES[type(module)]
 
 
@@ -189,3 +190,14 @@ def leave_slot_dora(module: Any) -> None:
         module.__class__ = next(theirs for theirs, ours in _SLOT_CLASSES.items() if type(module) is ours)
     for name in ("in_use", "displaced"):
         module.__dict__.pop(name, None)
+
+
+def put_back_dora(layer: Any, adapter_name: str, module: Any) -> None:
+    """Undo `use_slot_dora`. If the live adapter is no DoRA, the layer is to be none: PEFT's would compute one."""
+    if (
+        isinstance(module, _InUse)
+        and not module.in_use
+        and layer.lora_magnitude_vector._modules.get(adapter_name) is module
+    ):
+        drop_magnitude(layer, adapter_name)
+    leave_slot_dora(module)

@@ -134,7 +134,7 @@ def refuse_passed_over(slots: Mapping[str, Slot], adapter: str | None) -> None:
     """Raise if the model does not compute with the slots now: what is merged would be computed all the same."""
     for fqn, slot in slots.items():
         layer: Any = slot.layer
-        if layer.disable_adapters or slot.adapter_name not in layer.active_adapters:
+        if not slot.is_active:
             raise MergedError(
                 f"The adapter {adapter!r} is merged into the base weights, and the model passes its slot over.",
                 where=fqn,

@@ -15,6 +15,7 @@ from .edits import CountingDict, edits
 from .scaling import ScalingMap
 from .slots import Slot
 from .state import Columns, Records, peft_configs, unused_columns
+from .state_dict import Shown
 
 _WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias", "use_dora")  # attributes of a layer: dicts by adapter name
 _MUTABLE = (list, dict, set)
@@ -28,11 +29,11 @@ class Ledger:
     Args:
         adapter_name: PEFT's name.
         slots: all slots of it.
-        ranks: fqn → rank that the layer's state_dict shows.
+        shown: what the layers' state_dict shows.
         watch: put CountingDicts in the place of the layers' dicts. Not where compiled code may know those.
     """
 
-    def __init__(self, adapter_name: str, slots: Mapping[str, Slot], ranks: dict[str, int], *, watch: bool) -> None:
+    def __init__(self, adapter_name: str, slots: Mapping[str, Slot], shown: Shown, *, watch: bool) -> None:
         name = self._adapter_name = adapter_name
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
         if watch:
@@ -44,7 +45,8 @@ class Ledger:
         ]
         self._watched = all(type(record) is CountingDict for records, _ in self._columns for record in records)
         dropouts = [_dropout_record(layer.lora_dropout[name]) for layer in self._layers]
-        self._columns += [(dropouts, ["p"] * len(slots)), ([ranks] * len(slots), list(slots))]
+        self._columns += [(dropouts, ["p"] * len(slots)), ([shown] * len(slots), list(slots))]
+        self._shown = shown
         self._unused = unused_columns(slots)
         self._configs: dict[str, Any] = {}  # the model's config objects, those that are not shown too
         self._said: Columns = ()  # by `apply`, when there had been so many edits:
@@ -75,6 +77,7 @@ class Ledger:
         for (holders, keys), old, new in zip(self._columns, said, columns, strict=True):
             if old is not new and old != new:
                 deque(map(dict.__setitem__, holders, keys, new), maxlen=0)  # for their effect, in C
+        self._shown.note(records.configs)
         if model is not None:
             self._apply_configs(records.configs, model)
         self._said, self._edits = columns, before

@@ -18,9 +18,14 @@ class Originals:
     """Where the parts and scalings of slots were when they were noted.
 
     `Homes` puts the old memory back as it was; here it takes over what is live.
+
+    Args:
+        slots: fqn → slot.
+        ranks: fqn → rank of what they hold.
     """
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, slots: Mapping[str, Slot], ranks: Mapping[str, int]) -> None:
+        self._ranks = dict(ranks)
         self._params: dict[tuple[str, str], tuple[nn.Parameter, torch.Tensor]] = {}
         self._scalings: dict[str, dict[str, Any]] = {}
         self.note(slots)
@@ -39,22 +44,28 @@ class Originals:
             for suffix in PARTS:
                 self._params.pop((fqn, suffix), None)
 
-    def take_back(self, slots: Mapping[str, Slot], live_ranks: Mapping[str, int], *, exclusive: bool) -> None:
+    def take_back(
+        self, slots: Mapping[str, Slot], live_ranks: Mapping[str, int], *, exclusive: bool, may_shrink: bool
+    ) -> None:
         """Give parameters and scalings their own memory again, holding what they hold now. May be repeated.
 
-        At their old shapes; larger where what is live has a larger rank: PEFT's functions grow slots.
+        At their old shapes, but where what is live has another rank than what was: PEFT's functions swap without
+        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank.
 
         Args:
             slots: all that were noted, as they are now.
             live_ranks: fqn → rank up to which the slot holds values.
             exclusive: whether parameters share a version counter, and are to have their own again.
+            may_shrink: whether they may have smaller shapes than they had.
         """
         with torch.inference_mode(False), torch.no_grad():
             for (fqn, suffix), (param, original) in self._params.items():
                 current = param.data
-                if current.data_ptr() == original.data_ptr():
+                rank, found = live_ranks[fqn], self._ranks.get(fqn, 0)
+                other = rank > found or (may_shrink and 0 < rank < found)
+                if not other and current.data_ptr() == original.data_ptr():
                     continue
-                held = _cut(current, suffix, original.shape, slots[fqn], at_least=live_ranks[fqn])
+                held = _cut(current, suffix, original.shape, slots[fqn], rank=rank if other else None)
                 if original.dtype != held.dtype or original.device != held.device or original.shape != held.shape:
                     original = torch.empty_like(held, memory_format=torch.contiguous_format)
                 original.copy_(held)
@@ -67,13 +78,14 @@ class Originals:
             _take_back_scaling(slot, self._scalings[fqn])
 
 
-def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot, *, at_least: int) -> torch.Tensor:
-    """The corner of `padded` that has `shape`, or the ranks `at_least`, if these are more."""
+def _cut(padded: torch.Tensor, suffix: str, shape: torch.Size, slot: Slot, *, rank: int | None) -> torch.Tensor:
+    """The corner of `padded` that has `shape`, or this rank."""
     part = PARTS[suffix]
-    if part.rank_dim is None or padded.shape == shape:
+    if part.rank_dim is None or (rank is None and padded.shape == shape):
         return padded
-    rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
-    return slot.corner(padded, suffix, max(rank, at_least))
+    if rank is None:
+        rank = shape[part.rank_dim] // slot.experts * (1 if part.rank_dim == 0 else slot.groups)
+    return slot.corner(padded, suffix, rank)
 
 
 def _take_back_scaling(slot: Slot, original: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def at_random(checkpoint: Checkpoint, kept: Container[str]) -> Checkpoint:
     tensors = {}
     for name in checkpoint.tensors:
         tensor = checkpoint.tensor(name)
-        drawn = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        drawn = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor.dtype)
         tensors[name] = drawn if tensor.is_floating_point() and name not in kept else tensor
     return from_tensors(tensors, dict(checkpoint.config), origin=checkpoint.origin)
 

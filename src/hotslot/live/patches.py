@@ -17,7 +17,7 @@ from torch import nn
 
 from .dropout import SlotDropout, leave_slot_dropout
 from .slots import Slot
-from .state_dict import TrueRank
+from .state_dict import Shown, TrueRank
 
 
 class Patches:
@@ -28,11 +28,11 @@ class Patches:
 
     Args:
         slots: fqn → slot; one that is given a part is replaced here.
-        ranks: fqn → rank that `state_dict()` shows of the live adapter.
+        ranks: what `state_dict()` shows of the live adapter.
         fused_forward: whether linear layers compute by `FusedLinear`.
     """
 
-    def __init__(self, slots: dict[str, Slot], ranks: Mapping[str, int], *, fused_forward: bool) -> None:
+    def __init__(self, slots: dict[str, Slot], ranks: Shown, *, fused_forward: bool) -> None:
         self._slots = slots
         self._ranks = ranks
         self._fused_forward = fused_forward
@@ -44,18 +44,20 @@ class Patches:
         """Let layers that PEFT has made for DoRA serve adapters without it, too."""
         for slot in slots.values():
             if slot.dora is not None:
-                from .dora import is_peft_dora, leave_slot_dora, use_slot_dora
+                from .dora import is_peft_dora, put_back_dora, use_slot_dora
 
                 if is_peft_dora(slot.dora):
-                    self._undo.append(partial(leave_slot_dora, slot.dora))
-                    use_slot_dora(slot.dora)
+                    self._undo.append(partial(put_back_dora, slot.layer, slot.adapter_name, slot.dora))
+                    with torch.inference_mode(False):
+                        use_slot_dora(slot.dora)
 
     def add_parts(self, extra: Iterable[tuple[str, str]]) -> None:
         """Give slots these parts, (fqn, suffix), if they lack them."""
         for fqn, suffix in extra:
             if suffix not in self._slots[fqn].held:
                 self._added.add((fqn, suffix))
-                slot = self._slots[fqn] = self._slots[fqn].with_part(suffix)
+                with torch.inference_mode(False):
+                    slot = self._slots[fqn] = self._slots[fqn].with_part(suffix)
                 if fqn in self._hooks:  # `install` was here before
                     self._hooks[fqn].params = slot.params
                     self._pickle_alone(slot.held[suffix].param)
@@ -105,6 +107,7 @@ class Patches:
         layer: Any = slot.layer  # PEFT's mixin, which does not say that it is an nn.Module
         self._undo.append(partial(self._hooks.pop, slot.fqn, None))
         hook = self._hooks[slot.fqn] = TrueRank(slot, self._ranks)
+        hook.relieve(layer, self._undo)
         self._undo.append(layer.register_state_dict_post_hook(hook).remove)
         self._undo.append(layer.register_load_state_dict_pre_hook(hook.on_load).remove)
 

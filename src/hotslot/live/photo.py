@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .inference import set_requires_grad
+
 ABSENT = object()
 _ACTIVE = ("_active_adapter", "active_adapter")  # of layers and wrappers; of PEFT's models
 # Of LoRA layers, and of a ParameterDict.
@@ -33,7 +35,7 @@ class Photo:
     def put_back_flags(self) -> None:
         """Each parameter as trainable as it was."""
         for param, flag in self._flags:
-            param.requires_grad_(flag)
+            set_requires_grad(param, flag)
 
     def put_back_active(self) -> None:
         """The adapters that were active, and no others."""

@@ -47,7 +47,7 @@ def tabulate(parts: Sequence[tuple[int, int, int, int, int, int]]) -> tuple[torc
     for i, part in enumerate(parts):
         rows.append([*part, len(tiles), 0])
         tiles += [i] * triton.cdiv(part[2] * part[4], _TILE)
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(tiles, dtype=torch.int32)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu"), torch.tensor(tiles, dtype=torch.int32, device="cpu")
 
 
 def copy_rows(source: torch.Tensor, target: torch.Tensor, table: torch.Tensor, part_of_tile: torch.Tensor) -> None:

@@ -33,7 +33,7 @@ class ScalingMap(dict[str, Any]):
             if isinstance(like, torch.Tensor):
                 super().__setitem__(adapter_name, view.clone())
             else:  # the view holds it in single precision: the float it came from, if it is still that one
-                same = like is not None and float(torch.tensor(like, dtype=view.dtype)) == float(view)
+                same = like is not None and float(torch.tensor(like, dtype=view.dtype, device="cpu")) == float(view)
                 super().__setitem__(adapter_name, like if same else float(view))
         self._views.pop(adapter_name, None)  # last: a call that was broken off may be repeated
 
@@ -94,6 +94,6 @@ def put_back_scaling(scaling: dict[str, Any], name: str, saved: Any) -> None:
     """Let it be a number or a tensor that was there before; a tensor stays that tensor."""
     current = scaling.get(name)
     if isinstance(current, torch.Tensor):
-        current.copy_(torch.as_tensor(saved))
+        current.copy_(torch.as_tensor(saved, device="cpu"))
     elif current != saved:
         scaling[name] = saved

@@ -57,12 +57,14 @@ def slot_shapes(
         there = {*slots, *modules, *(fqn for fqn, parameter in parameters.items() if parameter is not None)}
         unknown = [fqn for fqn in adapter.targets if fqn not in there and fqn.removesuffix(OUT_PROJ) not in modules]
         if unknown:
+            part = next((path for path in modules if all(f"{path}.{fqn}" in modules for fqn in unknown)), None)
+            other = "this adapter belongs to another base model, or to a part of this one"
             raise UnexpectedTargetError(
                 f"{adapter.checkpoint.origin} targets modules that the model does not have.",
                 where=", ".join(unknown[:8]),
                 found=f"{len(unknown)} of {len(adapter.targets)} targets missing in {type(unwrap(model)).__name__}",
                 expected="the paths of the model that the adapter was trained on",
-                hint="this adapter belongs to another base model, or to a part of this one",
+                hint=f"attach to model.{part}, which has them" if part else other,
             )
         for fqn, target in adapter.targets.items():
             ranks[fqn] = max(ranks.get(fqn, 0), target.rank)

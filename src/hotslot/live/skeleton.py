@@ -148,8 +148,8 @@ def hollow(model: nn.Module) -> nn.Module:
     def place(path: str, tensor: torch.Tensor) -> torch.Tensor:
         kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
         if tensor.dim() < 2:  # others may write into it
-            return torch.zeros(tensor.shape, dtype=kind)
-        return torch.zeros((), dtype=kind).expand(tensor.shape)
+            return torch.zeros(tensor.shape, dtype=kind, device="cpu")
+        return torch.zeros((), dtype=kind, device="cpu").expand(tensor.shape)
 
     return shadow(model, place)
 

@@ -157,6 +157,12 @@ class Slot:
         return suffix in self.held
 
     @property
+    def is_active(self) -> bool:
+        """Whether the layer computes with the slot, by PEFT's own records."""
+        layer: Any = self.layer
+        return not layer.disable_adapters and self.adapter_name in layer.active_adapters
+
+    @property
     def parameter(self) -> str | None:
         """The bare parameter of the module that the layer adapts; None if it adapts the module."""
         return getattr(self.layer, "parameter_name", None)

@@ -6,10 +6,12 @@ And of the places for tokens: the rows of the live adapter's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import ModelError
 from ..methods import MAGNITUDE, PARTS, TOKENS
@@ -22,30 +24,69 @@ from .slots import Slot
 _FLAGS = {"lora_B.bias": "lora_bias", MAGNITUDE: "use_dora"}
 
 
-class TrueRank:
+class Speaker:
+    """A hook on saving and loading that speaks for one adapter's part of a module: in copies and pickles of it, too.
+
+    Attributes:
+        subject: what it speaks for.
+        resting: whether another one speaks for that meanwhile, in a copy that is attached by itself.
+    """
+
+    subject: Hashable
+    resting = False
+
+    def relieve(self, module: nn.Module, undo: list[Callable[[], object]]) -> None:
+        """Let those rest that a copy or pickle has brought along; before this one is installed. `undo` wakes them."""
+        hooks: list[Any] = list(module._state_dict_hooks.values())
+        for other in hooks:
+            if isinstance(other, type(self)) and other.subject == self.subject and not other.resting:
+                undo.append(partial(setattr, other, "resting", False))
+                other.resting = True
+
+
+class Shown(dict[str, int]):
+    """Path of a slot → rank of the live adapter; 0 where it does not target the layer, and nothing is shown.
+
+    Attributes:
+        all_biases: whether it saves the base's biases, all of them (`bias="all"`).
+    """
+
+    all_biases = False
+
+    def note(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take in what the live adapter's configs say."""
+        self.all_biases = any(config.get("bias") == "all" for config in configs.values())
+
+
+class TrueRank(Speaker):
     """Hook of one LoRA layer: on saving cut each part to the live rank, on loading put it back among the padding.
+
+    Where the live adapter has none, and no other is, its bias of the base layer is saved as that of a plain layer: a
+    fresh load has that, and would drop anything else.
 
     Attributes:
         params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
             `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
     """
 
-    def __init__(self, slot: Slot, ranks: Mapping[str, int]) -> None:
-        """Speak for `slot`; `ranks`, which all hooks of an adapter share, has its live rank under its path."""
+    def __init__(self, slot: Slot, shown: Shown) -> None:
+        """Speak for `slot`; `shown` is what all hooks of an adapter share."""
         self.fqn = slot.fqn
-        self.adapter_name = slot.adapter_name
+        self.adapter_name = self.subject = slot.adapter_name
         self.groups = slot.groups
         self.experts = slot.experts
         self.params = slot.params
-        self._ranks = ranks
+        self._all_shown = shown
 
     @property
     def rank(self) -> int:
         """Of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown."""
-        return self._ranks[self.fqn]
+        return self._all_shown[self.fqn]
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
+        if self.resting:
+            return
         stay_from_now_on(layer, self.adapter_name)
         live = dict(layer.named_parameters())
         for key, suffix in self._keys(prefix).items():
@@ -58,6 +99,10 @@ class TrueRank:
                     del state_dict[key]
                 elif shown.shape != state_dict[key].shape:
                     state_dict[key] = shown.contiguous()
+        if self._all_shown.all_biases and self.rank == 0 and layer._get_available_adapters() == {self.adapter_name}:
+            inner = f"{prefix}base_layer."
+            for key in [key for key in state_dict if key.startswith(inner) and "bias" in key]:  # as PEFT chooses them
+                state_dict[prefix + key.removeprefix(inner)] = state_dict.pop(key)
 
     def on_load(
         self,
@@ -75,7 +120,13 @@ class TrueRank:
         What is to stay is given as the Parameter itself: `assign=True`, by which diffusers loads other adapters, keeps
         that, and makes another of anything else.
         """
+        if self.resting:
+            return
         live = dict(layer.named_parameters())
+        for path, _ in layer.get_base_layer().named_parameters():
+            name = path.replace("base_layer.", "")  # of an attention's output projection
+            if "bias" in name and prefix + name in state_dict:
+                state_dict[f"{prefix}base_layer.{name}"] = state_dict.pop(prefix + name)
         for key, suffix in self._keys(prefix).items():
             param = live.get(key.removeprefix(prefix))
             own = self.params.get(suffix) is param
@@ -135,8 +186,16 @@ class _Asked:
             return {}
         return getattr(type(self._wrapper), self._method)(self._wrapper, adapter_name, *args)
 
+    def forget(self, adapter_name: str, before: SavedModule | None) -> None:
+        """Let `before` speak for the adapter again, if there was one. May be repeated."""
+        self.speakers.pop(adapter_name, None)
+        if before is not None:
+            self.speakers[adapter_name] = before
+        if not self.speakers:
+            self._wrapper.__dict__.pop(self._method, None)
 
-class SavedModule:
+
+class SavedModule(Speaker):
     """Speaks for PEFT's copy of a module: on saving and loading it is there only while the live adapter saves it.
 
     If it is the only copy, so is the wrapper: the state_dict is that of the model without it, as a fresh load of the
@@ -146,29 +205,18 @@ class SavedModule:
     def __init__(self, fqn: str, adapter_name: str, shown: Mapping[str, bool]) -> None:
         """Speak for the copy of the module at `fqn`; all that speak for the adapter share `shown`."""
         self._fqn = fqn
-        self._adapter_name = adapter_name
+        self._adapter_name = self.subject = adapter_name
         self._shown = shown
 
-    def install(self, wrapper: Any) -> Callable[[], None]:
-        """Begin; returns a function that ends it."""
-        saving = wrapper.register_state_dict_post_hook(self)
-        loading = wrapper.register_load_state_dict_pre_hook(self.on_load)
-        methods = ("adapter_state_dict", "adapter_state_dict_load_map")
-        for method in methods:
+    def install(self, wrapper: Any, undo: list[Callable[[], object]]) -> None:
+        """Begin; `undo` gets what ends it, to be called from its end."""
+        self.relieve(wrapper, undo)
+        undo.append(wrapper.register_state_dict_post_hook(self).remove)
+        undo.append(wrapper.register_load_state_dict_pre_hook(self.on_load).remove)
+        for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
             asked = wrapper.__dict__.setdefault(method, _Asked(wrapper, method))
+            undo.append(partial(asked.forget, self._adapter_name, asked.speakers.get(self._adapter_name)))
             asked.speakers[self._adapter_name] = self
-
-        def uninstall() -> None:
-            saving.remove()
-            loading.remove()
-            for method in methods:
-                asked = wrapper.__dict__.get(method)
-                if asked is not None:
-                    asked.speakers.pop(self._adapter_name, None)
-                    if not asked.speakers:
-                        del wrapper.__dict__[method]
-
-        return uninstall
 
     @property
     def hides(self) -> bool:
@@ -177,7 +225,7 @@ class SavedModule:
 
     def __call__(self, wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
-        if not self.hides:
+        if self.resting or not self.hides:
             return
         hidden, original = f"{prefix}modules_to_save.{self._adapter_name}.", f"{prefix}original_module."
         alone = self._is_alone(wrapper)
@@ -202,7 +250,7 @@ class SavedModule:
         errors: list[str],
     ) -> None:
         """Called by `load_state_dict()`: what fits is what `state_dict` shows."""
-        if not self.hides or self._adapter_name not in wrapper.modules_to_save:
+        if self.resting or not self.hides or self._adapter_name not in wrapper.modules_to_save:
             return
         for name, _, _, tensor in named_tensors(wrapper.modules_to_save[self._adapter_name]):
             hidden, original = f"{prefix}modules_to_save.{self._adapter_name}.{name}", f"{prefix}original_module.{name}"
@@ -215,7 +263,7 @@ class SavedModule:
             state_dict[hidden] = state_dict.get(original, tensor)  # the copy is to equal the original
 
 
-class ShownTokens:
+class ShownTokens(Speaker):
     """Hooks of PEFT's wrapper of an embedding: on saving and loading it has the rows of the live adapter's tokens.
 
     If that has none there, and no other adapter has, the state_dict is that of the model without the wrapper.
@@ -223,13 +271,13 @@ class ShownTokens:
 
     def __init__(self, adapter_name: str, param: torch.nn.Parameter) -> None:
         """Speak for `param`: another one under the adapter's name, loaded later, is PEFT's."""
-        self._adapter_name = adapter_name
+        self._adapter_name = self.subject = adapter_name
         self._param = param
 
     def __call__(self, wrapper: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
         key, base = self._key(prefix), f"{prefix}token_adapter.base_layer."
-        if not self._speaks(wrapper) or key not in state_dict:
+        if self.resting or not self._speaks(wrapper) or key not in state_dict:
             return
         count = self._count(wrapper)
         if count:
@@ -252,7 +300,7 @@ class ShownTokens:
         errors: list[str],
     ) -> None:
         """Called by `load_state_dict()`: what fits is what `state_dict` shows."""
-        if not self._speaks(wrapper):
+        if self.resting or not self._speaks(wrapper):
             return
         key, param, count = self._key(prefix), self._param.detach(), self._count(wrapper)
         given = state_dict.get(key)

@@ -37,8 +37,8 @@ def scaling_column(
 
 def column_values(scalings: Sequence[float], dora: Sequence[bool], *, like: torch.Tensor) -> torch.Tensor:
     """As a column holds them; page-locked for a GPU, since a copy of anything else would wait for it."""
-    found = torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-    found[:, 0] = torch.tensor(scalings, dtype=like.dtype)
+    found = torch.zeros(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda)
+    found[:, 0] = torch.tensor(scalings, dtype=like.dtype, device="cpu")
     if any(dora):
-        found[:, 1] = torch.tensor(dora, dtype=like.dtype)
+        found[:, 1] = torch.tensor(dora, dtype=like.dtype, device="cpu")
     return found

@@ -27,7 +27,8 @@ def token_places(indices: Sequence[int], room: int) -> torch.Tensor:
     """
     taken = set(indices)
     spare = (token for token in range(room) if token not in taken)
-    return torch.tensor([*indices, *(-1 - next(spare) for _ in range(room - len(indices)))], dtype=torch.int64)
+    places = [*indices, *(-1 - next(spare) for _ in range(room - len(indices)))]
+    return torch.tensor(places, dtype=torch.int64, device="cpu")
 
 
 class SlotTokensLayer(TrainableTokensLayer):

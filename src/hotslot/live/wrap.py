@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ModelError, UnsupportedError
 from .activity import Choice
 from .discover import base_prefix, canonical_name, lora_layers, unwrap
+from .inference import set_requires_grad
 from .offloading import refuse_offloaded
 from .saved import saved_modules
 from .tokens import token_rooms
@@ -95,7 +96,7 @@ def wrap(
             # weight, and the copy is to compute what the original does where no adapter has values for it.
             for copied in copies:
                 for param, flag in zip(copied.parameters(), flags, strict=True):
-                    param.requires_grad_(flag)
+                    set_requires_grad(param, flag)
             _set_active(wrapper, choice.given)
         return wrapping
     except BaseException:

@@ -311,7 +311,7 @@ def _widths(model: nn.Module) -> dict[str, int]:
 
 def _numbered(answer: Answer) -> dict[str, Tensor]:
     numbers = enumerate(answer.tensors.items(), 1)
-    return {name: torch.tensor(float(number)).expand(tensor.shape) for number, (name, tensor) in numbers}
+    return {name: torch.tensor(float(number), device="cpu").expand(tensor.shape) for number, (name, tensor) in numbers}
 
 
 def _load_left_out(answer: Answer, copies: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...errors import ModelError
 from ...methods import Adapter
 from ..discover import unwrap
+from ..inference import refuse_inference
 from ..pristine import InMemory, Store, stores
 from ..saved import refuse_other_biases
 from ..tying import as_loaded
@@ -124,14 +124,7 @@ class Absolutes:
         self._biases.refuse_merges_into_lost(places)
         self._sites.refuse_others(places)
         for (_, path), (holder, name) in places.items():
-            if holder[name].is_inference():
-                raise ModelError(
-                    "The model's weights were made in inference mode, and cannot be merged into.",
-                    where=path,
-                    found="an inference tensor",
-                    expected="weights that may be written",
-                    hint="build the model outside of torch.inference_mode(); swaps may be within it",
-                )
+            refuse_inference(path, holder[name], "merged into")
         for key in places.keys() & self._outdated:
             site = self._sites.by_key[key]
             self._sites.by_key[key] = replace(site, store=self._stores(key[1], site.tensor))

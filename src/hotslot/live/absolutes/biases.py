@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import UnsupportedError
 from ...methods import Adapter
 from ..discover import adapted_layers
+from ..inference import refuse_inference
 from ..offloading import refuse_offloaded_tensor
 from ..saved import base_biases
 from ..skeleton import base_tree
@@ -70,6 +71,8 @@ class BiasSites:
         self._sites.refuse_others(places)
         for fqn in fqns:
             refuse_offloaded_tensor(model, fqn, modules[fqn]._parameters["bias"])
+            bias: Any = modules[fqn].bias
+            refuse_inference(f"{fqn}.bias", bias, "written over")
         with self._sites.changing():
             for key in places.keys() - self._sites.by_key.keys():
                 holder, name = places[key]

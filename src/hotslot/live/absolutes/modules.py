@@ -11,6 +11,7 @@ from torch import nn
 from ...errors import ModelError, UnexpectedTargetError, UnsupportedError
 from ...methods import Adapter
 from ..discover import lora_layers
+from ..inference import make_normal
 from ..saved import named_tensors, saved_wrappers
 from ..state_dict import SavedModule
 from .sites import Key, Site, Sites
@@ -29,7 +30,7 @@ class ModuleSites:
         self._sites = sites
         self._wrappers: dict[str, Any] = {}
         self._shown: dict[str, bool] = {}  # shared with the hooks
-        self._uninstall: list[Callable[[], None]] = []
+        self._uninstall: list[Callable[[], object]] = []
 
     @property
     def fqns(self) -> Collection[str]:
@@ -61,13 +62,14 @@ class ModuleSites:
         copied = wrapper.modules_to_save[self._adapter_name]
         own = {name: (holder, key) for name, holder, key, _ in named_tensors(wrapper.original_module)}
         self._sites.refuse_others({(fqn, name): place for name, place in own.items()}, copied=True)
+        make_normal((f"{fqn}.{name}", tensor) for name, _, _, tensor in named_tensors(copied))
         for name, holder, key, tensor in named_tensors(copied):
             param = tensor if isinstance(tensor, nn.Parameter) else None
             self._sites.by_key[fqn, name] = Site(holder, key, param, _reader(*own[name]))
             if shown:
                 self._sites.foreign.add((fqn, name))
         self._wrappers[fqn], self._shown[fqn] = wrapper, shown
-        self._uninstall.append(SavedModule(fqn, self._adapter_name, self._shown).install(wrapper))
+        SavedModule(fqn, self._adapter_name, self._shown).install(wrapper, self._uninstall)
 
     def undo_find(self) -> Callable[[], None]:
         """A function that undoes a `find`, whole or broken off; to be made before. The sites are not its business."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import UnexpectedTargetError
 from ...methods import TOKENS, Adapter
+from ..inference import make_normal
 from ..state_dict import ShownTokens
 from ..tokens import (
     PLACES,
@@ -35,7 +36,7 @@ class TokenSites:
         self._adapter_name = adapter_name
         self._sites = sites
         self._rows: dict[str, TokenRows] = {}
-        self._uninstall: list[Callable[[], None]] = []
+        self._uninstall: list[Callable[[], object]] = []
 
     def find(self, model: nn.Module, wrapped: Collection[str], rooms: Mapping[str, int]) -> None:
         """Take in the wrappers that the model has got since the last time, and make the places that are lacking.
@@ -49,6 +50,7 @@ class TokenSites:
             if rooms.get(rows.fqn, 0) > rows.room:
                 rows.resize(rooms[rows.fqn], rows.tokens)
         for rows in find_token_rows(model, self._adapter_name, set(self._rows)):
+            make_normal([(rows.fqn, rows.param)])
             self._rows[rows.fqn] = rows  # first: `release` is to find it, should the binding break off
             rows.bind(rooms.get(rows.fqn, 0), empty=rows.fqn in wrapped)
             self._take_in(rows)
@@ -61,6 +63,7 @@ class TokenSites:
             self._sites.foreign.update(keys)
         shown = ShownTokens(self._adapter_name, rows.param)
         for wrapper in rows.wrappers:
+            shown.relieve(wrapper, self._uninstall)
             self._uninstall.append(wrapper.register_state_dict_post_hook(shown).remove)
             self._uninstall.append(wrapper.register_load_state_dict_pre_hook(shown.on_load).remove)
 
