@@ -260,13 +260,20 @@ def from_tensors(
         schemas.put((family, text), schema)
     with torch.inference_mode(False), torch.no_grad():
         data = host_buffer(schema.nbytes, pin_memory=pin_memory)
-        plain = [tensors[name] for name in schema.tensors]
-        flat = [(t.resolve_neg() if t.is_neg() else t).reshape(-1).view(torch.uint8) for t in plain]
+        flat = [_flat_bytes(tensors[name]) for name in schema.tensors]
         devices = {tensor.device for tensor in flat}
         if devices <= {data.device}:
             return Checkpoint.checked(schema, data, origin, _joining(flat, data))
         data.copy_(torch.cat(flat if len(devices) == 1 else [tensor.cpu() for tensor in flat]))
     return Checkpoint.checked(schema, data, origin)
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A 1-D uint8 view of its values, or of a copy where they do not lie one behind the other."""
+    flat = tensor.resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def _joining(pieces: list[torch.Tensor], data: torch.Tensor) -> Fill:
