@@ -73,7 +73,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "made in inference mode": _made_in_inference_mode,
     "transposed": lambda t: t.t().contiguous().t(),
     "every other value": lambda t: torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0],
-    "negated when read": lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag,
+    "negated when read": lambda t: torch._neg_view(-t),
     "one value of many": lambda t: t.t()[:1].expand_as(t.t()).t(),
     "of more bits": lambda t: t.double(),
     "of fewer bits": lambda t: t.bfloat16(),
