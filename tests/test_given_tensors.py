@@ -158,10 +158,12 @@ def test_tensors_are_joined_wherever_the_pieces_end(
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    given = checkpoint.from_tensors(tensors, {"peft_type": "LORA"})
-    assert given.version == checkpoint.read(tmp_path).version
-    for name, tensor in tensors.items():
-        assert torch.equal(given.tensor(name), tensor)
+    version = checkpoint.read(tmp_path).version
+    for kind in ("parameters", "results of autograd", "made in inference mode"):  # modes are those of a thread
+        given = checkpoint.from_tensors({n: KINDS[kind](t) for n, t in tensors.items()}, {"peft_type": "LORA"})
+        assert given.version == version
+        for name, tensor in tensors.items():
+            assert torch.equal(given.tensor(name), tensor)
     assert checkpoint.from_tensors({}, {"peft_type": "LORA"}).nbytes == 0
 
 
@@ -178,8 +180,23 @@ def test_each_of_many_models_leaves_its_memory_to_the_next(folders: list[Path]) 
         assert_live(model, as_on_the_model(folders[0]))
 
 
+def test_what_a_swap_has_written_is_not_taken_for_others(model: nn.Module, folders: list[Path]) -> None:
+    """Else each swap would first copy what is live, to come back to it."""
+    for i in (1, 0, 1):
+        swap(model, as_on_the_model(folders[i]), folders[i])
+        assert _engine(model).finds_live(_engine(model).live)
+    with torch.no_grad():
+        next(param for name, param in model.named_parameters() if "lora_B" in name).mul_(2)
+    assert not _engine(model).finds_live(_engine(model).live)  # the control
+
+
 def _data(model: nn.Module) -> Tensor:
+    entry = _engine(model).live.entry
+    assert entry is not None
+    return entry.adapter.checkpoint.data
+
+
+def _engine(model: nn.Module) -> Engine:
     engine = Engine.of(model, "default")
     assert engine is not None
-    assert engine.live.entry is not None
-    return engine.live.entry.adapter.checkpoint.data
+    return engine
