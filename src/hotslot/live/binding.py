@@ -454,9 +454,10 @@ class Binding:
             param.__dict__.pop("__reduce_ex__", None)
         for fqn, suffix in self._added:
             slot = self.slots[fqn]
-            if not slot.held[suffix].in_place():  # the adapter was deleted
+            held = slot.held.get(suffix)  # None if it was broken off while the part was made
+            if held is not None and not held.in_place():  # the adapter was deleted
                 continue
-            if slot.uses(suffix):  # of the live adapter, which goes on without hotslot
+            if held is not None and slot.uses(suffix):  # of the live adapter, which goes on without hotslot
                 slot.leave_part(suffix)
             else:
                 slot.drop_part(suffix)
