@@ -7,6 +7,7 @@ in hotslot's engine or live package, the other before, after or in the middle of
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -419,6 +420,33 @@ def drop_in(
     return make
 
 
+def drop_in_given(new: str, *, trained: bool) -> Make:
+    """Between tensors in memory, of which those that are live were written over since."""
+
+    def make(entry: Entry, folders: dict[str, Path]) -> Stage:
+        model = fresh(entry, folders["a"])
+
+        def given(name: str) -> dict[str, torch.Tensor]:
+            tensors = load_file(folders[name] / "adapter_model.safetensors")
+            return {re.sub(r"(lora_[AB])", r"\1.default", key): tensor for key, tensor in tensors.items()}
+
+        def swap(name: str, tensors: dict[str, torch.Tensor]) -> None:
+            config = LoraConfig.from_pretrained(str(folders[name]))
+            hotslot.hotswap_adapter_from_state_dict(model, tensors, "default", config)
+
+        for name in ("a", "same"):  # the first comes after what PEFT has written, the second after what hotslot has
+            earlier = given(name)
+            swap(name, earlier)
+            for tensor in earlier.values():
+                tensor.data.fill_(float("nan"))
+        if trained:
+            train(model)
+        act = functools.partial(swap, new, given(new))
+        return Stage(entry, model, act, lambda: swap("a", given("a")), folders["a"])
+
+    return make
+
+
 def attaching(came_with: str | None) -> Make:
     """`attach` itself, fused to a plain model, or to one that has a smaller adapter, whose parameters get padded."""
 
@@ -506,6 +534,8 @@ SWAPS: dict[str, Scenario] = {
     "drop-in, smaller rank": (drop_in("smaller"), "mlp"),
     "drop-in, growing rank": (drop_in("larger"), "mlp"),
     "drop-in, growing rank, again": (drop_in("larger", earlier=True), "mlp"),
+    "drop-in, between tensors": (drop_in_given("a", trained=False), "mlp"),
+    "drop-in, between tensors, trained": (drop_in_given("smaller", trained=True), "mlp"),
     "drop-in, prepared": (drop_in("larger", target_rank=8), "mlp"),
     "drop-in, growing beyond what was prepared": (drop_in("larger", target_rank=5), "mlp"),
 }

@@ -122,7 +122,7 @@ def hotswap_adapter_from_state_dict(
     if foreign:
         raise _unexpected(foreign)
     pin = live.is_on_gpu(model)
-    swap(model, adapter_name, checkpoints.from_tensors(renamed, config, origin="the state_dict", pin_memory=pin))
+    swap(model, adapter_name, checkpoints.from_tensors(renamed, stated, origin="the state_dict", pin_memory=pin))
 
 
 def prepare_model_for_compiled_hotswap(
@@ -274,6 +274,8 @@ def _rounded(rank: int, groups: int) -> int:
 
 def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
     engine, created = _known_engine(model, adapter_name), False
+    if engine is not None and engine.live.entry is not None and not engine.keeps_history:
+        checkpoints.keep_buffer(engine.live.entry.adapter.checkpoint.data)  # for the next to come
     if engine is not None and checkpoint.schema in engine.binding.memory.layout.packed:
         entry = Entry(adapter_name, checkpoint)  # one of its family has been here before: it fits
         live.refuse_other_base(model, entry.adapter)

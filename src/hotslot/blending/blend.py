@@ -85,7 +85,7 @@ class Blend(Entry):
             if piece.band.number in changed
         }
         targets, sources = [target for target, _ in written.values()], [source for _, source in written.values()]
-        writes = replace(whole.without_values(), targets=targets, sources=sources, through_arena=not targets)
+        writes = replace(whole.without_values(), targets=targets, sources=sources, uncounted=not targets)
         return writes, sum(source.numel() * source.element_size() for source in sources)
 
     def differs_in_weights(self, other: Blend) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -281,8 +282,7 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of its 
 
 
 def _finite_between(schema: Schema, data: torch.Tensor, start: int, stop: int) -> bool:
-    # One aminmax over each run of equal dtype: it reads once and carries NaN and infinity through, where isfinite
-    # would write a mask (30 times slower), and 448 calls would cost more than the reading.
+    # By runs of equal dtype: 448 calls would cost more than the reading.
     return all(
         _finite(data[max(run.start, start) : min(run.stop, stop)].view(run.dtype))
         for run in schema.runs
@@ -306,10 +306,11 @@ def _non_finite(schema: Schema, data: torch.Tensor, origin: str) -> NonFiniteErr
 def _finite(values: torch.Tensor) -> bool:
     if values.numel() == 0 or not values.dtype.is_floating_point:
         return True
-    if values.dtype.itemsize == 1:  # float8 has no aminmax
+    if values.dtype.itemsize == 1:  # float8 has no sum
         values = values.float()
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    # No NaN or infinity is ever lost in a sum. It takes half of aminmax's time, and isfinite would write a mask, at 30
+    # times of it. A sum may overflow though all its values are finite: then aminmax has the last word.
+    return math.isfinite(values.sum()) or all(map(math.isfinite, torch.aminmax(values)))
 
 
 def _runs_of_one_dtype(specs: list[TensorSpec]) -> list[TensorSpec]:

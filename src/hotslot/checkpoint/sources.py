@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +16,7 @@ import torch
 
 from ..errors import ConfigError, HotslotError, TensorError
 from .buffers import host_buffer
-from .checkpoint import Checkpoint, Schema, Sink, TensorSpec
+from .checkpoint import Checkpoint, Fill, Schema, Sink, TensorSpec
 from .configs import SAVE_AGAIN, config_dict, parse_config
 from .files import Files
 from .limits import MAX_CONFIG_BYTES, bad_name
@@ -258,14 +260,35 @@ def from_tensors(
         schemas.put((family, text), schema)
     with torch.inference_mode(False), torch.no_grad():
         data = host_buffer(schema.nbytes, pin_memory=pin_memory)
-        # In one call: one for each of hundreds of tensors takes longer than the copying.
-        flat = [tensors[name].detach().resolve_neg().reshape(-1).view(torch.uint8) for name in schema.tensors]
+        flat = [_flat_bytes(tensors[name]) for name in schema.tensors]
         devices = {tensor.device for tensor in flat}
-        if devices == {data.device}:
-            torch.cat(flat, out=data)
-        elif flat:
-            data.copy_(torch.cat(flat if len(devices) == 1 else [tensor.cpu() for tensor in flat]))
+        if devices <= {data.device}:
+            return Checkpoint.checked(schema, data, origin, _joining(flat, data))
+        data.copy_(torch.cat(flat if len(devices) == 1 else [tensor.cpu() for tensor in flat]))
     return Checkpoint.checked(schema, data, origin)
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A 1-D uint8 view of its values, or of a copy where they do not lie one behind the other."""
+    flat = tensor.resolve_neg().reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
+def _joining(pieces: list[torch.Tensor], data: torch.Tensor) -> Fill:
+    """What brings the pieces' bytes, one behind the other, to `data`."""
+    starts = [*accumulate((piece.numel() for piece in pieces), initial=0)]
+
+    def fill(start: int, stop: int) -> None:
+        first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop) - 1
+        wanted = pieces[first : last + 1]
+        wanted[-1] = wanted[-1][: stop - starts[last]]
+        wanted[0] = wanted[0][start - starts[first] :]
+        # In one call: one for each of hundreds of tensors takes longer than the copying.
+        torch.cat(wanted, out=data[start:stop])
+
+    return fill
 
 
 def _in_file_order(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

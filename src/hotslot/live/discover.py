@@ -156,5 +156,5 @@ def count_slots(model: nn.Module, adapter_name: str) -> int:
             assert embedding is not None
             count += adapter_name in matrices._modules or adapter_name in embedding._parameters
             children = {"base_layer": children["base_layer"]}  # nothing of interest is in its own matrices
-        stack.extend(child for child in children.values() if child is not None)
+        stack += [child for child in children.values() if child is not None and child._modules]
     return count

@@ -46,6 +46,15 @@ class Image(NamedTuple):
     absolutes: AbsoluteImage | None = None
 
 
+class _Slice(NamedTuple):
+    """Bytes of a block in which pieces of one dtype lie one behind the other."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    sizes: list[int]  # of the pieces, in elements
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Writes:
     """A block compiled for one Memory: what remains to be done at a swap.
@@ -60,7 +69,7 @@ class Writes:
         columns: (the arena's columns of scalings and uses, their new values), where there is an arena.
         ranks: fqn → rank that is written.
         unused: (fqn, suffix) of parts without a rank that are not written.
-        through_arena: whether all targets are views of an arena, and none of a part.
+        uncounted: whether no target shares its version counter with a part.
     """
 
     block: Block | None
@@ -73,7 +82,7 @@ class Writes:
     columns: list[Copy]
     ranks: Mapping[str, int]
     unused: tuple[tuple[str, str], ...]
-    through_arena: bool
+    uncounted: bool
 
     def without_values(self) -> Writes:
         """The scalings alone, for slots that hold the values already."""
@@ -111,7 +120,8 @@ class Memory:
         self.devices = {view.device for view in self._views.values()}
         self.on_gpu = any(device.type == "cuda" for device in self.devices)
         self._buffers: dict[torch.device, torch.Tensor] = {}
-        self._targets: weakref.WeakKeyDictionary[Schema, list[torch.Tensor]] = weakref.WeakKeyDictionary()
+        self._targets: weakref.WeakKeyDictionary[Schema, tuple[list[torch.Tensor], list[_Slice]]]
+        self._targets = weakref.WeakKeyDictionary()
         self._known_columns: weakref.WeakKeyDictionary[Schema, tuple[Mapping[str, float], list[Copy]]]
         self._known_columns = weakref.WeakKeyDictionary()
         self._arenas = [arena for arena in arenas if arena is not None]
@@ -161,16 +171,15 @@ class Memory:
         """
         with torch.inference_mode(False), torch.no_grad():
             if block is None:
-                columns, arena = self._columns(scalings, ()), bool(self._arenas)
-                unused = self.layout.rankless
-                return Writes(None, self._clearing, [], [], [], scalings, frozenset(), columns, {}, unused, arena)
+                columns, unused = self._columns(scalings, ()), self.layout.rankless
+                return Writes(None, self._clearing, [], [], [], scalings, frozenset(), columns, {}, unused, True)
             assert block.layout is self.layout
             columns = self._columns_for(block, scalings)
             found = self._scatters_for(block) if stage is None else []
             staged, targets, sources = ([], [], []) if found else self._copies(block, stage)
-            through_arena = bool(self._arenas) and (bool(found) or not block.tiles)
             told = scalings, block.dora, columns, block.ranks, block.unused
-            return Writes(block if found else None, found, staged, targets, sources, *told, through_arena)
+            uncounted = bool(found) or not block.tiles
+            return Writes(block if found else None, found, staged, targets, sources, *told, uncounted)
 
     @cached_property
     def neutral(self) -> Writes:
@@ -201,9 +210,10 @@ class Memory:
         schema = block.adapter.checkpoint.schema
         if schema not in self._targets:
             regions = [self._run_target(run) for run in block.runs]
-            self._targets[schema] = regions + [self._tile_target(block, tile) for tile in block.tiles]
-        targets = self._targets[schema]
-        sources = _sources(block, targets, staging)
+            found = regions + [self._tile_target(block, tile) for tile in block.tiles]
+            self._targets[schema] = found, _slices(block)
+        targets, slices = self._targets[schema]
+        sources = _sources(block.data, slices, targets, staging)
         return [(buffer, block.data) for buffer in staging.values()], targets, sources
 
     def _scatters_for(self, block: Block) -> list[tuple[torch.device, Scatter]]:
@@ -244,7 +254,7 @@ class Memory:
     def _run_target(self, run: Run) -> torch.Tensor:
         arena = self.arenas[run.region]
         if arena is None:
-            region = self._regions[run.region]
+            region = self._regions[run.region].data  # with a version counter of its own: a swap counts by itself
             return region.view(-1) if region.is_contiguous() else region
         return arena[run.offset : run.offset + run.elements * run.target.itemsize].view(run.target)
 
@@ -274,6 +284,10 @@ class Memory:
                 self.came_from = "host"
             # Before the copy, which takes all else out of the cache.
             torch.autograd.graph.increment_version(self._counted)
+            if not writes.columns:
+                for fqn, slot in self.slots.items():
+                    set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
+                self._use_dora(writes.dora)
             if clear:
                 torch._foreach_zero_(clear)
             if ones:
@@ -287,12 +301,8 @@ class Memory:
                 torch._foreach_copy_(writes.targets, writes.sources, non_blocking=True)
             for column, values in writes.columns:
                 column.copy_(values, non_blocking=True)
-            if not writes.columns:
-                for fqn, slot in self.slots.items():
-                    set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
-                self._use_dora(writes.dora)
             # Each part has counted one.
-            if self._counted is self._params and clean and writes.through_arena and not clear and not ones:
+            if self._counted is self._params and clean and writes.uncounted and not clear and not ones:
                 self.traces.count_write()
             else:
                 self.traces.mark_clean()
@@ -383,21 +393,31 @@ def _counting_alone(params: Sequence[torch.Tensor], arenas: Sequence[torch.Tenso
     return [*alone, *arenas]
 
 
-def _sources(
-    block: Block, targets: Sequence[torch.Tensor], staging: Mapping[torch.device, torch.Tensor]
-) -> list[torch.Tensor]:
-    """The block's bytes as views that match `targets`, which are of its runs and then of its tiles."""
+def _slices(block: Block) -> list[_Slice]:
+    """The block's runs and then its tiles, as few slices."""
     pieces: list[Run | Tile] = [*block.runs, *block.tiles]
     lengths = [run.elements * run.source.itemsize for run in block.runs]
     lengths += [math.prod(tile.shape) * tile.source.itemsize for tile in block.tiles]
-    sources = []
+    found = []
     for start, stop in pairwise([*_breaks(pieces, lengths), len(pieces)]):
-        first = pieces[start]
-        device = next(iter(staging)) if len(staging) == 1 else targets[start].device
-        data = staging.get(device, block.data)[first.start : first.start + sum(lengths[start:stop])]
-        # One call for all that lie one behind the other: 448 slices would take a millisecond.
+        first, nbytes = pieces[start], sum(lengths[start:stop])
         sizes = [length // first.source.itemsize for length in lengths[start:stop]]
-        sources += data.view(first.source).split(sizes)
+        found.append(_Slice(first.start, first.start + nbytes, first.source, sizes))
+    return found
+
+
+def _sources(
+    data: torch.Tensor,
+    slices: Sequence[_Slice],
+    targets: Sequence[torch.Tensor],
+    staging: Mapping[torch.device, torch.Tensor],
+) -> list[torch.Tensor]:
+    """The slices of `data`, or of what is staged of it, as views that match `targets`."""
+    sources: list[torch.Tensor] = []
+    for start, stop, dtype, sizes in slices:
+        device = next(iter(staging)) if len(staging) == 1 else targets[len(sources)].device
+        # One call for all that lie one behind the other: 448 slices would take a millisecond.
+        sources += staging.get(device, data)[start:stop].view(dtype).split(sizes)
     matched = zip(sources, targets, strict=True)
     return [source if target.dim() == 1 else source.view(target.shape) for source, target in matched]
 

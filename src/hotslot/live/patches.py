@@ -91,7 +91,10 @@ class Patches:
         """Leave the layers as PEFT has made them, with the parts of the live adapter, which goes on without hotslot."""
         for fqn, suffix in self._added:
             slot = self._slots[fqn]
-            if slot.held[suffix].in_place():  # else the adapter was deleted
+            held = slot.held.get(suffix)  # None if it was broken off while the part was made
+            if held is None:
+                slot.drop_part(suffix)
+            elif held.in_place():  # else the adapter was deleted
                 if slot.uses(suffix):
                     slot.leave_part(suffix)
                 else:

@@ -165,7 +165,7 @@ class Slot:
     @property
     def parameter(self) -> str | None:
         """The bare parameter of the module that the layer adapts; None if it adapts the module."""
-        return getattr(self.layer, "parameter_name", None)
+        return vars(self.layer).get("parameter_name")  # a module takes a microsecond to find that it has none
 
     @property
     def dora(self) -> Any:

@@ -131,7 +131,8 @@ def is_of_training(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _is_used(config: Mapping[str, Any], option: str) -> bool:
-    return bool(config.get(option)) or isinstance(config.get(option), Mapping)  # PEFT fills {} up with its defaults
+    value = config.get(option)
+    return value is not None and (bool(value) or isinstance(value, Mapping))  # PEFT fills {} up with its defaults
 
 
 def refuse_bad_values(config: Mapping[str, Any], origin: str) -> None:
