@@ -159,6 +159,7 @@ class Library:
         """Raise AssertionError unless the bytes that are accounted are those that are held, and within the budget."""
         with self._lock:
             self._tier.check_integrity()
+            assert all(self._loans.values()), "lent to nobody"
             for name, entry in self._tier.items():
                 assert name in self._known or self.blender.holds(entry), f"nobody's: {name!r}"
 
@@ -353,7 +354,8 @@ class Library:
                     raise _changed(known, checkpoint)
                 entry = self._make(known.name, checkpoint)
                 self._add(known, entry, room, new=new)
-                self._loans[entry] += (not new) + (pack is not None)
+                if not new or pack is not None:  # a count of 0 would keep it for good
+                    self._loans[entry] += (not new) + (pack is not None)
         if pack is not None:
             packing = background("packing").submit(self._pack, pack, entry)
             self._packing.add(packing)
