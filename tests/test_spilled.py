@@ -543,3 +543,33 @@ def test_places_are_used_again_and_by_one_at_a_time(seed: int, tmp_path: Path) -
     del place
     assert file.write(checkpoints.from_tensors({"x": torch.zeros(3)}, {})) is not None
     assert os.fstat(file.fileno()).st_size == 12
+
+
+class Pieces:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.data, self.proved = b"", ""
+
+    def take(self, data: Tensor, start: int, stop: int) -> None:
+        assert start == len(self.data)
+        self.data += data[start:stop].numpy().tobytes()
+
+    def prove(self, version: str) -> None:
+        self.proved = version
+
+
+def test_what_is_read_goes_on_while_it_is_read_and_is_proved_at_the_end(tmp_path: Path) -> None:
+    values = torch.randn(9 << 20, generator=torch.Generator().manual_seed(0))  # in several pieces, by threads
+    made = checkpoints.from_tensors({"x": values}, {})
+    place = SpillFile(tmp_path).write(made)
+    assert place is not None
+    pieces = Pieces()
+    assert torch.equal(place.read(sink=pieces).data, made.data)
+    assert pieces.data == made.data.numpy().tobytes()
+    assert pieces.proved == made.version
+    os.pwrite(place.file.fileno(), b"\x7f\x7f", place.nbytes - 2)
+    pieces = Pieces()
+    with pytest.raises(CacheError):
+        place.read(sink=pieces)
+    assert not pieces.proved
