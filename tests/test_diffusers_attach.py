@@ -355,8 +355,12 @@ def test_tensors_of_a_trainer_with_a_config_for_each_component(tmp_path: Path) -
     tensors = {f"{name}.{key}": value for name, part in states.items() for key, value in part.items()}
     want = fresh(SD, make_lora(SD, tmp_path, seed=4, components=BOTH, r=3, lora_alpha=2, use_rslora=True))
     pipe = SD.build()
-    swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules="all-linear", max_rank=3))
+    plan = hotslot.plan(pipe, target_modules="all-linear", max_rank=3)
+    room = 8 * sum(value.nbytes for value in tensors.values())
+    cache = hotslot.Cache(host_bytes=room, disk_bytes=None, folder=tmp_path / "cache")
+    swapper = hotslot.attach(pipe, plan=plan, cache=cache)
     swapper.load("trained", tensors, config=configs)
+    assert swapper.evict("trained"), "it is on disk, too"
     swapper.activate("trained")
     assert_same(SD.outputs(pipe), want)
     other = {key: value / 2 for key, value in tensors.items()}

@@ -288,20 +288,22 @@ def test_a_swap_that_is_broken_off_has_not_happened(injector: str, name: str, tm
     swapper.activate(str(low))
 
 
-def test_an_attach_that_is_broken_off_has_not_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_an_attach_that_is_broken_off_has_not_happened(in_folder: bool, tmp_path: Path) -> None:
     entry = ZOO["conv2d"]
     folders = three_ranks("LOHA", entry, tmp_path)
     low, middle, high = (folders[rank] for rank in sorted(folders))
     model = fresh(entry, middle)
+    adapters: Any = tmp_path if in_folder else {"low": low, "high": high}
     before = snapshot(model), outside(model)
     counting = OpFault(-1, Fault, "amid")
     with counting:
-        hotslot.attach(model, {"low": low, "high": high}).detach()
+        hotslot.attach(model, adapters).detach()
     assert_unchanged(before[0], snapshot(model))
     total = len(counting.steps)  # a few more than later: buffers are used again
     for k in range(1, total * 9 // 10, max(1, total // 8)):
         with pytest.raises(Fault), OpFault(k, Fault, "amid"):
-            hotslot.attach(model, {"low": low, "high": high}).detach()
+            hotslot.attach(model, adapters).detach()
         if hotslot.Swapper.of(model) is not None:  # it broke off in the detach, which may be repeated
             hotslot.Swapper.of(model).detach()  # type: ignore[union-attr]
         assert_unchanged(before[0], snapshot(model))

@@ -191,6 +191,21 @@ def test_what_has_gone_from_memory_is_gone(gallery: Path) -> None:
     assert swapper.host_bytes <= 3.2 * largest(gallery)
 
 
+@pytest.mark.parametrize("how", ["unload", "evict", "budget"])
+def test_what_was_loaded_and_has_gone_from_memory_is_gone(gallery: Path, how: str) -> None:
+    _, swapper = attached(gallery, 3.2)
+    swapper.load("new", gallery / "a01")
+    data = weakref.ref(swapper._library.peek("new").adapter.checkpoint)  # type: ignore[union-attr]
+    if how == "budget":
+        for name in ("a02", "a03", "a06"):
+            swapper.activate(name)
+    else:
+        getattr(swapper, how)("new")
+    gc.collect()
+    assert data() is None
+    swapper.check_integrity()
+
+
 def test_what_is_replaced_while_it_is_live_counts_until_rollback_needs_it_no_more(gallery: Path) -> None:
     model = MLP.build()
     swapper = hotslot.attach(model, {"a": gallery / "a00", "b": gallery / "a01"})

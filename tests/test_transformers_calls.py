@@ -739,6 +739,28 @@ def test_of_a_folder_of_such_adapters_one_of_each_kind_is_read(tmp_path: Path) -
         assert_same_output(output(model, entry), plain_output(entry, folders[i]))
 
 
+def test_tensors_of_such_adapters_come_back_from_disk_as_they_were_converted(tmp_path: Path) -> None:
+    entry, targets = MODELS["mixtral"], ("q_proj", "w1", "w2", "w3")
+    folders = [old_mixtral(tmp_path / f"tenant{i}", i, 4, 8, targets) for i in range(6)]
+    model = entry.build()
+    swapper = hotslot.attach(model, {"0": folders[0]})
+    room = int(3.5 * swapper.host_bytes)
+    swapper.detach()
+    cache = hotslot.Cache(host_bytes=room, disk_bytes=None, folder=tmp_path / "cache")
+    swapper = hotslot.attach(model, {"0": folders[0]}, cache=cache)
+    for i in range(1, 6):
+        tensors = load_file(folders[i] / "adapter_model.safetensors")
+        swapper.load(str(i), tensors, config=LoraConfig.from_pretrained(folders[i]))
+    swapper.activate("5")
+    now = {name: values.clone() for name, values in model.get_adapter_state_dict("default").items()}
+    assert swapper.update("1", now) is None
+    for i in (3, 4, 1, 2, 5, 1):
+        swapper.activate(str(i))
+        assert_same_output(output(model, entry), plain_output(entry, folders[5 if i == 1 else i]))
+        swapper.check_integrity()
+    assert swapper.metrics().evictions
+
+
 def test_half_of_what_was_fused_is_refused(old: dict[str, Path], patched: None, tmp_path: Path) -> None:
     half = old_mixtral(tmp_path / "half", 3, 2, 2, ("q_proj", "w1"))
     model = loaded(MODELS["mixtral"], old["all"])

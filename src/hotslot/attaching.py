@@ -83,10 +83,10 @@ def attach(
     Swapper.make_way(model, adapter_name)
     watching = Watch(model, folder) if watch and folder is not None else None
     sources: Mapping[str, Any] = listed(model, folder) if folder is not None else adapters or {}  # type: ignore[assignment]
+    lazy = folder is not None or cache.host_bytes is not None
     if _is_of_another_method(model, adapter_name):
-        swapper = _attach_resident(model, sources, adapter_name, route, plan, cache)
+        swapper = _attach_resident(model, sources, adapter_name, route, plan, cache, lazy=lazy)
     else:
-        lazy = folder is not None or cache.host_bytes is not None
         known = survey_all(model, sources, route, lazy=lazy)
         swapper = _attach(model, known, adapter_name, route, plan, cache, fused=fused, exclusive=exclusive)
     if watching is not None:
@@ -218,7 +218,14 @@ def _is_of_another_method(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _attach_resident(
-    model: nn.Module, adapters: Mapping[str, Source], adapter_name: str, route: str, plan: Plan | None, cache: Cache
+    model: nn.Module,
+    adapters: Mapping[str, Source],
+    adapter_name: str,
+    route: str,
+    plan: Plan | None,
+    cache: Cache,
+    *,
+    lazy: bool,
 ) -> Swapper:
     """`attach` where the adapter on the model is of a method without slots: others of that method take its place.
 
@@ -246,7 +253,7 @@ def _attach_resident(
         )
     live.refuse_offloaded(model)
     way = {"side": "resident", "auto": "resident+merged", "merged": "merged"}[route]
-    known = survey_all(model, adapters, way)
+    known = survey_all(model, adapters, way, lazy=lazy)
     arena = not live.is_compiled(model)
     binding = live.Binding(
         model,
@@ -258,15 +265,24 @@ def _attach_resident(
         pristine=plan.pristine,
         fused=None if plan.merge is None else plan.merge == "fused",
     )
-    engine = None
+    resident, engine, swapper = binding.resident, None, None
+    assert resident is not None
     try:
-        if arena and binding.resident is not None and route != "merged":
-            binding.resident.make_room(entry.adapter.checkpoint for entry in known.planned)
+        if known.planned:
+            resident.refuse_if_merged()  # which a load below would find, and `detach` then too
+        if arena and route != "merged":
+            resident.make_room(entry.adapter.checkpoint for entry in known.planned)
         engine = Engine(model, adapter_name, binding, empty=False)
-        for entry in known.planned:
+        for entry, _ in known.read:
             entry.compile(binding)
-        return Swapper(engine, None, known.read, plan, None, way, cache)
+        swapper = Swapper(engine, None, known.read, plan, None, way, cache)
+        for name, asked in known.unread.items():
+            swapper.load(name, asked, lazy=True)
+        return swapper
     except BaseException:
+        if swapper is not None:
+            swapper.detach()
+            raise
         (engine or binding).release()
         raise
 

@@ -21,6 +21,7 @@ from typing import Any
 from .blending import Blender
 from .cache import Cache, Tier, user_folder
 from .cache.packed import PackedFiles
+from .cache.spilled import Spilled, SpillFile
 from .checkpoint import Checkpoint, Files, Sink, keep_buffer, read_files
 from .entry import Entry
 from .errors import CacheFullError, ChangedError, UnknownAdapterError
@@ -33,14 +34,15 @@ class Known:
 
     Attributes:
         name: that the user has given it.
-        source: from which it is read, and read again; None once it is held if its tensors were given.
+        source: from which it is read, and read again; None once it is held if its tensors were given, and are in memory
+            alone.
         nbytes: of host memory that reading it takes.
         version: digest of what was read; None as long as only the header was.
         pinned: whether the user wants it to stay in memory.
     """
 
     name: str
-    source: Request | None
+    source: Request | Spilled | None
     nbytes: int
     version: str | None = None
     pinned: bool = False
@@ -98,11 +100,13 @@ class Library:
         self._loans: Counter[Entry] = Counter()
         self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
         self._tier: Tier[Entry] = Tier(cache.host_bytes, keeps=self._keeps)
-        self._packed = None
+        self._packed = self._spill_file = None
         self._packing: set[Future[None]] = set()
         if cache.disk_bytes != 0:
             folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
             self._packed = PackedFiles(folder, cache.disk_bytes)
+            if cache.host_bytes is not None:  # else nothing has to leave memory
+                self._spill_file = SpillFile(folder, cache.disk_bytes)
         self.blender = Blender(self._tier)
         self.hits = self.misses = 0
 
@@ -159,8 +163,12 @@ class Library:
         """Raise AssertionError unless the bytes that are accounted are those that are held, and within the budget."""
         with self._lock:
             self._tier.check_integrity()
+            assert all(self._loans.values()), "lent to nobody"
             for name, entry in self._tier.items():
                 assert name in self._known or self.blender.holds(entry), f"nobody's: {name!r}"
+            if self._spill_file is not None:
+                sources = (known.source for known in self._known.values())
+                self._spill_file.check_integrity(source for source in sources if isinstance(source, Spilled))
 
     # -- what comes and goes ----------------------------------------------------------------------------------------
 
@@ -172,24 +180,38 @@ class Library:
             CacheFullError: there is no room for it.
         """
         with self._reading:
-            self._bring(Known(name, source, 0 if isinstance(source, Checkpoint) else source.nbytes), new=True)
+            self._bring(Known(name, source, source.nbytes), new=True)
 
     def know(self, name: str, source: Request, nbytes: int) -> None:
         """Hold what is known of an adapter, in place of what had its name, and read it when it is needed."""
         with self._lock:
             self._replace(Known(name, source, nbytes))
 
-    def hold(self, entry: Entry, source: Request, room: Room | None = None) -> None:
+    def spill(self, checkpoint: Checkpoint) -> Spilled | None:
+        """Write an adapter whose tensors were given to where it is read again, as long as anybody has what this gives.
+
+        None if there is no such place: then it has to stay in memory. Called without the lock.
+        """
+        if self._packed is None or self._spill_file is None:
+            return None
+        spilled = self._spill_file.write(checkpoint)
+        if spilled is not None:
+            self._packed.leave(self._spill_file.nbytes)
+        return spilled
+
+    def hold(self, entry: Entry, source: Request | Spilled | None, room: Room | None = None) -> None:
         """Hold an adapter that was read and made ready elsewhere, in place of what had its name.
 
         Args:
             entry: the adapter.
-            source: from which it is read again; a Checkpoint cannot be.
+            source: from which it is read again; None if it cannot be. A Checkpoint is spilled.
             room: that was made for it.
 
         Raises:
             CacheFullError: there is no room for it.
         """
+        if isinstance(source, Checkpoint):
+            source = self.spill(entry.adapter.checkpoint)
         with self._lock:
             self._add(Known(entry.name, source, entry.nbytes), entry, room or Room(0), new=True)
 
@@ -239,6 +261,7 @@ class Library:
             self.blender.clear()
             self._known.clear()
             self._tier.clear()
+            self._spill_file = None
 
     @contextmanager
     def lent(self, names: Collection[str], sink: Sink | None = None) -> Iterator[Loan]:
@@ -247,6 +270,7 @@ class Library:
         Raises:
             UnknownAdapterError: no adapter of that name is loaded.
             CheckpointError: its files are not there any more, or not those that were loaded.
+            CacheError: what was spilled of it is damaged.
             CacheFullError: there is no room for it beside what is in use.
         """
         entries: dict[str, Entry] = {}
@@ -293,7 +317,7 @@ class Library:
 
         Raises:
             UnknownAdapterError: no adapter of that name is loaded.
-            CacheFullError: it is in use, pinned, or its tensors were given and are in no other place.
+            CacheFullError: it is in use, pinned, or in no other place.
         """
         with self._lock:
             self.known(name)
@@ -342,18 +366,21 @@ class Library:
         with self.room(known.nbytes, known.name) as room:
             assert known.source is not None, "what cannot be read again does not go"
             checkpoint, pack = self._read(known.source, sink)
+            if isinstance(known.source, Checkpoint):
+                known.source = self.spill(checkpoint)
             with self._lock:
                 if not new and self._known.get(known.name) is not known:
                     return None
                 held = self._known.get(known.name) if known.name in self._tier else None
                 if new and held is not None and held.version == checkpoint.version:
-                    held.source = held.source if isinstance(known.source, Checkpoint) else known.source
+                    held.source = known.source or held.source
                     return None
                 if known.version not in (None, checkpoint.version):
                     raise _changed(known, checkpoint)
                 entry = self._make(known.name, checkpoint)
                 self._add(known, entry, room, new=new)
-                self._loans[entry] += (not new) + (pack is not None)
+                if not new or pack is not None:  # a count of 0 would keep it for good
+                    self._loans[entry] += (not new) + (pack is not None)
         if pack is not None:
             packing = background("packing").submit(self._pack, pack, entry)
             self._packing.add(packing)
@@ -366,8 +393,6 @@ class Library:
         if new:
             self._replace(known)
         known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
-        if isinstance(known.source, Checkpoint):
-            known.source = None  # which the entry has, and none can read again
         self._tier.add(known.name, entry, reserved=room.nbytes)
         room.nbytes = 0
 
@@ -396,8 +421,10 @@ class Library:
         known.pinned = former is not None and former.pinned
         self._known[known.name] = known
 
-    def _read(self, source: Request, sink: Sink | None) -> tuple[Checkpoint, Callable[[], object] | None]:
+    def _read(self, source: Request | Spilled, sink: Sink | None) -> tuple[Checkpoint, Callable[[], object] | None]:
         """What a source holds; and what keeps it as a packed file, where that is to be done."""
+        if isinstance(source, Spilled):
+            return source.read(pin_memory=self._pin_memory, sink=sink), None
         files = self._packed_as(source) if self._packed is not None else None
         if self._packed is None or files is None:
             return self._open(source, sink), None

@@ -265,13 +265,14 @@ class Swapper:
             config = dict(loan.entries[name].adapter.checkpoint.config)
         origin = f"the update of {name!r}"
         checkpoint = checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins)
+        spilled = self._library.spill(checkpoint)
         with self._library.room(checkpoint.nbytes, name) as room:
             with self._lock:
                 entry = self._make(name, checkpoint)
                 self._library.enlarge(room, entry.nbytes, name)
                 is_live = self.active == name
             report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
-            self._library.hold(entry, checkpoint, room)
+            self._library.hold(entry, spilled, room)
         return report
 
     def unload(self, name: str) -> None:
@@ -319,7 +320,8 @@ class Swapper:
 
         Raises:
             UnknownAdapterError: no such adapter.
-            CacheFullError: it is live, was live before, or is pinned; or it was loaded from tensors.
+            CacheFullError: it is live, was live before, or is pinned; or its tensors were given, and have no place on
+                disk.
         """
         with self._lock:
             self._bound()
@@ -433,6 +435,7 @@ class Swapper:
             UnsupportedError: adapters that cannot be blended.
             NonFiniteError: weights that make values overflow.
             CheckpointError: it was not in memory, and its files are gone, damaged, or not those that were loaded.
+            CacheError: it was not in memory, and what was kept on disk of its tensors is damaged.
             CacheFullError: it was not in memory, and there is no room for it beside what has to stay.
             InFlightError: work in flight did not end in time.
             MergedError: the slot's adapter is merged into the base weights.

@@ -18,10 +18,14 @@ class Cache:
             one adapter that passes through, and the slots themselves.
         host_bytes: of host memory, for adapters whose files are at hand: one that is not in memory is read when it is
             activated. Three have to fit: what is live, what was before, and what comes. None has no limit. Adapters
-            that were given as tensors count, and stay until they are unloaded.
+            that were given as tensors count, and stay until they are unloaded, but for those that `disk_bytes` has
+            room for.
         disk_bytes: of `folder`, for packed files: what was read and checked of an adapter once, such that any process
-            reads it again in one sweep. 0 keeps none; None has no limit.
-        folder: of the packed files. None: a place of the user's, see `user_folder`. Only its owner may write there.
+            reads it again in one sweep. And, if there is a limit of host memory, for what was given as tensors, which
+            is written when it is loaded or updated and is gone with the process; packed files go for it. 0 keeps none;
+            None has no limit.
+        folder: of the packed files, and on whose disk the tensors are. None: a place of the user's, see `user_folder`.
+            Only its owner may write there.
     """
 
     device_bytes: int | None = 0

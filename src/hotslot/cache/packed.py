@@ -80,6 +80,7 @@ class PackedFiles:
     def __init__(self, folder: Path, limit_bytes: int | None = None) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self._left = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
@@ -160,7 +161,7 @@ class PackedFiles:
         path = self.path(files)
         header = pack_header(checkpoint, stamp.text, read_ns)
         size = 8 + len(header) + checkpoint.nbytes if header is not None else 0
-        if header is None or (self.limit_bytes is not None and size > self.limit_bytes):
+        if header is None or (self.limit_bytes is not None and size > self.limit_bytes - self._left):
             return False
         temporary = self.folder / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp"
         try:
@@ -181,6 +182,17 @@ class PackedFiles:
         self._sweep(path)
         return True
 
+    def leave(self, nbytes: int) -> None:
+        """Let so much of the limit be for others than packed files: to the next 64th of it, since all are looked at."""
+        step = 1 + (self.limit_bytes or 0) // 64
+        left = -(-nbytes // step) * step
+        if self.limit_bytes is not None and left != self._left:
+            self._left = left
+            try:
+                self._sweep()
+            except OSError as error:
+                logger.warning("%s cannot be looked into: %s", self.folder, error)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all packed files of this format."""
@@ -196,8 +208,8 @@ class PackedFiles:
                     continue  # another process was quicker
         return held
 
-    def _sweep(self, besides: Path) -> None:
-        """Delete what is beyond the limit, and what was never finished."""
+    def _sweep(self, besides: Path | None = None) -> None:
+        """Delete what is beyond the limit, `besides` last, and what was never finished."""
         now = time.time()
         for path in self.folder.glob(f".{_PREFIX}*.tmp"):
             try:
@@ -208,7 +220,7 @@ class PackedFiles:
         if self.limit_bytes is None:
             return
         held = sorted(self._held(), key=lambda pair: (pair[0] == besides, pair[1].st_mtime_ns))
-        excess = sum(found.st_size for _, found in held) - self.limit_bytes
+        excess = sum(found.st_size for _, found in held) + self._left - self.limit_bytes
         for path, found in held:
             if excess <= 0:
                 break

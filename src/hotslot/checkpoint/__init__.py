@@ -4,7 +4,7 @@ Takes whatever a user calls an adapter; gives names, shapes, dtypes and values t
 of models, devices, or what a PEFT method means by a tensor (`hotslot.methods` does).
 """
 
-from .buffers import keep_buffer
+from .buffers import host_buffer, keep_buffer
 from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, Sink, TensorSpec, each_config, view
 from .configs import config_dict, parse_config
 from .files import GRAIN_NS, Files, Stamp
@@ -46,6 +46,7 @@ __all__ = [
     "config_dict",
     "each_config",
     "from_tensors",
+    "host_buffer",
     "keep_buffer",
     "locate",
     "open_data",

@@ -80,7 +80,7 @@ class Placing:
     def make_room(self, checkpoints: Iterable[Checkpoint]) -> bool:
         """Let each tensor hold what any of these has there. Says whether tensors have moved.
 
-        There is none for what cannot take the seat. If it raises, release the room.
+        There is none for what cannot take the seat. If it raises, release the room. No values are needed.
 
         Raises:
             ModelError: what would be padded is in training.
@@ -91,7 +91,8 @@ class Placing:
         for checkpoint in sorted(families, key=lambda checkpoint: checkpoint.nbytes, reverse=True):
             with contextlib.suppress(DoesNotFitError, UnsupportedError):
                 refuse_other_method(seat, checkpoint)
-                leaves = seat.leaves(outline(seat.model, checkpoint, seat.name) or self._fresh.load(checkpoint))
+                empty = outline(seat.model, checkpoint, seat.name) or self._fresh.load(checkpoint, trained=False)
+                leaves = seat.leaves(empty)
                 wanted = {path: larger(shape, leaves[path]) for path, shape in room.items() if path in leaves}
                 if wanted != room and len(wanted) == len(room):
                     room, placement = wanted, self._of_own(wanted)
