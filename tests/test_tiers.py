@@ -98,6 +98,21 @@ def test_a_folder_is_known_by_its_headers_and_read_when_needed(gallery: Path) ->
     assert swapper.metrics().hits == 4
 
 
+def test_the_working_directory_may_change(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two relative paths one would be another adapter's, and the other nobody's."""
+    shutil.copytree(own / "a02", tmp_path / "elsewhere" / "own" / "a01")
+    monkeypatch.chdir(tmp_path)
+    model = MLP.build()
+    swapper = hotslot.attach(model, "own", cache=Cache(disk_bytes=1 << 20, folder="packed"))
+    swapper.load("a03", "own/a03", lazy=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("a01", "a03"):
+        swapper.activate(name)
+        assert_live(model, swapper, own)
+    swapper._library.finish_packing()
+    assert not (tmp_path / "elsewhere" / "packed").exists()
+
+
 def test_a_folder_may_be_given_as_text_and_hold_other_things(own: Path) -> None:
     (own / "notes").mkdir()
     (own / "readme.txt").write_text("adapters")

@@ -102,7 +102,7 @@ class Library:
         self._packing: set[Future[None]] = set()
         if cache.disk_bytes != 0:
             folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
-            self._packed = PackedFiles(folder, cache.disk_bytes)
+            self._packed = PackedFiles(folder.absolute(), cache.disk_bytes)
         self.blender = Blender(self._tier)
         self.hits = self.misses = 0
 

@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()
         self._seen = {name: _stamp(path) for name, path in listed(model, folder).items()}
 
     def start(self, swapper: Swapper) -> None:

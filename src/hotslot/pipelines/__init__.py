@@ -117,6 +117,8 @@ def request(
         return _of_a_trainer(source, config, pin_memory=pin_memory)
     if isinstance(source, Mapping):
         return model.read(source, pin_memory=pin_memory, **options)
+    if os.path.exists(source):  # and not on the Hub; when it is read, the working directory may be another one
+        source = os.path.join(os.getcwd(), source)
     return LoraFile(source, options)
 
 
