@@ -7,12 +7,15 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -27,7 +30,7 @@ from hotslot.errors import AdapterNotFoundError, CacheFullError, ChangedError, N
 from hotslot.testing import no_recompile, same_addresses
 from hotslot.watching import Watch
 from methods import make_method_adapter
-from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
+from oracle import assert_same_output, assert_unchanged, error, fresh_output, snapshot
 from zoo import ZOO
 
 MLP = ZOO["mlp"]
@@ -288,6 +291,22 @@ def test_pinned_adapters_stay(gallery: Path) -> None:
             call("nobody")
 
 
+def test_an_eviction_that_is_refused_lets_go_of_no_blend(gallery: Path) -> None:
+    model = MLP.build()
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery))
+    swapper.activate({"a01": 0.5, "a02": 1.0})
+    swapper.activate("a01")
+    held = swapper.host_bytes
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("a01")
+    assert swapper.host_bytes == held
+    swapper.activate("a03")
+    swapper.activate("a06")
+    held = swapper.host_bytes
+    assert swapper.evict("a01")
+    assert swapper.host_bytes < held - size(gallery / "a01"), "with the blend, which nobody could make anew"
+
+
 def test_what_is_prefetched_is_not_read_when_it_is_activated(gallery: Path) -> None:
     _, swapper = attached(gallery, 4.2)
     for name in ("a01", "a02"):
@@ -388,6 +407,114 @@ def test_one_reading_serves_all_who_wait_for_it(gallery: Path) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert swapper.metrics().misses == 1
+
+
+def test_who_is_told_of_a_swap_holds_nobody_up(gallery: Path) -> None:
+    """A callback that waits for an adapter to be read, in whatever thread: who reads needs the lock of who swaps."""
+    _, swapper = attached(gallery, 8)
+    late: list[bool] = []
+
+    def load(report: hotslot.SwapReport) -> None:
+        thread = threading.Thread(target=swapper.load, args=("more", gallery / "a02"), daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        late.append(thread.is_alive())
+
+    swapper.on_swap(load)
+    swapper.activate("a01")
+    with swapper.using("a03"):
+        pass
+    assert late == [False] * 3
+
+
+class CallFault:
+    """An interrupt at the k-th place where Python looks for one: where a function begins, or one written in C ends."""
+
+    FILES = frozenset(
+        str(Path(hotslot.__file__).parent / name)
+        for name in ("swapper.py", "library.py", "cache/tier.py", "blending/blend.py")
+    )
+
+    def __init__(self, k: int) -> None:
+        self.k, self.steps = k, 0
+
+    def __enter__(self) -> CallFault:
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename in self.FILES:
+            self.steps += 1
+            if self.steps == self.k:
+                sys.setprofile(None)
+                raise KeyboardInterrupt(f"{frame.f_code.co_name}, line {frame.f_lineno}")
+
+
+def updated(gallery: Path) -> dict[str, torch.Tensor]:
+    return load_file(gallery / "a07" / WEIGHTS)
+
+
+def visited(swapper: hotslot.Swapper) -> None:
+    with swapper.using("a06"):
+        pass
+
+
+INTERRUPTED: dict[str, Callable[[hotslot.Swapper, Path], object]] = {
+    "activate": lambda swapper, gallery: swapper.activate("a06"),
+    "blend": lambda swapper, gallery: swapper.activate({"a03": 0.5, "a06": 1.0}),
+    "using": lambda swapper, gallery: visited(swapper),
+    "load": lambda swapper, gallery: swapper.load("a03", gallery / "a07"),
+    "load tensors": lambda swapper, gallery: swapper.load(
+        "a03", updated(gallery), config=json.loads((gallery / "a07" / "adapter_config.json").read_text())
+    ),
+    "update": lambda swapper, gallery: swapper.update("a02", updated(gallery)),
+    "unload": lambda swapper, gallery: swapper.unload("a03"),
+}
+
+
+@pytest.mark.parametrize("what", INTERRUPTED)
+def test_an_interrupt_loses_neither_an_adapter_nor_bytes(what: str, gallery: Path) -> None:
+    """Wherever it comes (each fifth place is tried): the bytes are right, and each adapter is the old or the new."""
+    names, changed = ("a01", "a02", "a03", "a06"), {"load": "a03", "load tensors": "a03", "update": "a02"}.get(what)
+    k, stride = 1, 5
+    while True:
+        model = MLP.build()
+        sources = {name: gallery / name for name in names}
+        plan = hotslot.plan(model, sources, max_blend=2)
+        swapper = hotslot.attach(model, sources, plan=plan, cache=Cache(host_bytes=int(7.2 * largest(gallery))))
+        for name in ("a01", "a03", "a02"):
+            swapper.activate(name)
+        fault = CallFault(k)
+        with suppress(KeyboardInterrupt), fault:
+            INTERRUPTED[what](swapper, gallery)
+        swapper.check_integrity()
+        live = {name: [fresh_output(MLP, gallery / name)] for name in names}
+        if changed is not None:
+            live[changed].append(fresh_output(MLP, gallery / "a07"))
+        output = MLP.output(model, INPUTS)
+        if changed is not None and changed == swapper.active:
+            swapper.activate("a01")
+            swapper.activate(changed)
+            assert_same_output(MLP.output(model, INPUTS), output)  # what is loaded is what was live
+        for name in swapper.adapters:
+            swapper.activate(name)
+            assert any(error(MLP.output(model, INPUTS), wanted) < 1e-4 for wanted in live[name]), (what, k, name)
+            swapper.check_integrity()
+        for _ in range(2):
+            swapper.activate("a01")
+            swapper.deactivate()
+        for name in swapper.adapters:
+            swapper.unload(name)
+        assert swapper.host_bytes <= size(gallery / "a01"), f"{what}, {k}: more than a rollback needs"
+        assert swapper.metrics().host_adapters == 0
+        swapper.detach()
+        if fault.steps < k:
+            assert k > 5 * stride
+            return
+        k += stride
 
 
 def test_a_compiled_model_does_not_notice_where_adapters_come_from(gallery: Path) -> None:

@@ -269,9 +269,14 @@ class Swapper:
                 entry = self._make(name, checkpoint)
                 self._library.enlarge(room, entry.nbytes, name)
                 is_live = self.active == name
-            report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
-            self._library.hold(entry, checkpoint, room)
-        return report
+            try:
+                report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
+                self._library.hold(entry, checkpoint, room)
+                return report
+            except BaseException:
+                if is_live and self._engine.live.entry is entry:  # broken off between the two
+                    self._library.hold(entry, checkpoint, room)
+                raise
 
     def unload(self, name: str) -> None:
         """Forget a loaded adapter, and let go of its memory and of the base's own values that were kept for it alone.
@@ -487,17 +492,21 @@ class Swapper:
                 return wanted or engine.neutral
 
             with engine.gate.visit(in_flight, timeout_seconds) as visit:
-                with visit.arriving(lambda: self._finds_live(choose)), self._lock:
-                    report = self._recorded_swap(choose(), read_seconds)
-                    before = engine.previous if report.changed else engine.live
-                    assert before is not None
-                    loans.enter_context(self._library.kept(before.entry))  # a block within makes others the previous
+                with visit.arriving(lambda: self._finds_live(choose)):
+                    with self._lock:
+                        report = self._recorded_swap(choose(), read_seconds)
+                        before = engine.previous if report.changed else engine.live
+                        assert before is not None
+                        loans.enter_context(self._library.kept(before.entry))  # blocks within make others the previous
+                    self._tell(report)
                 live.note_stream(engine.gate)
                 try:
                     yield report
                 finally:
-                    with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
-                        self._recorded_swap(before)
+                    with visit.leaving(lambda: self._finds_live(lambda: before)):
+                        with self._lock:
+                            back = self._recorded_swap(before)
+                        self._tell(back)
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
@@ -592,8 +601,8 @@ class Swapper:
         """Have `callback(report)` called after each swap that changed what is live; returns what takes it back.
 
         For what is stale then: caches of keys and values, of prefixes, of embeddings. It is called in the thread that
-        swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease. What it raises is
-        logged, since the swap is done. `detach` calls none.
+        swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease; it may load, pin
+        and evict. What it raises is logged, since the swap is done. `detach` calls none.
         """
         self._callbacks.append(callback)
 
@@ -620,8 +629,11 @@ class Swapper:
                 target = choose(engine)
                 if engine.finds_live(target):
                     return self._recorded_swap(target)
-        with gate.swap(in_flight, timeout_seconds), self._lock:
-            return self._recorded_swap(choose(self._bound()), read_seconds)
+        with gate.swap(in_flight, timeout_seconds):
+            with self._lock:
+                report = self._recorded_swap(choose(self._bound()), read_seconds)
+            self._tell(report)
+            return report
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
@@ -734,14 +746,13 @@ class Swapper:
         self._recorder.add(report)
         if isinstance(target.entry, Blend):
             self._library.blender.hold(target.entry)
-        if report.changed:
-            self._tell(report)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%r is live", report.adapter, extra=log_fields(report))
         return report
 
     def _tell(self, report: SwapReport) -> None:
-        for callback in tuple(self._callbacks):
+        """Without the lock, for a callback may load, which waits for who reads, who waits for the lock."""
+        for callback in tuple(self._callbacks) if report.changed else ():
             try:
                 callback(report)
             except Exception:
