@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -26,6 +28,7 @@ import hotslot
 from adapters import make_adapter
 from compiling import Backend
 from hotslot import Cache
+from hotslot.cache.packed import PackedFiles
 from hotslot.errors import AdapterNotFoundError, CacheFullError, ChangedError, NonFiniteError, UnknownAdapterError
 from hotslot.testing import no_recompile, same_addresses
 from hotslot.watching import Watch
@@ -124,6 +127,26 @@ def test_a_folder_may_be_given_as_text_and_hold_other_things(own: Path) -> None:
     assert len(swapper.adapters) == COUNT - 1
     with pytest.raises(AdapterNotFoundError, match="No folder of adapters"):
         hotslot.attach(MLP.build(), own / "nowhere")
+    with pytest.raises(AdapterNotFoundError, match="a00 is an adapter"):
+        hotslot.attach(MLP.build(), own / "a00")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
+def test_a_folder_may_hold_one_that_nobody_may_look_into(gallery: Path) -> None:
+    """As the root of a file system does: lost+found."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(shutil.copytree(gallery, Path(place) / "own"))
+        os.chmod(folder, 0o755)
+        for path in folder.glob(f"*/{WEIGHTS}"):
+            path.chmod(0o644)  # safetensors writes for its user alone
+        (folder / "lost+found").mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            swapper = hotslot.attach(MLP.build(), folder)
+        finally:
+            os.seteuid(0)
+        assert len(swapper.adapters) == COUNT
 
 
 def test_what_is_wrong_with_values_shows_when_they_are_read_and_changes_nothing(own: Path) -> None:
@@ -590,6 +613,44 @@ def test_what_was_read_once_is_read_from_its_packed_file(own: Path, tmp_path: Pa
         assert_live(model, swapper, own)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_none_of_its_parents_threads(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server's workers do, that are forked once the model is there, and an adapter is being packed."""
+    packing, go_on = threading.Event(), threading.Event()
+
+    def write(self: PackedFiles, *args: Any) -> bool:
+        packing.set()
+        return go_on.wait(60)
+
+    monkeypatch.setattr(PackedFiles, "write", write)
+    model = MLP.build()
+    cache = Cache(host_bytes=int(7.2 * largest(gallery)), disk_bytes=1 << 20, folder=tmp_path / "packed")
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery), cache=cache)
+    swapper.activate("a01")
+    assert packing.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        go_on.set()
+        with suppress(BaseException):
+            swapper.activate({"a02": 0.5, "a03": 1.0})  # waits for what is being packed, which needs room
+            for name in ("a02", "a03"):
+                swapper.activate(name)
+            assert swapper.evict("a01")
+            assert_live(model, swapper, gallery)
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    go_on.set()
+    swapper._library.finish_packing()
+    assert status == 0
+    swapper.activate("a04")
+    assert_live(model, swapper, gallery)
+
+
 # --- a folder that is watched ---------------------------------------------------------------------------------------
 
 
@@ -649,6 +710,45 @@ def test_what_comes_and_goes_in_a_watched_folder(own: Path, gallery: Path, caplo
     assert "d00" not in swapper.adapters
     swapper.activate("c00")
     assert_live(model, swapper, own)
+
+
+def test_a_look_keeps_what_is_pinned_and_comes_again_for_what_had_no_room(
+    own: Path, gallery: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in own.rglob("*"):
+        path.touch()  # so late that a change could have the same time
+    watch = Watch(MLP.build(), own)
+    _, swapper = attached(own, 4)
+    for name in ("a05", "a06"):
+        swapper.pin(name)
+    watch.look(swapper)
+    swapper.evict("a00")
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("a05")
+    swapper.activate("a05")
+    swapper.activate("a04")
+
+    large = {"r": 8, "target_modules": ["up", "down"]}
+    make_adapter(own / "b00", MLP, seed=99, **large)  # of a family of its own, so that it is read at once
+    time.sleep(max(0.0, max(path.stat().st_ctime for path in own.rglob("*")) + 2.1 - time.time()))
+    watch.look(swapper)
+    assert "b00" not in swapper.adapters
+    watch.look(swapper)
+    assert caplog.text.count("b00 is not loaded yet") == 1, "said once"
+    swapper.deactivate()
+    for name in ("a05", "a06"):
+        swapper.unpin(name)
+    watch.look(swapper)
+    assert "b00" in swapper.adapters
+
+
+def test_nobody_watches_for_a_model_that_is_gone(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    swapper = hotslot.attach(MLP.build(), own, watch=True)
+    watcher = next(thread for thread in threading.enumerate() if thread.name == "hotslot-watch")
+    watcher.join(timeout=30)
+    assert not watcher.is_alive()
+    assert not caplog.records
+    assert not swapper.detached
 
 
 def test_a_thread_watches_until_detach(own: Path, gallery: Path) -> None:

@@ -301,6 +301,8 @@ class Engine:
 
     def let_go(self, loaded: Iterable[Entry]) -> None:
         """Forget the base's own values where neither these have others, nor what is or was live."""
+        if not self.binding.absolutes.merges:
+            return  # and look at none of them: there may be thousands
         states = (self.live, self.previous, self.original)
         entries = [*loaded, *(state.entry for state in states if state is not None and state.entry is not None)]
         compiled = [entry.compile(self.binding) for entry in entries]

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +89,16 @@ class Library:
         self._open, self._packed_as, self._make, self._is_used = open, packed_as, make, is_used
         self._known: dict[str, Known] = {}
         self._loans: weakref.WeakSet[Loan] = weakref.WeakSet()  # a block that is broken off lends no more
-        self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
+        self._reading = threading.RLock()  # one at a time, each by many threads: so three adapters are budget enough
         self._tier: Tier[Entry] = Tier(cache.host_bytes, keeps=self._keeps)
         self._packed = None
-        self._packing: set[Future[None]] = set()
+        self._packing: dict[Future[None], Loan] = {}
         if cache.disk_bytes != 0:
             folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
             self._packed = PackedFiles(folder.absolute(), cache.disk_bytes)
         self.blender = Blender(self._tier)
         self.hits = self.misses = 0
+        _libraries.add(self)
 
     # -- what there is, with the lock held or not -------------------------------------------------------------------
 
@@ -144,6 +145,11 @@ class Library:
                 found=f"loaded: {', '.join(names[:20]) or 'none'}{more}",
                 hint=f"swapper.load({name!r}, source) first",
             ) from None
+
+    def pins(self, name: str) -> bool:
+        """Whether what has this name is to stay in memory."""
+        known = self._known.get(name)
+        return known is not None and known.pinned
 
     def peek(self, name: str) -> Entry | None:
         """The adapter, if it is in memory. That is no use of it."""
@@ -353,8 +359,8 @@ class Library:
                     self._put(known, entry, room)
         if kept is not None:
             packing = background("packing").submit(_pack, *kept)
-            self._packing.add(packing)
-            packing.add_done_callback(self._packing.discard)
+            self._packing[packing] = kept[1]
+            packing.add_done_callback(lambda done: self._packing.pop(done, None))
         return True
 
     def _put(self, known: Known, entry: Entry, room: Room) -> None:
@@ -462,4 +468,25 @@ def background(purpose: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=f"hotslot-{purpose}")
 
 
-os.register_at_fork(after_in_child=background.cache_clear)  # a fork has none of its parent's threads
+_libraries: weakref.WeakSet[Library] = weakref.WeakSet()
+_at_rest = ExitStack()  # what is held of them while the process forks
+
+
+def _before_fork() -> None:
+    """Let nobody read or change anything: a lock that another thread holds now, nobody would ever give back."""
+    for library in list(_libraries):
+        _at_rest.enter_context(library._reading)
+        _at_rest.enter_context(library._lock)
+
+
+def _after_in_child() -> None:
+    """A fork has none of its parent's threads: what these were packing is kept for nobody."""
+    background.cache_clear()
+    for library in _libraries:
+        for loan in library._packing.values():
+            loan.entries = {}
+        library._packing.clear()
+    _at_rest.close()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_at_rest.close, after_in_child=_after_in_child)

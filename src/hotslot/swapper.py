@@ -216,7 +216,8 @@ class Swapper:
             source: a folder, a Hub id, or a dict of tensors with `config`.
             config: a peft config or a dict like adapter_config.json.
             lazy: of a folder or a Hub id, or a pipeline's file, read the config and the file's header alone, and the
-                values when they are needed, if an adapter of equal header and config has been found to fit.
+                values when they are needed, if an adapter of equal header and config has been found to fit and the
+                name is not pinned.
             **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
@@ -226,7 +227,7 @@ class Swapper:
         """
         asked = self._request(source, config, hub)
         schema = survey(self._bound().model, asked) if lazy else None
-        if schema is not None and schema.digest in self._proven:
+        if schema is not None and schema.digest in self._proven and not self._library.pins(name):
             self._library.know(name, asked, schema.nbytes)
         else:
             self._library.load(name, asked)
