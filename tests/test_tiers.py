@@ -540,6 +540,50 @@ def test_an_interrupt_loses_neither_an_adapter_nor_bytes(what: str, gallery: Pat
         k += stride
 
 
+def test_a_blend_that_waits_for_its_turn_stays_in_memory(gallery: Path) -> None:
+    model = MLP.build()
+    cache = Cache(host_bytes=int(6.2 * largest(gallery)))
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery), cache=cache)
+    thread = threading.Thread(target=swapper.activate, args=({"a01": 0.5, "a02": 1.0},))
+    with swapper.lease():
+        thread.start()
+        deadline = time.monotonic() + 30
+        while "1 waiting" not in repr(swapper.engine.gate):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for name in swapper.adapters:
+            with suppress(CacheFullError):
+                swapper.prefetch(name).result(timeout=60)
+    thread.join(timeout=30)
+    swapper.check_integrity()
+    live = swapper.engine.live.entry
+    assert live is not None
+    assert swapper._library.blender.holds(live), "its bytes count"
+
+
+def test_an_update_that_others_do_not_see_yet_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its holding another thread unloads the last that was merged into the same weights."""
+    folders = {
+        str(seed): make_method_adapter(
+            tmp_path / str(seed), "IA3", MLP, seed=seed, target_modules=["up", "down"], feedforward_modules=[]
+        )
+        for seed in (1, 2, 3)
+    }
+    model = MLP.build()
+    swapper = hotslot.attach(model, {name: folders[name] for name in "12"}, cache=Cache(host_bytes=1 << 20))
+    hold = swapper._library.hold
+
+    def meanwhile(*args: Any) -> None:
+        swapper.evict("1")
+        swapper.unload("2")
+        hold(*args)
+
+    monkeypatch.setattr(swapper._library, "hold", meanwhile)
+    swapper.update("1", load_file(folders["3"] / WEIGHTS))
+    swapper.activate("1")
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, folders["3"]))
+
+
 def test_a_compiled_model_does_not_notice_where_adapters_come_from(gallery: Path) -> None:
     model, swapper = attached(gallery, 3.2)
     backend = Backend()

@@ -265,9 +265,10 @@ class Swapper:
             config = dict(loan.entries[name].adapter.checkpoint.config)
         origin = f"the update of {name!r}"
         checkpoint = checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins)
-        with self._library.room(checkpoint.nbytes, name) as room:
+        with self._library.room(checkpoint.nbytes, name) as room, ExitStack() as loans:
             with self._lock:
                 entry = self._make(name, checkpoint)
+                loans.enter_context(self._library.kept(entry))  # else nobody would know what of the base it needs
                 self._library.enlarge(room, entry.nbytes, name)
                 is_live = self.active == name
             try:
@@ -727,6 +728,7 @@ class Swapper:
             mixed = self._library.blender.blend(ingredients, engine.binding, svd=blend == "svd")
             with self._abandoning(State(mixed)):
                 mixed.compile(engine.binding)
+            loan.entries[mixed.place] = mixed  # it may wait for its turn, and others need room meanwhile
         except (RankError, UnexpectedTargetError) as error:
             biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
             raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
