@@ -297,7 +297,7 @@ class Swapper:
                     f"The adapter {name!r} is live.", where=name, hint="activate another one or deactivate() before"
                 )
             known = self._library.remove(name)
-            engine.let_go(self._library.entries())
+            engine.let_go(self._library.entries)
             if known.version is not None:
                 engine.binding.stagings.forget(known.version)
 
