@@ -540,6 +540,24 @@ def test_an_interrupt_loses_neither_an_adapter_nor_bytes(what: str, gallery: Pat
         k += stride
 
 
+def test_a_block_that_is_interrupted_before_it_begins_swaps_back(gallery: Path) -> None:
+    k = 1
+    while True:
+        swapper = hotslot.attach(model := MLP.build(), {name: gallery / name for name in ("a01", "a02", "a03")})
+        swapper.activate("a01")
+        begun, fault = False, CallFault(k)
+        with suppress(KeyboardInterrupt), fault, swapper.using("a02"):
+            begun = True
+            sys.setprofile(None)
+        assert swapper.active == "a01", k
+        assert_live(model, swapper, gallery)
+        swapper.detach()
+        if begun:
+            assert k > 20
+            return
+        k += 1
+
+
 def test_a_blend_that_waits_for_its_turn_stays_in_memory(gallery: Path) -> None:
     model = MLP.build()
     cache = Cache(host_bytes=int(6.2 * largest(gallery)))

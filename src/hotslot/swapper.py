@@ -35,7 +35,7 @@ from .errors import (
     UnsupportedError,
 )
 from .fitting import fit, prepare
-from .leases import InFlight, check_in_flight
+from .leases import InFlight, Visit, check_in_flight
 from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
 from .pipelines import Request, packed_as, read, request, survey, whole
@@ -494,21 +494,26 @@ class Swapper:
                 return wanted or engine.neutral
 
             with engine.gate.visit(in_flight, timeout_seconds) as visit:
-                with visit.arriving(lambda: self._finds_live(choose)):
-                    with self._lock:
-                        report = self._recorded_swap(choose(), read_seconds)
-                        before = engine.previous if report.changed else engine.live
-                        assert before is not None
-                        loans.enter_context(self._library.kept(before.entry))  # blocks within make others the previous
-                    self._tell(report)
-                live.note_stream(engine.gate)
+                before: State | None = None  # what was live, once it is not any more
                 try:
+                    with visit.arriving(lambda: self._finds_live(choose)):
+                        with self._lock:
+                            was, target = engine.live, choose()
+                            try:
+                                report = self._recorded_swap(target, read_seconds)
+                            except BaseException:
+                                if engine.live is target is not was:  # broken off when it was done
+                                    before = engine.previous
+                                raise
+                            before = engine.previous if report.changed else engine.live
+                            assert before is not None
+                            loans.enter_context(self._library.kept(before.entry))  # blocks within change the previous
+                        self._tell(report)
+                    live.note_stream(engine.gate)
                     yield report
                 finally:
-                    with visit.leaving(lambda: self._finds_live(lambda: before)):
-                        with self._lock:
-                            back = self._recorded_swap(before)
-                        self._tell(back)
+                    if before is not None:
+                        self._swap_back(visit, before)
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
@@ -636,6 +641,13 @@ class Swapper:
                 report = self._recorded_swap(choose(self._bound()), read_seconds)
             self._tell(report)
             return report
+
+    def _swap_back(self, visit: Visit, before: State) -> None:
+        """At the end of a block of `using`."""
+        with visit.leaving(lambda: self._finds_live(lambda: before)):
+            with self._lock:
+                report = self._recorded_swap(before)
+            self._tell(report)
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
