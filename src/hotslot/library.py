@@ -349,7 +349,6 @@ class Library:
                 if known.version not in (None, checkpoint.version):
                     raise _changed(known, checkpoint)
                 entry = self._make(known.name, checkpoint)
-                kept = (pack, self._open_loan(entry)) if pack is not None else None
                 if loan is not None:
                     self.enlarge(room, entry.nbytes, known.name)
                     known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
@@ -357,6 +356,7 @@ class Library:
                     loan.entries[known.name] = entry
                 else:
                     self._put(known, entry, room)
+                kept = (pack, self._open_loan(entry)) if pack is not None else None
         if kept is not None:
             packing = background("packing").submit(_pack, *kept)
             self._packing[packing] = kept[1]
