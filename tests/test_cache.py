@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hotslot.cache import Tier
+from hotslot.cache import Room, Tier
 from hotslot.errors import CacheFullError
 
 NAMES = st.sampled_from("abcdef")
@@ -30,7 +30,7 @@ class AgainstAModel(RuleBasedStateMachine):
     def begin(self, limit: int | None) -> None:
         self.limit = limit
         self.used: list[tuple[str, Item]] = []
-        self.reserved: list[int] = []
+        self.reserved: list[Room] = []
         self.kept: set[Item] = set()
         self.retired: list[Item] = []
         self.tier: Tier[Item] = Tier(limit, keeps=self.kept.__contains__)
@@ -42,7 +42,9 @@ class AgainstAModel(RuleBasedStateMachine):
         self.used = [(key, item) for key, item in self.used if key not in names]
 
     def nbytes(self) -> int:
-        return sum(item.nbytes for item in [*dict(self.used).values(), *self.retired]) + sum(self.reserved)
+        return sum(item.nbytes for item in [*dict(self.used).values(), *self.retired]) + sum(
+            room.nbytes for room in self.reserved
+        )
 
     def settle(self) -> list[Item]:
         gone = [item for item in self.retired if item not in self.kept]
@@ -68,36 +70,36 @@ class AgainstAModel(RuleBasedStateMachine):
     @rule(name=NAMES, size=SIZES, from_reserved=st.booleans())
     def add(self, name: str, size: int, from_reserved: bool) -> None:
         item, before = Item(size), self.known(name)
-        reserved = self.reserved[-1] if from_reserved and self.reserved else 0
+        room = self.reserved[-1] if from_reserved and self.reserved else None
         settled = self.settle()
-        gone = self.victims(size - reserved - (before.nbytes if before else 0), name)
+        gone = self.victims(size - (room.nbytes if room else 0) - (before.nbytes if before else 0), name)
         if gone is None:
             with pytest.raises(CacheFullError):
-                self.tier.add(name, item, reserved=reserved)
+                self.tier.add(name, item, room)
             return
         leaving = [*settled, *map(self.known, gone), *([before] if before else [])]
-        assert self.tier.add(name, item, reserved=reserved) == leaving
+        assert self.tier.add(name, item, room) == leaving
         self.drop([*gone, name])
         self.used.append((name, item))
-        if reserved:
+        if room:
             self.reserved.pop()
 
     @rule(size=SIZES)
     def reserve(self, size: int) -> None:
-        settled = self.settle()
+        room, settled = Room(), self.settle()
         gone = self.victims(size, "")
         if gone is None:
             with pytest.raises(CacheFullError):
-                self.tier.reserve(size)
+                self.tier.reserve(room, size)
             return
-        assert self.tier.reserve(size) == [*settled, *map(self.known, gone)]
+        assert self.tier.reserve(room, size) == [*settled, *map(self.known, gone)]
         self.drop(gone)
-        self.reserved.append(size)
+        self.reserved.append(room)
 
     @precondition(lambda self: self.reserved)
     @rule()
     def release(self) -> None:
-        self.tier.release(self.reserved.pop())
+        self.reserved.pop()
 
     @rule(name=NAMES)
     def get(self, name: str) -> None:
@@ -149,7 +151,7 @@ class AgainstAModel(RuleBasedStateMachine):
             assert self.tier.weigh(name) == []
             return
         staying = sum(other.nbytes for _, other in self.used if other in self.kept and other is not item)
-        staying += sum(other.nbytes for other in self.retired) + sum(self.reserved)
+        staying += sum(other.nbytes for other in [*self.retired, *self.reserved])
         if self.limit is not None and staying + size > self.limit:
             return  # the one way beyond the limit, which has a test of its own
         item.nbytes = size
@@ -231,8 +233,7 @@ def test_threads_leave_it_sound() -> None:
                     case 2:
                         tier.remove(name)
                     case _:
-                        tier.reserve(50)
-                        tier.release(50)
+                        tier.reserve(Room(), 50)
         except BaseException as error:
             failures.append(error)
 

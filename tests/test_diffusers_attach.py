@@ -976,6 +976,20 @@ def test_rank_beyond_the_plan(loras: dict[str, Path]) -> None:
 # --- a gallery ------------------------------------------------------------------------------------------------------
 
 
+def test_a_relative_path_is_the_same_file_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (1, 2):
+        make_lora(SD, tmp_path / str(seed), seed=seed, r=4)
+    want = fresh(SD, tmp_path / "2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, {"1": "1", "2": "2"}, cache=hotslot.Cache(host_bytes=1 << 30))
+    swapper.evict("2")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert swapper.activate("2").tier == "disk"
+    assert_same(SD.outputs(pipe), want)
+
+
 def test_a_gallery_in_a_folder_within_a_budget(tmp_path: Path) -> None:
     """Each file by its name; read again by whoever read it first, when it has had to leave memory."""
     gallery = tmp_path / "gallery"

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,12 +172,51 @@ def test_the_limit_deletes_what_was_not_used_for_longest(adapters: list[Path], t
     assert packed.read(first, first.stamp()) is not None
     assert packed.read(third, third.stamp()) is not None
     assert packed.nbytes <= 2.5 * size.nbytes
+    pack(PackedFiles(packed.folder, packed.limit_bytes), adapters[2])
     assert foreign.exists()
     assert not abandoned.exists()
     small = PackedFiles(tmp_path / "small", limit_bytes=100)
     files = checkpoints.locate(adapters[0])
     assert not small.write(files, files.stamp(), later(), checkpoints.read_files(files))
     assert small.nbytes == 0
+
+
+def test_keeping_one_more_looks_at_few_of_those_that_are_kept(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = checkpoints.locate(adapters[0])
+    source, looked = checkpoints.read_files(files), 0
+
+    def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        nonlocal looked
+        looked += 1
+        return os.stat(path, follow_symlinks=follow_symlinks)
+
+    measured = PackedFiles(tmp_path / "measured")
+    pack(measured, adapters[0])
+    packed = PackedFiles(tmp_path / "packed", limit_bytes=101 * measured.nbytes)
+    monkeypatch.setattr(Path, "stat", stat)
+    for number in range(200):
+        other = Files(files.weights, files.config, files.config.read_bytes() + b" " * number, files.origin)
+        assert packed.write(other, other.stamp(), later(), source)
+    assert looked < 200 * 10
+    assert 90 * measured.nbytes < packed.nbytes <= packed.limit_bytes
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
+def test_a_folder_that_only_its_owner_may_change_is_read(adapters: list[Path]) -> None:
+    """root's, say, filled when an image was built."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed = PackedFiles(Path(folder))
+        files = pack(packed, adapters[0])
+        packed.folder.chmod(0o755)
+        packed.path(files).chmod(0o644)
+        stamp = files.stamp()
+        os.seteuid(65534)
+        try:
+            assert packed.read(files, stamp) is not None
+        finally:
+            os.seteuid(0)
 
 
 def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:

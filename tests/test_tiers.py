@@ -7,12 +7,17 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
+import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -23,11 +28,12 @@ import hotslot
 from adapters import make_adapter
 from compiling import Backend
 from hotslot import Cache
+from hotslot.cache.packed import PackedFiles
 from hotslot.errors import AdapterNotFoundError, CacheFullError, ChangedError, NonFiniteError, UnknownAdapterError
 from hotslot.testing import no_recompile, same_addresses
 from hotslot.watching import Watch
 from methods import make_method_adapter
-from oracle import assert_same_output, assert_unchanged, fresh_output, snapshot
+from oracle import assert_same_output, assert_unchanged, error, fresh_output, snapshot
 from zoo import ZOO
 
 MLP = ZOO["mlp"]
@@ -98,6 +104,21 @@ def test_a_folder_is_known_by_its_headers_and_read_when_needed(gallery: Path) ->
     assert swapper.metrics().hits == 4
 
 
+def test_the_working_directory_may_change(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two relative paths one would be another adapter's, and the other nobody's."""
+    shutil.copytree(own / "a02", tmp_path / "elsewhere" / "own" / "a01")
+    monkeypatch.chdir(tmp_path)
+    model = MLP.build()
+    swapper = hotslot.attach(model, "own", cache=Cache(disk_bytes=1 << 20, folder="packed"))
+    swapper.load("a03", "own/a03", lazy=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name in ("a01", "a03"):
+        swapper.activate(name)
+        assert_live(model, swapper, own)
+    swapper._library.finish_packing()
+    assert not (tmp_path / "elsewhere" / "packed").exists()
+
+
 def test_a_folder_may_be_given_as_text_and_hold_other_things(own: Path) -> None:
     (own / "notes").mkdir()
     (own / "readme.txt").write_text("adapters")
@@ -106,6 +127,26 @@ def test_a_folder_may_be_given_as_text_and_hold_other_things(own: Path) -> None:
     assert len(swapper.adapters) == COUNT - 1
     with pytest.raises(AdapterNotFoundError, match="No folder of adapters"):
         hotslot.attach(MLP.build(), own / "nowhere")
+    with pytest.raises(AdapterNotFoundError, match="a00 is an adapter"):
+        hotslot.attach(MLP.build(), own / "a00")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be another user")
+def test_a_folder_may_hold_one_that_nobody_may_look_into(gallery: Path) -> None:
+    """As the root of a file system does: lost+found."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(shutil.copytree(gallery, Path(place) / "own"))
+        os.chmod(folder, 0o755)
+        for path in folder.glob(f"*/{WEIGHTS}"):
+            path.chmod(0o644)  # safetensors writes for its user alone
+        (folder / "lost+found").mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            swapper = hotslot.attach(MLP.build(), folder)
+        finally:
+            os.seteuid(0)
+        assert len(swapper.adapters) == COUNT
 
 
 def test_what_is_wrong_with_values_shows_when_they_are_read_and_changes_nothing(own: Path) -> None:
@@ -288,6 +329,22 @@ def test_pinned_adapters_stay(gallery: Path) -> None:
             call("nobody")
 
 
+def test_an_eviction_that_is_refused_lets_go_of_no_blend(gallery: Path) -> None:
+    model = MLP.build()
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery))
+    swapper.activate({"a01": 0.5, "a02": 1.0})
+    swapper.activate("a01")
+    held = swapper.host_bytes
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("a01")
+    assert swapper.host_bytes == held
+    swapper.activate("a03")
+    swapper.activate("a06")
+    held = swapper.host_bytes
+    assert swapper.evict("a01")
+    assert swapper.host_bytes < held - size(gallery / "a01"), "with the blend, which nobody could make anew"
+
+
 def test_what_is_prefetched_is_not_read_when_it_is_activated(gallery: Path) -> None:
     _, swapper = attached(gallery, 4.2)
     for name in ("a01", "a02"):
@@ -390,6 +447,176 @@ def test_one_reading_serves_all_who_wait_for_it(gallery: Path) -> None:
     assert swapper.metrics().misses == 1
 
 
+def test_who_is_told_of_a_swap_holds_nobody_up(gallery: Path) -> None:
+    """A callback that waits for an adapter to be read, in whatever thread: who reads needs the lock of who swaps."""
+    _, swapper = attached(gallery, 8)
+    late: list[bool] = []
+
+    def load(report: hotslot.SwapReport) -> None:
+        thread = threading.Thread(target=swapper.load, args=("more", gallery / "a02"), daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        late.append(thread.is_alive())
+
+    swapper.on_swap(load)
+    swapper.activate("a01")
+    with swapper.using("a03"):
+        pass
+    assert late == [False] * 3
+
+
+class CallFault:
+    """An interrupt at the k-th place where Python looks for one: where a function begins, or one written in C ends."""
+
+    FILES = frozenset(
+        str(Path(hotslot.__file__).parent / name)
+        for name in ("swapper.py", "library.py", "cache/tier.py", "blending/blend.py")
+    )
+
+    def __init__(self, k: int) -> None:
+        self.k, self.steps = k, 0
+
+    def __enter__(self) -> CallFault:
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename in self.FILES:
+            self.steps += 1
+            if self.steps == self.k:
+                sys.setprofile(None)
+                raise KeyboardInterrupt(f"{frame.f_code.co_name}, line {frame.f_lineno}")
+
+
+def updated(gallery: Path) -> dict[str, torch.Tensor]:
+    return load_file(gallery / "a07" / WEIGHTS)
+
+
+def visited(swapper: hotslot.Swapper) -> None:
+    with swapper.using("a06"):
+        pass
+
+
+INTERRUPTED: dict[str, Callable[[hotslot.Swapper, Path], object]] = {
+    "activate": lambda swapper, gallery: swapper.activate("a06"),
+    "blend": lambda swapper, gallery: swapper.activate({"a03": 0.5, "a06": 1.0}),
+    "using": lambda swapper, gallery: visited(swapper),
+    "load": lambda swapper, gallery: swapper.load("a03", gallery / "a07"),
+    "load tensors": lambda swapper, gallery: swapper.load(
+        "a03", updated(gallery), config=json.loads((gallery / "a07" / "adapter_config.json").read_text())
+    ),
+    "update": lambda swapper, gallery: swapper.update("a02", updated(gallery)),
+    "unload": lambda swapper, gallery: swapper.unload("a03"),
+}
+
+
+@pytest.mark.parametrize("what", INTERRUPTED)
+def test_an_interrupt_loses_neither_an_adapter_nor_bytes(what: str, gallery: Path) -> None:
+    """Wherever it comes (each fifth place is tried): the bytes are right, and each adapter is the old or the new."""
+    names, changed = ("a01", "a02", "a03", "a06"), {"load": "a03", "load tensors": "a03", "update": "a02"}.get(what)
+    k, stride = 1, 5
+    while True:
+        model = MLP.build()
+        sources = {name: gallery / name for name in names}
+        plan = hotslot.plan(model, sources, max_blend=2)
+        swapper = hotslot.attach(model, sources, plan=plan, cache=Cache(host_bytes=int(7.2 * largest(gallery))))
+        for name in ("a01", "a03", "a02"):
+            swapper.activate(name)
+        fault = CallFault(k)
+        with suppress(KeyboardInterrupt), fault:
+            INTERRUPTED[what](swapper, gallery)
+        swapper.check_integrity()
+        live = {name: [fresh_output(MLP, gallery / name)] for name in names}
+        if changed is not None:
+            live[changed].append(fresh_output(MLP, gallery / "a07"))
+        output = MLP.output(model, INPUTS)
+        if changed is not None and changed == swapper.active:
+            swapper.activate("a01")
+            swapper.activate(changed)
+            assert_same_output(MLP.output(model, INPUTS), output)  # what is loaded is what was live
+        for name in swapper.adapters:
+            swapper.activate(name)
+            assert any(error(MLP.output(model, INPUTS), wanted) < 1e-4 for wanted in live[name]), (what, k, name)
+            swapper.check_integrity()
+        for _ in range(2):
+            swapper.activate("a01")
+            swapper.deactivate()
+        for name in swapper.adapters:
+            swapper.unload(name)
+        assert swapper.host_bytes <= size(gallery / "a01"), f"{what}, {k}: more than a rollback needs"
+        assert swapper.metrics().host_adapters == 0
+        swapper.detach()
+        if fault.steps < k:
+            assert k > 5 * stride
+            return
+        k += stride
+
+
+def test_a_block_that_is_interrupted_before_it_begins_swaps_back(gallery: Path) -> None:
+    k = 1
+    while True:
+        swapper = hotslot.attach(model := MLP.build(), {name: gallery / name for name in ("a01", "a02", "a03")})
+        swapper.activate("a01")
+        begun, fault = False, CallFault(k)
+        with suppress(KeyboardInterrupt), fault, swapper.using("a02"):
+            begun = True
+            sys.setprofile(None)
+        assert swapper.active == "a01", k
+        assert_live(model, swapper, gallery)
+        swapper.detach()
+        if begun:
+            assert k > 20
+            return
+        k += 1
+
+
+def test_a_blend_that_waits_for_its_turn_stays_in_memory(gallery: Path) -> None:
+    model = MLP.build()
+    cache = Cache(host_bytes=int(6.2 * largest(gallery)))
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery), cache=cache)
+    thread = threading.Thread(target=swapper.activate, args=({"a01": 0.5, "a02": 1.0},))
+    with swapper.lease():
+        thread.start()
+        deadline = time.monotonic() + 30
+        while "1 waiting" not in repr(swapper.engine.gate):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for name in swapper.adapters:
+            with suppress(CacheFullError):
+                swapper.prefetch(name).result(timeout=60)
+    thread.join(timeout=30)
+    swapper.check_integrity()
+    live = swapper.engine.live.entry
+    assert live is not None
+    assert swapper._library.blender.holds(live), "its bytes count"
+
+
+def test_an_update_that_others_do_not_see_yet_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its holding another thread unloads the last that was merged into the same weights."""
+    folders = {
+        str(seed): make_method_adapter(
+            tmp_path / str(seed), "IA3", MLP, seed=seed, target_modules=["up", "down"], feedforward_modules=[]
+        )
+        for seed in (1, 2, 3)
+    }
+    model = MLP.build()
+    swapper = hotslot.attach(model, {name: folders[name] for name in "12"}, cache=Cache(host_bytes=1 << 20))
+    hold = swapper._library.hold
+
+    def meanwhile(*args: Any) -> None:
+        swapper.evict("1")
+        swapper.unload("2")
+        hold(*args)
+
+    monkeypatch.setattr(swapper._library, "hold", meanwhile)
+    swapper.update("1", load_file(folders["3"] / WEIGHTS))
+    swapper.activate("1")
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, folders["3"]))
+
+
 def test_a_compiled_model_does_not_notice_where_adapters_come_from(gallery: Path) -> None:
     model, swapper = attached(gallery, 3.2)
     backend = Backend()
@@ -463,6 +690,44 @@ def test_what_was_read_once_is_read_from_its_packed_file(own: Path, tmp_path: Pa
         assert_live(model, swapper, own)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_waits_for_none_of_its_parents_threads(
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server's workers do, that are forked once the model is there, and an adapter is being packed."""
+    packing, go_on = threading.Event(), threading.Event()
+
+    def write(self: PackedFiles, *args: Any) -> bool:
+        packing.set()
+        return go_on.wait(60)
+
+    monkeypatch.setattr(PackedFiles, "write", write)
+    model = MLP.build()
+    cache = Cache(host_bytes=int(7.2 * largest(gallery)), disk_bytes=1 << 20, folder=tmp_path / "packed")
+    swapper = hotslot.attach(model, gallery, plan=hotslot.plan(model, gallery), cache=cache)
+    swapper.activate("a01")
+    assert packing.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        go_on.set()
+        with suppress(BaseException):
+            swapper.activate({"a02": 0.5, "a03": 1.0})  # waits for what is being packed, which needs room
+            for name in ("a02", "a03"):
+                swapper.activate(name)
+            assert swapper.evict("a01")
+            assert_live(model, swapper, gallery)
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    go_on.set()
+    swapper._library.finish_packing()
+    assert status == 0
+    swapper.activate("a04")
+    assert_live(model, swapper, gallery)
+
+
 # --- a folder that is watched ---------------------------------------------------------------------------------------
 
 
@@ -522,6 +787,45 @@ def test_what_comes_and_goes_in_a_watched_folder(own: Path, gallery: Path, caplo
     assert "d00" not in swapper.adapters
     swapper.activate("c00")
     assert_live(model, swapper, own)
+
+
+def test_a_look_keeps_what_is_pinned_and_comes_again_for_what_had_no_room(
+    own: Path, gallery: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in own.rglob("*"):
+        path.touch()  # so late that a change could have the same time
+    watch = Watch(MLP.build(), own)
+    _, swapper = attached(own, 4)
+    for name in ("a05", "a06"):
+        swapper.pin(name)
+    watch.look(swapper)
+    swapper.evict("a00")
+    with pytest.raises(CacheFullError, match="cannot leave"):
+        swapper.evict("a05")
+    swapper.activate("a05")
+    swapper.activate("a04")
+
+    large = {"r": 8, "target_modules": ["up", "down"]}
+    make_adapter(own / "b00", MLP, seed=99, **large)  # of a family of its own, so that it is read at once
+    time.sleep(max(0.0, max(path.stat().st_ctime for path in own.rglob("*")) + 2.1 - time.time()))
+    watch.look(swapper)
+    assert "b00" not in swapper.adapters
+    watch.look(swapper)
+    assert caplog.text.count("b00 is not loaded yet") == 1, "said once"
+    swapper.deactivate()
+    for name in ("a05", "a06"):
+        swapper.unpin(name)
+    watch.look(swapper)
+    assert "b00" in swapper.adapters
+
+
+def test_nobody_watches_for_a_model_that_is_gone(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    swapper = hotslot.attach(MLP.build(), own, watch=True)
+    watcher = next(thread for thread in threading.enumerate() if thread.name == "hotslot-watch")
+    watcher.join(timeout=30)
+    assert not watcher.is_alive()
+    assert not caplog.records
+    assert not swapper.detached
 
 
 def test_a_thread_watches_until_detach(own: Path, gallery: Path) -> None:

@@ -299,10 +299,12 @@ class Engine:
         used = (state.entry for state in states if state is not None and state.entry is not None)
         return any(entry is other or entry in other.lenders for other in used)
 
-    def let_go(self, loaded: Iterable[Entry]) -> None:
+    def let_go(self, loaded: Callable[[], Iterable[Entry]]) -> None:
         """Forget the base's own values where neither these have others, nor what is or was live."""
+        if not self.binding.absolutes.merges:
+            return  # and look at none of them: there may be thousands
         states = (self.live, self.previous, self.original)
-        entries = [*loaded, *(state.entry for state in states if state is not None and state.entry is not None)]
+        entries = [*loaded(), *(state.entry for state in states if state is not None and state.entry is not None)]
         compiled = [entry.compile(self.binding) for entry in entries]
         needed = {key for one in compiled for merge in one.merges.all for key in merge.keys}
         self.binding.absolutes.let_go(needed.union(*(one.values for one in compiled)))

@@ -10,16 +10,16 @@ import functools
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .blending import Blender
-from .cache import Cache, Tier, user_folder
+from .cache import Cache, Room, Tier, user_folder
 from .cache.packed import PackedFiles
 from .cache.spilled import Spilled, SpillFile
 from .checkpoint import Checkpoint, Files, Sink, keep_buffer, read_files
@@ -48,24 +48,17 @@ class Known:
     pinned: bool = False
 
 
-@dataclass(slots=True)
-class Room:
-    """Bytes that are reserved, as long as the block lasts for which they are, or until an adapter has them."""
-
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False)
 class Loan:
-    """Adapters that stay in memory as long as the block lasts in which they are lent.
+    """Adapters that stay in memory as long as the block lasts in which they are lent, or whoever has this.
 
     Attributes:
         entries: by name.
         seconds: that reading those took which were not in memory; None if all were.
     """
 
-    entries: Mapping[str, Entry]
-    seconds: float | None
+    entries: dict[str, Entry]
+    seconds: float | None = None
 
 
 class Library:
@@ -97,18 +90,19 @@ class Library:
         self._pin_memory = pin_memory
         self._open, self._packed_as, self._make, self._is_used = open, packed_as, make, is_used
         self._known: dict[str, Known] = {}
-        self._loans: Counter[Entry] = Counter()
-        self._reading = threading.Lock()  # one at a time, each by many threads: so three adapters are budget enough
+        self._loans: weakref.WeakSet[Loan] = weakref.WeakSet()  # a block that is broken off lends no more
+        self._reading = threading.RLock()  # one at a time, each by many threads: so three adapters are budget enough
         self._tier: Tier[Entry] = Tier(cache.host_bytes, keeps=self._keeps)
         self._packed = self._spill_file = None
-        self._packing: set[Future[None]] = set()
+        self._packing: dict[Future[None], Loan] = {}
         if cache.disk_bytes != 0:
             folder = Path(cache.folder) if cache.folder is not None else user_folder() / "packed"
-            self._packed = PackedFiles(folder, cache.disk_bytes)
+            self._packed = PackedFiles(folder.absolute(), cache.disk_bytes)
             if cache.host_bytes is not None:  # else nothing has to leave memory
-                self._spill_file = SpillFile(folder, cache.disk_bytes)
+                self._spill_file = SpillFile(folder.absolute(), cache.disk_bytes)
         self.blender = Blender(self._tier)
         self.hits = self.misses = 0
+        _libraries.add(self)
 
     # -- what there is, with the lock held or not -------------------------------------------------------------------
 
@@ -136,7 +130,8 @@ class Library:
 
     def entries(self) -> list[Entry]:
         """What is in memory, blends included, and what is lent, though it was unloaded since."""
-        return list(dict.fromkeys([*(entry for _, entry in self._tier.items()), *self._loans]))
+        lent = [entry for loan in self._loans for entry in loan.entries.values()]
+        return list(dict.fromkeys([*(entry for _, entry in self._tier.items()), *lent]))
 
     def known(self, name: str) -> Known:
         """What is known of an adapter.
@@ -155,6 +150,11 @@ class Library:
                 hint=f"swapper.load({name!r}, source) first",
             ) from None
 
+    def pins(self, name: str) -> bool:
+        """Whether what has this name is to stay in memory."""
+        known = self._known.get(name)
+        return known is not None and known.pinned
+
     def peek(self, name: str) -> Entry | None:
         """The adapter, if it is in memory. That is no use of it."""
         return self._tier.peek(name)
@@ -163,7 +163,6 @@ class Library:
         """Raise AssertionError unless the bytes that are accounted are those that are held, and within the budget."""
         with self._lock:
             self._tier.check_integrity()
-            assert all(self._loans.values()), "lent to nobody"
             for name, entry in self._tier.items():
                 assert name in self._known or self.blender.holds(entry), f"nobody's: {name!r}"
             if self._spill_file is not None:
@@ -180,12 +179,12 @@ class Library:
             CacheFullError: there is no room for it.
         """
         with self._reading:
-            self._bring(Known(name, source, source.nbytes), new=True)
+            self._bring(Known(name, source, source.nbytes))
 
     def know(self, name: str, source: Request, nbytes: int) -> None:
         """Hold what is known of an adapter, in place of what had its name, and read it when it is needed."""
         with self._lock:
-            self._replace(Known(name, source, nbytes))
+            _to_the_end(functools.partial(self._replace, Known(name, source, nbytes)))
 
     def spill(self, checkpoint: Checkpoint) -> Spilled | None:
         """Write an adapter whose tensors were given to where it is read again, as long as anybody has what this gives.
@@ -213,7 +212,7 @@ class Library:
         if isinstance(source, Checkpoint):
             source = self.spill(entry.adapter.checkpoint)
         with self._lock:
-            self._add(Known(entry.name, source, entry.nbytes), entry, room or Room(0), new=True)
+            self._put(Known(entry.name, source, entry.nbytes), entry, room or Room())
 
     @contextmanager
     def room(self, nbytes: int, name: str) -> Iterator[Room]:
@@ -222,18 +221,18 @@ class Library:
         Raises:
             CacheFullError: there is no room for as many.
         """
+        room = Room()
         try:
-            self._reserve(nbytes, name)
-        except CacheFullError:
-            if not self._packing:
-                raise
-            self.finish_packing()
-            self._reserve(nbytes, name)
-        room = Room(nbytes)
-        try:
+            try:
+                self._reserve(room, nbytes, name)
+            except CacheFullError:
+                if not self._packing:
+                    raise
+                self.finish_packing()
+                self._reserve(room, nbytes, name)
             yield room
         finally:
-            self._tier.release(room.nbytes)
+            room.nbytes = 0
 
     def enlarge(self, room: Room, nbytes: int, name: str) -> None:
         """Let a room have at least so many bytes.
@@ -242,16 +241,13 @@ class Library:
             CacheFullError: there is no room for as many.
         """
         if nbytes > room.nbytes:
-            self._reserve(nbytes - room.nbytes, name)
-            room.nbytes = nbytes
+            self._reserve(room, nbytes - room.nbytes, name)
 
     def remove(self, name: str) -> Known:
         """Let go of an adapter, and of blends with it."""
         with self._lock:
             known = self.known(name)
-            self.blender.forget(name)
-            del self._known[name]
-            self._tier.retire(name)
+            _to_the_end(functools.partial(self._take_out, name))
             self._settle()
             return known
 
@@ -273,35 +269,26 @@ class Library:
             CacheError: what was spilled of it is damaged.
             CacheFullError: there is no room for it beside what is in use.
         """
-        entries: dict[str, Entry] = {}
-        seconds: float | None = None
         self._settle()
+        loan = self._open_loan()
         try:
             for name in names:
-                entry = self._lend(name)
-                if entry is None:
+                if not self._lend(name, loan):
                     started = time.perf_counter()
-                    entry = self._lend_read(name, sink)
-                    seconds = (seconds or 0.0) + time.perf_counter() - started
-                entries[name] = entry
-            yield Loan(entries, seconds)
+                    self._lend_read(name, loan, sink)
+                    loan.seconds = (loan.seconds or 0.0) + time.perf_counter() - started
+            yield loan
         finally:
-            with self._lock:
-                for entry in entries.values():
-                    self._give_back(entry)
+            loan.entries = {}
 
     @contextmanager
     def kept(self, entry: Entry | None) -> Iterator[None]:
         """For a block: an entry, and what it borrows from, stays accounted. With the lock held or not."""
-        entries = [] if entry is None else [entry, *entry.lenders]
-        with self._lock:
-            self._loans.update(entries)
+        loan = self._open_loan(*([] if entry is None else [entry, *entry.lenders]))
         try:
             yield
         finally:
-            with self._lock:
-                for each in entries:
-                    self._give_back(each)
+            loan.entries = {}
 
     def finish_packing(self) -> None:
         """Wait until no adapter has to stay in memory because it is being packed."""
@@ -321,47 +308,56 @@ class Library:
         """
         with self._lock:
             self.known(name)
-            self.blender.forget(name)
+            entry = self._tier.peek(name)
+            if entry is None or not self._needs(entry):
+                self.blender.forget(name)
             return self._tier.evict(name) is not None
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _keeps(self, entry: Entry) -> bool:
         """Whether an adapter has to stay in memory now."""
-        if self._loans[entry] or self._is_used(entry) or self.blender.shares(entry):
+        return self._needs(entry) or self.blender.shares(entry)
+
+    def _needs(self, entry: Entry) -> bool:
+        """Whether it has to, also if no blend of it is held."""
+        if any(entry in loan.entries.values() for loan in self._loans) or self._is_used(entry):
             return True
         known = self._known.get(entry.name)
         return known is not None and self._tier.peek(entry.name) is entry and (known.pinned or known.source is None)
 
-    def _lend(self, name: str) -> Entry | None:
-        """What is in memory."""
+    def _open_loan(self, *entries: Entry) -> Loan:
+        loan = Loan({entry.name: entry for entry in entries})
+        with self._lock:
+            self._loans.add(loan)
+        return loan
+
+    def _lend(self, name: str, loan: Loan) -> bool:
+        """Add what is in memory to the loan; says whether it is."""
         with self._lock:
             self.known(name)
             entry = self._tier.get(name)
             if entry is not None:
-                self._loans[entry] += 1
+                loan.entries[name] = entry
                 self.hits += 1
-            return entry
+            return entry is not None
 
-    def _lend_read(self, name: str, sink: Sink | None) -> Entry:
-        """What has to be read, unless another thread has just done so."""
+    def _lend_read(self, name: str, loan: Loan, sink: Sink | None) -> None:
+        """Add what has to be read, unless another thread has just done so."""
         with self._reading:
-            while True:
-                entry = self._lend(name)
-                if entry is None:
-                    entry = self._bring(self.known(name), sink, new=False)
-                    self.misses += entry is not None
-                if entry is not None:
-                    return entry
+            while not self._lend(name, loan):
+                if self._bring(self.known(name), loan, sink):
+                    self.misses += 1
+                    return
 
-    def _bring(self, known: Known, sink: Sink | None = None, *, new: bool) -> Entry | None:
-        """Read an adapter and hold it.
+    def _bring(self, known: Known, loan: Loan | None = None, sink: Sink | None = None) -> bool:
+        """Read an adapter and hold it; says whether it is the one that was read.
 
         Args:
             known: of the adapter.
+            loan: what it is added to, unless it has lost its name meanwhile. None: it takes the place of what has its
+                name, unless that is the same.
             sink: where its bytes go on to.
-            new: whether it takes the place of what has its name, unless that is the same. Else it is lent, if it has
-                not lost its name meanwhile.
         """
         with self.room(known.nbytes, known.name) as room:
             assert known.source is not None, "what cannot be read again does not go"
@@ -369,43 +365,51 @@ class Library:
             if isinstance(known.source, Checkpoint):
                 known.source = self.spill(checkpoint)
             with self._lock:
-                if not new and self._known.get(known.name) is not known:
-                    return None
+                if loan is not None and self._known.get(known.name) is not known:
+                    return False
                 held = self._known.get(known.name) if known.name in self._tier else None
-                if new and held is not None and held.version == checkpoint.version:
+                if loan is None and held is not None and held.version == checkpoint.version:
                     held.source = known.source or held.source
-                    return None
+                    return False
                 if known.version not in (None, checkpoint.version):
                     raise _changed(known, checkpoint)
                 entry = self._make(known.name, checkpoint)
-                self._add(known, entry, room, new=new)
-                if not new or pack is not None:  # a count of 0 would keep it for good
-                    self._loans[entry] += (not new) + (pack is not None)
-        if pack is not None:
-            packing = background("packing").submit(self._pack, pack, entry)
-            self._packing.add(packing)
-            packing.add_done_callback(self._packing.discard)
-        return entry
+                if loan is not None:
+                    self.enlarge(room, entry.nbytes, known.name)
+                    known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
+                    self._tier.add(known.name, entry, room)
+                    loan.entries[known.name] = entry
+                else:
+                    self._put(known, entry, room)
+                kept = (pack, self._open_loan(entry)) if pack is not None else None
+        if kept is not None:
+            packing = background("packing").submit(_pack, *kept)
+            self._packing[packing] = kept[1]
+            packing.add_done_callback(lambda done: self._packing.pop(done, None))
+        return True
 
-    def _add(self, known: Known, entry: Entry, room: Room, *, new: bool) -> None:
-        """Hold an entry for which there is room, or may be made. If there is none, nothing has changed."""
+    def _put(self, known: Known, entry: Entry, room: Room) -> None:
+        """Hold an entry in the place of what has its name. If there is no room for it, nothing has changed."""
         self.enlarge(room, entry.nbytes, known.name)
-        if new:
-            self._replace(known)
         known.version, known.nbytes = entry.version, entry.adapter.checkpoint.nbytes
-        self._tier.add(known.name, entry, reserved=room.nbytes)
-        room.nbytes = 0
 
-    def _reserve(self, nbytes: int, name: str) -> None:
+        def put() -> None:
+            if self._tier.peek(known.name) is not entry:
+                self._replace(known)
+                self._tier.add(known.name, entry, room)
+
+        _to_the_end(put)
+
+    def _reserve(self, room: Room, nbytes: int, name: str) -> None:
         with self._lock:
             try:
-                _keep_buffers(self._tier.reserve(nbytes, name))
+                _keep_buffers(self._tier.reserve(room, nbytes, name))
                 return
             except CacheFullError:
                 if not len(self.blender):
                     raise
             self.blender.clear()  # some may keep adapters from going
-            _keep_buffers(self._tier.reserve(nbytes, name))
+            _keep_buffers(self._tier.reserve(room, nbytes, name))
 
     def _settle(self) -> None:
         """Let go of what was replaced or unloaded and is not live any more. Not by a swap: that is done when it is."""
@@ -413,13 +417,21 @@ class Library:
             _keep_buffers(self._tier.settle())
 
     def _replace(self, known: Known) -> None:
-        """Let a name stand for another adapter."""
+        """Let a name stand for another adapter. May be repeated."""
         self.blender.forget(known.name)
         self._tier.retire(known.name)
         self._settle()
-        former = self._known.pop(known.name, None)  # the new one comes last
-        known.pinned = former is not None and former.pinned
+        former = self._known.get(known.name)
+        if former is not None:
+            known.pinned = former.pinned
+            del self._known[known.name]  # the new one comes last
         self._known[known.name] = known
+
+    def _take_out(self, name: str) -> None:
+        """Let a name stand for nothing. May be repeated."""
+        self.blender.forget(name)
+        self._tier.retire(name)
+        self._known.pop(name, None)
 
     def _read(self, source: Request | Spilled, sink: Sink | None) -> tuple[Checkpoint, Callable[[], object] | None]:
         """What a source holds; and what keeps it as a packed file, where that is to be done."""
@@ -442,17 +454,21 @@ class Library:
             checkpoint = self._open(source, sink)
         return self._open(checkpoint, None), functools.partial(self._packed.write, files, stamp, read_ns, checkpoint)
 
-    def _pack(self, pack: Callable[[], object], entry: Entry) -> None:
-        try:
-            pack()
-        finally:
-            with self._lock:
-                self._give_back(entry)
 
-    def _give_back(self, entry: Entry) -> None:
-        self._loans[entry] -= 1
-        if not self._loans[entry]:
-            del self._loans[entry]
+def _pack(pack: Callable[[], object], loan: Loan) -> None:
+    try:
+        pack()
+    finally:
+        loan.entries = {}
+
+
+def _to_the_end(step: Callable[[], None]) -> None:
+    """Do what may be repeated; if it is broken off, all of it before that goes on."""
+    try:
+        step()
+    except BaseException:
+        step()
+        raise
 
 
 def _keep_buffers(gone: Iterable[Entry]) -> None:
@@ -477,4 +493,25 @@ def background(purpose: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=f"hotslot-{purpose}")
 
 
-os.register_at_fork(after_in_child=background.cache_clear)  # a fork has none of its parent's threads
+_libraries: weakref.WeakSet[Library] = weakref.WeakSet()
+_at_rest = ExitStack()  # what is held of them while the process forks
+
+
+def _before_fork() -> None:
+    """Let nobody read or change anything: a lock that another thread holds now, nobody would ever give back."""
+    for library in list(_libraries):
+        _at_rest.enter_context(library._reading)
+        _at_rest.enter_context(library._lock)
+
+
+def _after_in_child() -> None:
+    """A fork has none of its parent's threads: what these were packing is kept for nobody."""
+    background.cache_clear()
+    for library in _libraries:
+        for loan in library._packing.values():
+            loan.entries = {}
+        library._packing.clear()
+    _at_rest.close()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_at_rest.close, after_in_child=_after_in_child)

@@ -35,7 +35,7 @@ from .errors import (
     UnsupportedError,
 )
 from .fitting import fit, prepare
-from .leases import InFlight, check_in_flight
+from .leases import InFlight, Visit, check_in_flight
 from .library import Library, Loan, background
 from .metrics import Metrics, Recorder, log_fields
 from .pipelines import Request, packed_as, read, request, survey, whole
@@ -217,7 +217,8 @@ class Swapper:
             source: a folder, a Hub id, or a dict of tensors with `config`.
             config: a peft config or a dict like adapter_config.json.
             lazy: of a folder or a Hub id, or a pipeline's file, read the config and the file's header alone, and the
-                values when they are needed, if an adapter of equal header and config has been found to fit.
+                values when they are needed, if an adapter of equal header and config has been found to fit and the
+                name is not pinned.
             **hub: subfolder, revision, cache_dir, token, as in `huggingface_hub.hf_hub_download`.
 
         Raises:
@@ -227,7 +228,7 @@ class Swapper:
         """
         asked = self._request(source, config, hub)
         schema = survey(self._bound().model, asked) if lazy else None
-        if schema is not None and schema.digest in self._proven:
+        if schema is not None and schema.digest in self._proven and not self._library.pins(name):
             self._library.know(name, asked, schema.nbytes)
         else:
             self._library.load(name, asked)
@@ -266,14 +267,20 @@ class Swapper:
         origin = f"the update of {name!r}"
         checkpoint = checkpoints.from_tensors(tensors, config, origin=origin, pin_memory=self._pins)
         spilled = self._library.spill(checkpoint)
-        with self._library.room(checkpoint.nbytes, name) as room:
+        with self._library.room(checkpoint.nbytes, name) as room, ExitStack() as loans:
             with self._lock:
                 entry = self._make(name, checkpoint)
+                loans.enter_context(self._library.kept(entry))  # else nobody would know what of the base it needs
                 self._library.enlarge(room, entry.nbytes, name)
                 is_live = self.active == name
-            report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
-            self._library.hold(entry, spilled, room)
-        return report
+            try:
+                report = self._swap(lambda engine: State(entry), in_flight, timeout_seconds) if is_live else None
+                self._library.hold(entry, spilled, room)
+                return report
+            except BaseException:
+                if is_live and self._engine.live.entry is entry:  # broken off between the two
+                    self._library.hold(entry, spilled, room)
+                raise
 
     def unload(self, name: str) -> None:
         """Forget a loaded adapter, and let go of its memory and of the base's own values that were kept for it alone.
@@ -292,7 +299,7 @@ class Swapper:
                     f"The adapter {name!r} is live.", where=name, hint="activate another one or deactivate() before"
                 )
             known = self._library.remove(name)
-            engine.let_go(self._library.entries())
+            engine.let_go(self._library.entries)
             if known.version is not None:
                 engine.binding.stagings.forget(known.version)
 
@@ -491,17 +498,26 @@ class Swapper:
                 return wanted or engine.neutral
 
             with engine.gate.visit(in_flight, timeout_seconds) as visit:
-                with visit.arriving(lambda: self._finds_live(choose)), self._lock:
-                    report = self._recorded_swap(choose(), read_seconds)
-                    before = engine.previous if report.changed else engine.live
-                    assert before is not None
-                    loans.enter_context(self._library.kept(before.entry))  # a block within makes others the previous
-                live.note_stream(engine.gate)
+                before: State | None = None  # what was live, once it is not any more
                 try:
+                    with visit.arriving(lambda: self._finds_live(choose)):
+                        with self._lock:
+                            was, target = engine.live, choose()
+                            try:
+                                report = self._recorded_swap(target, read_seconds)
+                            except BaseException:
+                                if engine.live is target is not was:  # broken off when it was done
+                                    before = engine.previous
+                                raise
+                            before = engine.previous if report.changed else engine.live
+                            assert before is not None
+                            loans.enter_context(self._library.kept(before.entry))  # blocks within change the previous
+                        self._tell(report)
+                    live.note_stream(engine.gate)
                     yield report
                 finally:
-                    with visit.leaving(lambda: self._finds_live(lambda: before)), self._lock:
-                        self._recorded_swap(before)
+                    if before is not None:
+                        self._swap_back(visit, before)
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
@@ -596,8 +612,8 @@ class Swapper:
         """Have `callback(report)` called after each swap that changed what is live; returns what takes it back.
 
         For what is stale then: caches of keys and values, of prefixes, of embeddings. It is called in the thread that
-        swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease. What it raises is
-        logged, since the swap is done. `detach` calls none.
+        swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease; it may load, pin
+        and evict. What it raises is logged, since the swap is done. `detach` calls none.
         """
         self._callbacks.append(callback)
 
@@ -624,8 +640,18 @@ class Swapper:
                 target = choose(engine)
                 if engine.finds_live(target):
                     return self._recorded_swap(target)
-        with gate.swap(in_flight, timeout_seconds), self._lock:
-            return self._recorded_swap(choose(self._bound()), read_seconds)
+        with gate.swap(in_flight, timeout_seconds):
+            with self._lock:
+                report = self._recorded_swap(choose(self._bound()), read_seconds)
+            self._tell(report)
+            return report
+
+    def _swap_back(self, visit: Visit, before: State) -> None:
+        """At the end of a block of `using`."""
+        with visit.leaving(lambda: self._finds_live(lambda: before)):
+            with self._lock:
+                report = self._recorded_swap(before)
+            self._tell(report)
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
@@ -718,6 +744,7 @@ class Swapper:
             mixed = self._library.blender.blend(ingredients, engine.binding, svd=blend == "svd")
             with self._abandoning(State(mixed)):
                 mixed.compile(engine.binding)
+            loan.entries[mixed.place] = mixed  # it may wait for its turn, and others need room meanwhile
         except (RankError, UnexpectedTargetError) as error:
             biased = any(ingredient.entry.adapter.lora_bias for ingredient in ingredients)
             raise error.within(self.plan.with_room(needed_ranks(ingredients), biased=biased)) from None
@@ -739,14 +766,13 @@ class Swapper:
         self._recorder.add(report)
         if isinstance(target.entry, Blend):
             self._library.blender.hold(target.entry)
-        if report.changed:
-            self._tell(report)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%r is live", report.adapter, extra=log_fields(report))
         return report
 
     def _tell(self, report: SwapReport) -> None:
-        for callback in tuple(self._callbacks):
+        """Without the lock, for a callback may load, which waits for who reads, who waits for the lock."""
+        for callback in tuple(self._callbacks) if report.changed else ():
             try:
                 callback(report)
             except Exception:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .checkpoint import CONFIG_NAME, GRAIN_NS, WEIGHTS_NAME
-from .errors import HotslotError, ModelError
+from .errors import CacheFullError, HotslotError, ModelError
 from .pipelines import listed
 from .swapper import Swapper
 
@@ -42,7 +42,7 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()
         self._seen = {name: _stamp(path) for name, path in listed(model, folder).items()}
 
     def start(self, swapper: Swapper) -> None:
@@ -59,7 +59,9 @@ class Watch:
             started = time.perf_counter()
             try:
                 self.look(swapper)
-            except HotslotError as error:  # the folder is not there just now; or the swapper was detached meanwhile
+            except ModelError:  # it is gone, or the swapper was detached meanwhile
+                return
+            except HotslotError as error:  # the folder is not there just now
                 logger.warning("%s cannot be looked into: %s", self._folder, error)
             except Exception:
                 logger.exception("%s cannot be looked into", self._folder)  # a thread that ends would end in silence
@@ -71,6 +73,7 @@ class Watch:
 
         Raises:
             AdapterNotFoundError: the folder is gone.
+            ModelError: the model is gone, or the swapper is detached.
         """
         there = listed(swapper.engine.model, self._folder)
         for name, path in there.items():
@@ -80,6 +83,10 @@ class Watch:
             self._seen[name] = stamp
             try:
                 swapper.load(name, path, lazy=True)
+            except CacheFullError as error:
+                if before is None or before.told != stamp.told:
+                    logger.warning("%s is not loaded yet: %s", path, error)
+                self._seen[name] = stamp._replace(settled=False)  # there may be room at the next look
             except HotslotError as error:
                 logger.warning("%s is not loaded: %s", path, error)
         for name in self._seen.keys() - there.keys():

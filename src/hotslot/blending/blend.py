@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 import xxhash
 
 from .. import live
-from ..cache import Tier
+from ..cache import Room, Tier
 from ..checkpoint import Checkpoint, each_config
 from ..entry import Compiled, Entry
 from ..errors import NonFiniteError, RankError, UnsupportedError
@@ -133,6 +134,7 @@ class Blender:
     def __init__(self, tier: Tier[Entry]) -> None:
         self._tier = tier
         self._held: OrderedDict[Any, Blend] = OrderedDict()  # those that have not gone from the tier, and others
+        self._activated: weakref.WeakSet[Blend] = weakref.WeakSet()
         self._recipes: OrderedDict[Any, Recipe] = OrderedDict()
 
     def __len__(self) -> int:
@@ -169,9 +171,9 @@ class Blender:
             return self._made(_weighted(ingredients[0], key))
         recipe = self._recipe(ingredients, binding, svd)
         name = blend_name({ingredient.entry.name: ingredient.weight for ingredient in ingredients})
-        nbytes = recipe.schema.nbytes
-        self._tier.reserve(nbytes, name)
+        reserved = Room()
         try:
+            self._tier.reserve(reserved, recipe.schema.nbytes, name)
             versions = tuple(ingredient.entry.version for ingredient in ingredients)
             alike = (blend for blend in reversed(self._held.values()) if blend.recipe is recipe)
             like = next((blend for blend in alike if blend.versions == versions and not recipe.shrunk), None)
@@ -179,38 +181,45 @@ class Blender:
             data, error = mix(recipe, ingredients, binding, known)
             checkpoint = Checkpoint(recipe.schema, data, _version(ingredients, recipe), f"the blend {name}")
             blend = Blend(name, checkpoint, ingredients, key, recipe=recipe, error=error)
-        except BaseException:
-            self._tier.release(nbytes)
-            raise
-        return self._made(blend, reserved=nbytes)
+            return self._made(blend, reserved)
+        finally:
+            reserved.nbytes = 0
 
     def forget(self, name: str) -> None:
         """Let go of the blends that have this adapter in them; of one that is live, once it is not."""
-        for key in [key for key, blend in self._held.items() if name in blend.names]:
-            self._retire(self._held.pop(key))
+        for key, blend in list(self._held.items()):
+            if name in blend.names:
+                self._retire(blend)
+                del self._held[key]
 
     def clear(self) -> None:
         """Let go of all."""
-        while self._held:
-            self._retire(self._held.popitem()[1])
+        for key, blend in list(self._held.items()):
+            self._retire(blend)
+            del self._held[key]
         self._recipes.clear()
 
     def hold(self, blend: Blend) -> None:
         """Keep a blend that has been activated, and let go of the one that was not used for longest."""
         if self.holds(blend):  # else it is one that was forgotten, and has come back by a rollback
+            self._activated.add(blend)
             self._held[blend.key] = blend
             self._held.move_to_end(blend.key)
-        if len(self._held) > KEPT_BLENDS:
-            self._retire(self._held.popitem(last=False)[1])
+        while len(self._held) > KEPT_BLENDS:
+            key = next(iter(self._held))
+            self._retire(self._held[key])
+            del self._held[key]
 
     def abandon(self, blend: Blend) -> None:
         """Let go of a blend that has not been activated, unless it was before."""
-        if self._held.get(blend.key) is not blend:
+        if blend not in self._activated:
             self._retire(blend)
+            self._held.pop(blend.key, None)
 
-    def _made(self, blend: Blend, *, reserved: int = 0) -> Blend:
-        """In the tier, until it is held or abandoned."""
-        self._tier.add(blend.place, blend, reserved=reserved)
+    def _made(self, blend: Blend, room: Room | None = None) -> Blend:
+        """In the tier, until it is abandoned, or two newer ones are held."""
+        self._held[blend.key] = blend  # first: what is broken off here goes as the others do
+        self._tier.add(blend.place, blend, room)
         return blend
 
     def _retire(self, blend: Blend) -> None:

@@ -5,6 +5,6 @@ Takes names and bytes; gives them back. Knows nothing of LoRA, layouts or models
 """
 
 from .budget import Cache, user_folder
-from .tier import Sized, Tier
+from .tier import Room, Sized, Tier
 
-__all__ = ["Cache", "Sized", "Tier", "user_folder"]
+__all__ = ["Cache", "Room", "Sized", "Tier", "user_folder"]

@@ -17,12 +17,15 @@ give the version, in the same sweep that brings them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import heapq
 import json
 import logging
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +54,7 @@ _PREFIX = f"hotslot-{FORMAT}-"  # another format's files are others' business, a
 _SUFFIX = ".safetensors"
 _OPENING = b'{"__metadata__":{"hotslot_seal":"'  # of each header; then the seal
 _SEAL_END = len(_OPENING) + 32
+_LOOK_SECONDS = 10.0  # after so many what other processes have done to the folder is looked at, which takes a while
 _ABANDONED_SECONDS = 3600.0  # a file that is being written is finished by then, or nobody will
 _ATTEMPTS = 5  # at a file that other processes replace meanwhile
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -81,6 +85,11 @@ class PackedFiles:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._left = 0
+        self._sweeping = threading.Lock()
+        self._looked = -_LOOK_SECONDS
+        self._known: dict[Path, tuple[int, int]] = {}  # when it was used last, as far as known, and bytes
+        self._oldest: list[tuple[int, Path]] = []  # a heap of these times, and of some that were known before
+        self._known_bytes = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
@@ -146,7 +155,8 @@ class PackedFiles:
             known = Checkpoint.known(found.schema, data, found.version, files.origin, fill, sink)
         if known is None:
             raise _Damaged("values that are not those of its version")
-        os.utime(path)  # used now: others' limits go by it
+        with contextlib.suppress(OSError):  # in a folder that others fill, and only they may change
+            os.utime(path)  # used now: limits go by it
         return known
 
     def write(self, files: Files, stamp: Stamp, read_ns: int, checkpoint: Checkpoint) -> bool:
@@ -208,8 +218,29 @@ class PackedFiles:
                     continue  # another process was quicker
         return held
 
-    def _sweep(self, besides: Path | None = None) -> None:
-        """Delete what is beyond the limit, `besides` last, and what was never finished."""
+    def _sweep(self, written: Path | None = None) -> None:
+        """Delete what is beyond the limit; and now and then what was never finished. Looks at few files as a rule."""
+        with self._sweeping:
+            if time.monotonic() - self._looked >= _LOOK_SECONDS:
+                self._look()
+            elif written is not None:
+                with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                    self._note(written, written.stat())
+            limit = self._known_bytes if self.limit_bytes is None else max(self.limit_bytes - self._left, 0)
+            while self._known_bytes > limit:
+                used_ns, path = heapq.heappop(self._oldest)
+                known = self._known.get(path)
+                if known is None or known[0] != used_ns:
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.stat()
+                    if found.st_mtime_ns != used_ns:  # used since
+                        self._note(path, found)
+                        continue
+                    _delete(path)
+                self._known_bytes -= self._known.pop(path)[1]
+
+    def _look(self) -> None:
         now = time.time()
         for path in self.folder.glob(f".{_PREFIX}*.tmp"):
             try:
@@ -217,15 +248,15 @@ class PackedFiles:
                     _delete(path)
             except FileNotFoundError:
                 continue
-        if self.limit_bytes is None:
-            return
-        held = sorted(self._held(), key=lambda pair: (pair[0] == besides, pair[1].st_mtime_ns))
-        excess = sum(found.st_size for _, found in held) + self._left - self.limit_bytes
-        for path, found in held:
-            if excess <= 0:
-                break
-            _delete(path)
-            excess -= found.st_size
+        self._known, self._oldest, self._known_bytes = {}, [], 0
+        for path, found in self._held():
+            self._note(path, found)
+        self._looked = time.monotonic()
+
+    def _note(self, path: Path, found: os.stat_result) -> None:
+        self._known_bytes += found.st_size - self._known.get(path, (0, 0))[1]
+        self._known[path] = found.st_mtime_ns, found.st_size
+        heapq.heappush(self._oldest, (found.st_mtime_ns, path))
 
     def _header(self, path: Path) -> Found:
         header = read_header(path)

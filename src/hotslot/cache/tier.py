@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
@@ -21,12 +22,24 @@ class Sized(Protocol):
 T = TypeVar("T", bound=Sized)
 
 
+class Room:
+    """Bytes of a tier that are about to be filled, as long as anybody has this, or until an item has them."""
+
+    __slots__ = ("__weakref__", "nbytes")
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
 class Tier(Generic[T]):
     """name → item, and never more bytes of them than the limit: what was not used for longest goes first.
 
     An item's size is taken when it is added; if it changes, `weigh` it anew. Any thread may call anything. Methods
     that evict return what has gone, so that their owner lets go of what belongs to it. Using, adding and evicting one
     item costs the same with ten as with 10,000.
+
+    An interrupt comes where something is called or a loop goes on, and leaves all accounted: what belongs together is
+    changed where nothing is called.
 
     Args:
         limit_bytes: of all items; None: as many as there is memory for.
@@ -49,7 +62,8 @@ class Tier(Generic[T]):
         self._items: OrderedDict[str, T] = OrderedDict()  # the least recently used first
         self._sizes: dict[str, int] = {}
         self._retired: list[tuple[T, int]] = []  # with their sizes
-        self._nbytes = self._reserved = 0
+        self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()  # what is broken off before it gives one back has none
+        self._nbytes = 0
         self.evictions = 0  # of what had to go for others, or was told to
 
     # -- what there is ----------------------------------------------------------------------------------------------
@@ -57,7 +71,8 @@ class Tier(Generic[T]):
     @property
     def nbytes(self) -> int:
         """Bytes of all items, and of what is reserved."""
-        return self._nbytes + self._reserved
+        with self._lock:
+            return self._nbytes + sum(room.nbytes for room in self._rooms)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -84,41 +99,40 @@ class Tier(Generic[T]):
 
     # -- what comes and goes ----------------------------------------------------------------------------------------
 
-    def add(self, name: str, item: T, *, reserved: int = 0) -> list[T]:
+    def add(self, name: str, item: T, room: Room | None = None) -> list[T]:
         """Hold an item, in place of what was under its name. Returns what had to go for it.
 
         Args:
             name: of the item.
             item: what is held.
-            reserved: bytes that were reserved for it and are not any more once it is held.
+            room: that was reserved for it, and is empty once it is held.
 
         Raises:
             CacheFullError: it does not fit beside what may not go. Nothing has changed, the reservation included.
         """
         with self._lock:
-            size = item.nbytes
+            size, reserved = item.nbytes, 0 if room is None else room.nbytes
             gone = self._make_room(size - reserved - self._sizes.get(name, 0), name)
-            known = self._forget(name)
+            known, before = self._items.get(name), self._sizes.get(name, 0)
+            if known is not None:
+                del self._items[name]
             self._items[name], self._sizes[name] = item, size
-            self._nbytes += size
-            self._reserved -= reserved
+            self._nbytes += size - before
+            if room is not None:
+                room.nbytes = 0
             return gone if known is None else [*gone, known]
 
-    def reserve(self, nbytes: int, name: str = "") -> list[T]:
-        """Count bytes that are about to be filled, and make room for them. Returns what had to go.
+    def reserve(self, room: Room, nbytes: int, name: str = "") -> list[T]:
+        """Give a room so many bytes more. Returns what had to go.
 
         Raises:
             CacheFullError: there is no room for as many. Nothing has changed.
         """
         with self._lock:
             gone = self._make_room(nbytes, name)
-            self._reserved += nbytes
+            self._rooms.add(room)
+            room.nbytes += nbytes
             return gone
-
-    def release(self, nbytes: int) -> None:
-        """Count no longer what was reserved and came to nothing."""
-        with self._lock:
-            self._reserved -= nbytes
 
     def remove(self, name: str) -> T | None:
         """Let go of an item, whether it may go or not; None if there is none."""
@@ -129,7 +143,8 @@ class Tier(Generic[T]):
         """Find an item no more; it is accounted for until `settle` finds that it may go, or room is needed."""
         with self._lock:
             if name in self._items:
-                self._retired.append((self._items.pop(name), self._sizes.pop(name)))
+                self._retired = [*self._retired, (self._items[name], self._sizes[name])]
+                del self._items[name], self._sizes[name]
 
     def settle(self) -> list[T]:
         """Let go of what was retired, as far as it may go by now. Returns what has gone."""
@@ -137,9 +152,12 @@ class Tier(Generic[T]):
             return []
         with self._lock:
             known = [(item, size, self._keeps(item)) for item, size in self._retired]  # first: it may be broken off
-            self._retired = [(item, size) for item, size, stays in known if stays]
-            self._nbytes -= sum(size for _, size, stays in known if not stays)
-            return [item for item, _, stays in known if not stays]
+            staying = [(item, size) for item, size, stays in known if stays]
+            gone = [item for item, _, stays in known if not stays]
+            nbytes = sum(size for _, size, stays in known if not stays)
+            self._retired = staying
+            self._nbytes -= nbytes
+            return gone
 
     def evict(self, name: str) -> T | None:
         """Let go of an item as if there were no room; None if there is none.
@@ -186,7 +204,6 @@ class Tier(Generic[T]):
             assert sizes == self._sizes, f"accounted {self._sizes}, held {sizes}"
             held = sum(sizes.values()) + sum(size for _, size in self._retired)
             assert self._nbytes == held, f"accounted {self._nbytes}, held {held}"
-            assert self._reserved >= 0
             assert self.limit_bytes is None or self.nbytes <= self.limit_bytes, f"{self.nbytes} > {self.limit_bytes}"
 
     # -- inside, with the lock held ---------------------------------------------------------------------------------
@@ -234,7 +251,8 @@ class Tier(Generic[T]):
         return item
 
     def _forget(self, name: str) -> T | None:
-        item = self._items.pop(name, None)
+        item = self._items.get(name)
         if item is not None:
-            self._nbytes -= self._sizes.pop(name)
+            self._nbytes -= self._sizes[name]
+            del self._items[name], self._sizes[name]
         return item

@@ -28,6 +28,8 @@ def locate(
 ) -> Files:
     """The files of a folder or a Hub id, whose are downloaded if they are not there; see `read`.
 
+    They are the same files whatever the working directory becomes.
+
     Raises:
         CheckpointError: there are none.
     """
@@ -38,12 +40,14 @@ def locate(
         given = json.dumps(config_dict(config)).encode()
     try:
         if folder.is_dir():
-            return Files(_local_weights(folder), folder / CONFIG_NAME, given, str(folder))
+            here = folder.absolute()
+            return Files(_local_weights(here), here / CONFIG_NAME, given, str(folder))
         if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
             raise not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
         weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
         if config is None:
             _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
+        weights = weights.absolute()
         return Files(weights, weights.parent / CONFIG_NAME, given, str(source))
     except HotslotError:
         raise

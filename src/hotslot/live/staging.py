@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cache import Tier
+from ..cache import Room, Tier
 from ..errors import CacheFullError
 
 _WORD_BYTES = 8  # the largest that the kernel reads
@@ -139,20 +139,19 @@ class Staging:
 
     def _keep(self, data: torch.Tensor, key: str, *, marked: bool = False) -> Resident | None:
         """Copy the bytes to where they may stay; None if there is no room for them."""
-        size = _padded(data.numel())
+        size, room = _padded(data.numel()), Room()
         try:
-            self.tier.reserve(size, key)  # before it is allocated: what has to go gives back its memory
+            self.tier.reserve(room, size, key)  # before it is allocated: what has to go gives back its memory
         except CacheFullError:
             return None
         try:
             target = torch.empty(size, dtype=torch.uint8, device=self._device)
             target[: data.numel()].copy_(data, non_blocking=True)
             kept = Resident(target, self._mark() if marked else None)
-        except BaseException:
-            self.tier.release(size)
-            raise
-        self.tier.add(key, kept, reserved=size)
-        return kept
+            self.tier.add(key, kept, room)
+            return kept
+        finally:
+            room.nbytes = 0
 
     def _pass(self, data: torch.Tensor, key: str) -> Resident:
         """Copy the bytes to where the next ones will be."""

@@ -117,6 +117,8 @@ def request(
         return _of_a_trainer(source, config, pin_memory=pin_memory)
     if isinstance(source, Mapping):
         return model.read(source, pin_memory=pin_memory, **options)
+    if os.path.exists(source):  # and not on the Hub; when it is read, the working directory may be another one
+        source = os.path.join(os.getcwd(), source)
     return LoraFile(source, options)
 
 
@@ -174,7 +176,7 @@ def listed(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:
     begins with a dot is being written, or was put away.
 
     Raises:
-        AdapterNotFoundError: there is no such folder.
+        AdapterNotFoundError: there is no such folder; or it is an adapter itself.
     """
     place = Path(folder)
     try:
@@ -189,7 +191,16 @@ def listed(model: nn.Module, folder: str | os.PathLike[str]) -> dict[str, Path]:
         ) from error
     if isinstance(model, Components):
         return {path.stem: path for path in found if path.suffix == ".safetensors"}
-    return {path.name: path for path in found if (path / CONFIG_NAME).is_file()}
+    held = {path.name: path for path in found if os.path.isfile(path / CONFIG_NAME)}  # False where nobody may look
+    if not held and os.path.isfile(place / CONFIG_NAME):
+        raise AdapterNotFoundError(
+            f"{place} is an adapter, and no folder of adapters.",
+            where=place,
+            found=f"{CONFIG_NAME} in it",
+            expected="a folder with a folder for each adapter",
+            hint="give {name: that folder}; or the folder that it is in",
+        )
+    return held
 
 
 def _of_a_trainer(source: Any, config: Any, *, pin_memory: bool) -> Checkpoint:

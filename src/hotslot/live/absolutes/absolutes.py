@@ -138,6 +138,11 @@ class Absolutes:
             self._sites.read.update(missing)
 
     @property
+    def merges(self) -> bool:
+        """Whether there are sites of `take_in`."""
+        return bool(self._merged)
+
+    @property
     def merged_now(self) -> set[Key]:
         """Which tensors of `take_in` may hold something else than the model's own values."""
         return self._merged & self._sites.foreign
