@@ -510,21 +510,22 @@ def test_file_that_is_written_while_it_is_read_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its header is read first, the rest after the config."""
-    from hotslot.checkpoint import sources
+    from hotslot.checkpoint.safetensors_file import SafetensorsFile
 
     write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))
     smaller = {name: tensor[:1] for name, tensor in load_file(folder / WEIGHTS).items()}
     renamed = {name.replace(".up.", ".uq."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    original = sources.open_data
+    original = SafetensorsFile.refuse_rewritten
     for other in (smaller, renamed):
         write(tmp_path, load_file(folder / WEIGHTS), config_of(folder))
 
-        def open_data(*args: Any, other: dict[str, Tensor] = other, **kwargs: Any) -> Any:
-            write(tmp_path, other, config_of(folder))
-            return original(*args, **kwargs)
+        def refuse_rewritten(file: SafetensorsFile, other: dict[str, Tensor] = other) -> None:
+            save_file(other, file.path.with_name("other"))
+            file.path.write_bytes(file.path.with_name("other").read_bytes())  # in place
+            original(file)
 
         with monkeypatch.context() as patch:
-            patch.setattr(sources, "open_data", open_data)
+            patch.setattr(SafetensorsFile, "refuse_rewritten", refuse_rewritten)
             with pytest.raises(errors.CorruptFileError, match=WEIGHTS):
                 checkpoint.read(tmp_path)
 

@@ -39,10 +39,9 @@ from ..checkpoint import (
     Schema,
     Sink,
     Stamp,
-    open_data,
+    open_file,
     parse_config,
     parse_header,
-    read_header,
     schemas,
 )
 from ..errors import CacheError, HotslotError
@@ -67,7 +66,6 @@ class Found(NamedTuple):
     source: str
     read_ns: int
     schema: Schema
-    header: bytes
 
 
 class PackedFiles:
@@ -148,10 +146,11 @@ class PackedFiles:
     def _read(
         self, path: Path, files: Files, stamp: Stamp, *, pin_memory: bool, sink: Sink | None
     ) -> Checkpoint | None:
-        found = self._header(path)
-        if found.source != stamp.text or not stamp.settled(found.read_ns):
-            return None  # `write` will put another one in its place
-        with open_data(path, found.header, found.schema.nbytes, pin_memory=pin_memory) as (data, fill):
+        with open_file(path) as file:
+            found = _unsealed(file.header, path)
+            if found.source != stamp.text or not stamp.settled(found.read_ns):
+                return None  # `write` will put another one in its place
+            data, fill = file.data(found.schema.nbytes, pin_memory=pin_memory)
             known = Checkpoint.known(found.schema, data, found.version, files.origin, fill, sink)
         if known is None:
             raise _Damaged("values that are not those of its version")
@@ -258,22 +257,6 @@ class PackedFiles:
         self._known[path] = found.st_mtime_ns, found.st_size
         heapq.heappush(self._oldest, (found.st_mtime_ns, path))
 
-    def _header(self, path: Path) -> Found:
-        header = read_header(path)
-        seal = xxhash.xxh3_128_hexdigest(header[_SEAL_END:]).encode()
-        if header[:_SEAL_END] != _OPENING + seal:
-            raise _Damaged("a header that is not as it was sealed")
-        metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
-        if metadata.get("hotslot_format") != FORMAT:
-            raise _Damaged("another format than its name says")
-        # Behind the metadata the headers of a family are equal, but for the spaces at their end.
-        tensors, config = header[end:].rstrip(b" "), metadata["config"].encode()
-        schema = schemas.get((tensors, config))
-        if schema is None:
-            schema = Schema(parse_config(config, path), parse_header(header, path))
-            schemas.put((tensors, config), schema)
-        return Found(metadata["version"], metadata["source"], int(metadata["read_ns"]), schema, header)
-
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """Which file is there now, if any."""
@@ -286,6 +269,27 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 class _Damaged(Exception):
     """What is wrong with a packed file."""
+
+
+def _unsealed(header: bytes, path: Path) -> Found:
+    """What the header of a packed file says.
+
+    Raises:
+        _Damaged, CheckpointError: it is none.
+    """
+    seal = xxhash.xxh3_128_hexdigest(header[_SEAL_END:]).encode()
+    if header[:_SEAL_END] != _OPENING + seal:
+        raise _Damaged("a header that is not as it was sealed")
+    metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
+    if metadata.get("hotslot_format") != FORMAT:
+        raise _Damaged("another format than its name says")
+    # Behind the metadata the headers of a family are equal, but for the spaces at their end.
+    tensors, config = header[end:].rstrip(b" "), metadata["config"].encode()
+    schema = schemas.get((tensors, config))
+    if schema is None:
+        schema = Schema(parse_config(config, path), parse_header(header, path))
+        schemas.put((tensors, config), schema)
+    return Found(metadata["version"], metadata["source"], int(metadata["read_ns"]), schema)
 
 
 def pack_header(checkpoint: Checkpoint, source: str, read_ns: int) -> bytes | None:

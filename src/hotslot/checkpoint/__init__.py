@@ -11,7 +11,7 @@ from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
 from .locating import CONFIG_NAME, WEIGHTS_NAME, locate
 from .recent import Recent
-from .safetensors_file import DTYPES, Piece, open_data, parse_header, read_header, refuse_other_size
+from .safetensors_file import DTYPES, Piece, open_file, parse_header, read_header, refuse_other_size
 from .sources import (
     FileFamily,
     Source,
@@ -49,7 +49,7 @@ __all__ = [
     "host_buffer",
     "keep_buffer",
     "locate",
-    "open_data",
+    "open_file",
     "parse_config",
     "parse_header",
     "read",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Stamp(NamedTuple):
 GRAIN_NS = 2_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Files:
     """An adapter in a folder.
 
@@ -48,7 +49,7 @@ class Files:
     given: bytes | None
     origin: str
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for the same places, whatever is in them."""
         given = None if self.given is None else self.given.decode()
@@ -57,7 +58,10 @@ class Files:
     @property
     def nbytes(self) -> int:
         """Bytes of the file of weights: a few more than those of the weights."""
-        return self.weights.stat().st_size if self.weights.exists() else 0
+        try:
+            return os.stat(self.weights).st_size
+        except OSError:  # which whoever reads it says better
+            return 0
 
     def stamp(self) -> Stamp:
         """What the file system says of them now, links followed.

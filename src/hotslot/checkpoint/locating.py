@@ -38,10 +38,12 @@ def locate(
     folder, given = Path(source, subfolder or ""), None
     if config is not None:
         given = json.dumps(config_dict(config)).encode()
+    here = folder.absolute()
     try:
+        if os.path.isfile(here / WEIGHTS_NAME):
+            return Files(here / WEIGHTS_NAME, here / CONFIG_NAME, given, str(folder))
         if folder.is_dir():
-            here = folder.absolute()
-            return Files(_local_weights(here), here / CONFIG_NAME, given, str(folder))
+            raise _without_weights(folder)
         if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
             raise not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
         weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
@@ -68,13 +70,11 @@ def _refuse_escape(subfolder: str | None) -> None:
         )
 
 
-def _local_weights(folder: Path) -> Path:
-    if (folder / WEIGHTS_NAME).is_file():
-        return folder / WEIGHTS_NAME
+def _without_weights(folder: Path) -> HotslotError:
     if (folder / PICKLE_NAME).is_file():
-        raise pickle_refused(folder / PICKLE_NAME)
+        return pickle_refused(folder / PICKLE_NAME)
     held = sorted(path.name for path in folder.iterdir())[:10]
-    raise not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
+    return not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
 
 
 def _from_hub(

@@ -44,25 +44,6 @@ _OTHER_DTYPES = frozenset({"U16", "U32", "U64", "C64", "F8_E8M0", "F6_E2M3", "F6
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-def read_header(path: Path) -> bytes:
-    """The JSON header of the file, as it stands there: equal headers are equal names, dtypes, shapes and places.
-
-    Raises:
-        CorruptFileError: it does not lie within the file.
-        PickleRefusedError: a pickle under another name.
-    """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            if prefix.startswith(_PICKLE_MAGIC):  # asked only now: a header may well be 0x280 bytes long
-                raise pickle_refused(path)
-            found = f"a header of {length:,} bytes in a file of {size:,}"
-            raise _corrupt(path, found, "a header that lies within the file")
-        return bytes(file.read(length))
-
-
 class Piece(NamedTuple):
     """Bytes `start` to `stop` in memory; in the file they begin at `place` behind the header."""
 
@@ -71,49 +52,91 @@ class Piece(NamedTuple):
     place: int
 
 
-@contextmanager
-def open_data(
-    path: Path, header: bytes, nbytes: int, *, pieces: Sequence[Piece] | None = None, pin_memory: bool = False
-) -> Iterator[tuple[torch.Tensor, Fill]]:
-    """Memory for the bytes behind `header`, and what reads them into it.
+class SafetensorsFile:
+    """A safetensors file that is open for reading, and stays the same file whatever is put in its place.
 
-    Args:
+    Attributes:
         path: of the file.
-        header: as `read_header` gave it.
-        nbytes: how many there are by the header.
-        pieces: what of them is wanted and in which order, without holes in memory; by default all, as they stand there.
-        pin_memory: page-locked memory.
-
-    Yields:
-        A 1-D uint8 tensor with anything in it, and a function that fills its bytes from start to stop. It may be called
-        by several threads; it raises CorruptFileError if the file has become shorter.
+        header: its JSON, as it stands there: equal headers are equal names, dtypes, shapes and places.
 
     Raises:
-        CorruptFileError: the file is longer or shorter than its header says, or has another header by now.
+        CorruptFileError: the header does not lie within the file.
+        PickleRefusedError: a pickle under another name.
     """
-    begin = 8 + len(header)
-    size = begin + nbytes
-    pieces = [Piece(0, nbytes, 0)] if pieces is None else pieces
-    starts = [piece.start for piece in pieces]
-    with open_regular(path) as file:
-        refuse_other_size(path, header, nbytes, os.fstat(file.fileno()).st_size)
-        if file.read(begin)[8:] != header:
-            raise _corrupt(path, "another header than a moment ago", "a file that nobody is writing")
-        wanted = pieces[-1].stop if pieces else 0
-        _refuse_beyond_memory(wanted, path)
-        data = host_buffer(wanted, pin_memory=pin_memory)
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path, self._file = path, file
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            if prefix.startswith(_PICKLE_MAGIC):  # asked only now: a header may well be 0x280 bytes long
+                raise pickle_refused(path)
+            found = f"a header of {length:,} bytes in a file of {size:,}"
+            raise _corrupt(path, found, "a header that lies within the file")
+        self.header = bytes(file.read(length))
+
+    def refuse_other_header(self, known: bytes) -> None:
+        """Raise CorruptFileError unless the header is the one that is known of the file."""
+        if self.header != known:
+            raise _corrupt(self.path, "another header than a moment ago", "a file that nobody is writing")
+
+    def refuse_rewritten(self) -> None:
+        """Raise CorruptFileError if somebody has written another header into the file since it was opened."""
+        self.refuse_other_header(os.pread(self._file.fileno(), len(self.header), 8))
+
+    def data(
+        self, nbytes: int, *, pieces: Sequence[Piece] | None = None, pin_memory: bool = False
+    ) -> tuple[torch.Tensor, Fill]:
+        """Memory for the bytes behind the header, and what reads them into it.
+
+        Args:
+            nbytes: how many there are by the header.
+            pieces: what of them is wanted and in which order, without holes in memory; by default all, as they stand
+                there.
+            pin_memory: page-locked memory.
+
+        Returns:
+            A 1-D uint8 tensor with anything in it, and a function that fills its bytes from start to stop while the
+            file is open. It may be called by several threads; it raises CorruptFileError if the file has become
+            shorter.
+
+        Raises:
+            CorruptFileError: the file is longer or shorter than its header says.
+        """
+        path, descriptor = self.path, self._file.fileno()
+        refuse_other_size(path, self.header, nbytes, os.fstat(descriptor).st_size)
+        begin = 8 + len(self.header)
+        wanted = [Piece(0, nbytes, 0)] if pieces is None else pieces
+        starts = [piece.start for piece in wanted]
+        total = wanted[-1].stop if wanted else 0
+        _refuse_beyond_memory(total, path)
+        data = host_buffer(total, pin_memory=pin_memory)
         target = data.numpy().data
 
         def fill(start: int, stop: int) -> None:
             while start < stop:
-                piece = pieces[bisect_right(starts, start) - 1]
+                piece = wanted[bisect_right(starts, start) - 1]
                 place = begin + piece.place + start - piece.start
-                count = os.preadv(file.fileno(), [target[start : min(stop, piece.stop)]], place)
+                count = os.preadv(descriptor, [target[start : min(stop, piece.stop)]], place)
                 if count == 0:
-                    raise _corrupt(path, f"an end after {place:,} bytes", f"{size:,} bytes by its header")
+                    raise _corrupt(path, f"an end after {place:,} bytes", f"{begin + nbytes:,} bytes by its header")
                 start += count
 
-        yield data, fill
+        return data, fill
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[SafetensorsFile]:
+    """For a block: the file, open. Raises what `SafetensorsFile` and `open_regular` do."""
+    with open_regular(path) as file:
+        yield SafetensorsFile(path, file)
+
+
+def read_header(path: Path) -> bytes:
+    """`SafetensorsFile.header` of the file."""
+    with open_file(path) as file:
+        return file.header
 
 
 def refuse_other_size(path: Path, header: bytes, nbytes: int, found: int | None = None) -> None:

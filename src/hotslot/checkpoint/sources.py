@@ -27,7 +27,7 @@ from .safetensors_file import (
     Piece,
     aligned,
     is_aligned,
-    open_data,
+    open_file,
     open_regular,
     parse_header,
     read_header,
@@ -113,8 +113,10 @@ def read_files(files: Files, *, pin_memory: bool = False, sink: Sink | None = No
         CheckpointError: one of its kinds, see `hotslot.errors`.
     """
     with _mapped_errors(files):
-        header, specs, schema = _survey(files)
-        with open_data(files.weights, header, _nbytes(specs), pin_memory=pin_memory) as (data, fill):
+        with open_file(files.weights) as file:
+            specs, schema = _survey(files, file.header)
+            file.refuse_rewritten()
+            data, fill = file.data(_nbytes(specs), pin_memory=pin_memory)
             if is_aligned(specs):
                 return Checkpoint.checked(schema, data, files.origin, fill, sink)
             fill(0, data.numel())
@@ -128,25 +130,25 @@ def survey(files: Files) -> Schema:
         CheckpointError: as `read_files`, but for what values may be at fault.
     """
     with _mapped_errors(files):
-        header, specs, schema = _survey(files)
+        header = read_header(files.weights)
+        specs, schema = _survey(files, header)
         refuse_other_size(files.weights, header, _nbytes(specs))
         return schema
 
 
-def _survey(files: Files) -> tuple[bytes, list[TensorSpec], Schema]:
-    """The header, the tensors where the file has them, and the schema, in which each is aligned."""
+def _survey(files: Files, header: bytes) -> tuple[list[TensorSpec], Schema]:
+    """The tensors where the file of this header has them, and the schema, in which each is aligned."""
     text = _config_text(files.config) if files.given is None else files.given
-    header = read_header(files.weights)
     schema = schemas.get((header, text))
     if schema is not None:
-        return header, list(schema.tensors.values()), schema
+        return list(schema.tensors.values()), schema
     specs = parse_header(header, files.weights)
     moved, _ = aligned(specs, torch.empty(_nbytes(specs), dtype=torch.uint8, device="meta"))
     schema = Schema(parse_config(text, files.config), moved)
     _refuse_components(schema.config, files.origin)
     if moved is specs:
         schemas.put((header, text), schema)
-    return header, specs, schema
+    return specs, schema
 
 
 @contextmanager
@@ -166,9 +168,10 @@ def read_file(path: Path) -> tuple[Checkpoint, dict[str, str]]:
         CheckpointError: one of its kinds, see `hotslot.errors`.
     """
     try:
-        header = read_header(path)
-        specs = parse_header(header, path)
-        with open_data(path, header, _nbytes(specs)) as (data, fill):
+        with open_file(path) as file:
+            header = file.header
+            specs = parse_header(header, path)
+            data, fill = file.data(_nbytes(specs))
             fill(0, data.numel())
     except OSError as error:
         raise not_found(str(path), "a file that can be read", said(error)) from error
@@ -200,7 +203,9 @@ class FileFamily:
             CheckpointError: one of its kinds, see `hotslot.errors`.
         """
         try:
-            with open_data(path, self.header, self.nbytes, pieces=self.pieces, pin_memory=pin_memory) as (data, fill):
+            with open_file(path) as file:
+                file.refuse_other_header(self.header)
+                data, fill = file.data(self.nbytes, pieces=self.pieces, pin_memory=pin_memory)
                 return Checkpoint.checked(self.schema, data, origin, fill, sink)
         except HotslotError:
             raise
