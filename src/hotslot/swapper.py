@@ -782,9 +782,11 @@ class Swapper:
         """Say so once, if a swap has no effect on what is computed: PEFT's `add_adapter` activates its own adapter."""
         if target.entry is None:
             return
-        slots = engine.binding.slots
-        slot = next((slots[fqn] for fqn in target.entry.adapter.targets if fqn in slots), None)
-        passed_over = slot is not None and not slot.is_active  # one speaks for all: PEFT's calls set them alike
+        slots, passed_over = engine.binding.slots, False
+        for fqn in target.entry.adapter.targets:
+            if fqn in slots:
+                passed_over = not slots[fqn].is_active
+                break  # one speaks for all: PEFT's calls set them alike
         if passed_over and not self._told_passed_over:
             name = engine.adapter_name
             logger.warning(

@@ -20,10 +20,8 @@ _lock = threading.Lock()
 
 def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
     """A 1-D uint8 tensor of `nbytes`, with anything in it. It is the caller's until all views of it are gone."""
-    if pin_memory:
-        return torch.empty(
-            nbytes, dtype=torch.uint8, device="cpu", pin_memory=True
-        )  # torch keeps page-locked memory itself
+    if pin_memory:  # torch keeps page-locked memory itself
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     with _lock, torch.inference_mode(False):
         for i, buffer in enumerate(_kept):
             if nbytes <= buffer.numel() <= 2 * nbytes and _only_kept_here(buffer):
