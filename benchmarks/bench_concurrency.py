@@ -9,7 +9,6 @@ whole if it is bit for bit that of one of the two adapters, on the same model at
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import threading
@@ -31,10 +30,10 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
+from .command import Command
 from .contenders import _hotswap_from_state_dict, _state_dicts
 from .llama import ADAPTER_NAME, SIZES, Bench, quiet
-from .report import describe
-from .running import chosen_device, command_line, refuse_plot, refuse_unknown, torch_threads
+from .running import chosen_device, refuse_unknown, torch_threads
 
 DEFAULT_SIZES = ("tiny", "9MB")
 DEFAULT_ROUNDS = 20
@@ -207,38 +206,31 @@ def _under_load(bench: Bench, way: str, make: Callable[[Bench], Way], rounds: in
     return Row(bench.size.name, way, len(outputs.found), percent, swaps / taken, outputs.rate)
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the tables or the JSON document on stdout; progress goes to stderr."""
-    refuse_plot(plot)
-    console = Console(stderr=True)
-    with console.status("") as status:
-        conditions: dict[str, Any] = describe(device, threads=threads, rounds=rounds) | {"benchmark": "concurrency"}
-        costs, rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update)
-    if as_json:
-        print(json.dumps(conditions | {"costs": list(map(asdict, costs)), "rows": list(map(asdict, rows))}, indent=1))
-        return
+def told(found: tuple[list[Cost], list[Row]]) -> dict[str, Any]:
+    """What the JSON document says of what was found."""
+    costs, rows = found
+    return {"costs": list(map(asdict, costs)), "rows": list(map(asdict, rows))}
+
+
+def render(found: tuple[list[Cost], list[Row]], conditions: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    costs, rows = found
     table = Table(title=f"{FORWARD_THREADS} threads of forward passes while another swaps", title_justify="left")
     for heading in ("size", "way", "outputs", "torn", "swaps/s", "forwards/s"):
         table.add_column(heading, justify="left" if heading in ("size", "way") else "right")
     for row in rows:
         rates = f"{row.swaps_per_second:.0f}", f"{row.forwards_per_second:.0f}"
         table.add_row(row.size, row.way, str(row.forwards), f"{row.torn_percent:.1f} %", *rates)
-    out = Console(width=max(100, Console().width))
-    out.print(table)
+    console.print(table)
     for cost in costs:
-        out.print(
+        console.print(
             f"{cost.size}: guarded throughput without swaps is {cost.percent_of_unguarded:.1f} % of unguarded "
             f"({cost.forwards_per_second:.0f} forwards/s); goal {cost.goal_percent:.0f} %"
         )
 
 
+command = Command("concurrency", run, SIZES, DEFAULT_SIZES, DEFAULT_ROUNDS, render, told=told, columns=100)
+
+
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

@@ -10,13 +10,11 @@ by diffusers alone.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,10 +28,11 @@ import hotslot
 from hotslot import HotslotError
 
 from .bench_swap import Times, time_swaps
+from .command import Command
 from .contenders import Contender, Twin
 from .llama import quiet
-from .report import bars, describe, place
-from .running import chosen_device, command_line, refuse_unknown, torch_threads
+from .report import bars, place
+from .running import chosen_device, refuse_unknown, torch_threads
 
 COLD, WARM = "file → live", "host memory → live"
 ACTIVATE, LOAD = "hotslot Swapper.activate", "hotslot Swapper.load + activate"
@@ -339,28 +338,10 @@ def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
     bars(panels, f"milliseconds, median – {place(conditions)}", path)
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the table or the JSON document on stdout; progress goes to stderr."""
-    with Console(stderr=True).status("") as status:
-        conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "diffusers"}
-        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update)
-    conditions["versions"]["diffusers"] = version("diffusers")
-    if plot is not None:
-        draw(rows, conditions, plot)
-    if as_json:
-        told = [asdict(goal) | {"met": goal.met} for goal in goals(rows)]
-        print(json.dumps(conditions | {"rows": [asdict(row) for row in rows], "goals": told}, indent=1))
-    else:
-        render(rows, conditions, Console(width=max(160, Console().width)))
+command = Command(
+    "diffusers", run, SIZES, DEFAULT_SIZES, DEFAULT_ROUNDS, render, draw, goals, columns=160, packages=("diffusers",)
+)
 
 
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

@@ -13,7 +13,6 @@ On a GPU each is compiled, one layer for all, and its step captured as one CUDA 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -21,7 +20,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from random import Random
@@ -36,10 +35,10 @@ from torch.nn import functional as F
 
 from hotslot import HotslotError
 
+from .command import Command
 from .forward_designs import DESIGNS, NEED_TRITON, Group
 from .llama import ADAPTER_NAME, Size, linear_of, quiet, shapes
-from .report import describe
-from .running import chosen_device, command_line, refuse_plot, refuse_unknown, timed, torch_threads
+from .running import chosen_device, refuse_unknown, timed, torch_threads
 
 SIZES = {
     size.name: size
@@ -380,29 +379,17 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / _REPEATS
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Any = None,
-) -> None:
-    """Run, and print the table or a JSON document on stdout; progress goes to stderr."""
-    refuse_plot(plot)
-    console = Console(stderr=True)
-    conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "forward"}
-    rows = run(sizes or ("8B",), rounds=rounds, device=device, threads=threads, progress=console.print)
-    if as_json:
-        print(json.dumps({"conditions": conditions, "rows": [asdict(row) for row in rows]}, indent=2))
-        return
+def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) -> None:
+    """Print the table."""
     table = Table("size", "mode", "tokens", "contender", "ms", "min ms", "× base", "error")
     for row in rows:
         figures = f"{row.ms:.3f}", f"{row.min_ms:.3f}", f"{row.times_base:.3f}", f"{row.error:.1e}"
         table.add_row(row.size, row.mode, str(row.tokens), row.contender, *figures)
-    Console(width=120).print(table)
+    console.print(table)
+
+
+command = Command("forward", run, SIZES, ("8B",), DEFAULT_ROUNDS, render, keeps_progress=True)
 
 
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

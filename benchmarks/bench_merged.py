@@ -13,11 +13,10 @@ roundings than PEFT's, as is the default on a GPU, and compared with a merge in 
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -33,9 +32,10 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
+from .command import Command
 from .llama import llama_of_own_weights, quiet
-from .report import bars, describe, place
-from .running import chosen_device, command_line, only_own_garbage, refuse_unknown, timed, torch_threads
+from .report import bars, place
+from .running import chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
 
 HOTSLOT, PEFT, COPY = "hotslot Swapper.activate", "PEFT unmerge_adapter + merge_adapter", "plain copy"
 ADDMM = "torch.addmm, layer by layer"
@@ -353,27 +353,8 @@ def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
     bars(panels, f"milliseconds, median; × plain copy, or × base – {place(conditions)}", path)
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the table or the JSON document on stdout; progress goes to stderr."""
-    with Console(stderr=True).status("") as status:
-        conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "merged"}
-        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update)
-    if plot is not None:
-        draw(rows, conditions, plot)
-    if as_json:
-        told = [asdict(goal) | {"met": goal.met} for goal in goals(rows)]
-        print(json.dumps(conditions | {"rows": [asdict(row) for row in rows], "goals": told}, indent=1))
-    else:
-        render(rows, conditions, Console(width=max(160, Console().width)))
+command = Command("merged", run, SIZES, DEFAULT_SIZES, DEFAULT_ROUNDS, render, draw, goals, columns=160)
 
 
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

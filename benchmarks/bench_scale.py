@@ -9,15 +9,15 @@ room in host memory, popular ones more often. After each swap the slots' tensors
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -29,9 +29,10 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
+from .command import Command
 from .llama import ADAPTER_NAME, Llama, quiet, shapes
-from .report import describe, place
-from .running import chosen_device, command_line, only_own_garbage, refuse_unknown, timed, torch_threads
+from .report import place
+from .running import chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
 
 DEFAULT_ROUNDS = 60
 WEIGHTS = "adapter_model.safetensors"
@@ -271,29 +272,9 @@ def _model(hidden: int, layers: int, device: torch.device) -> nn.Module:
     return Llama(weights, layers, HEADS).eval()
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the table or a JSON document on stdout; progress goes to stderr."""
-    with Console(stderr=True).status("") as status:
-        conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "scale"}
-        rows = run(sizes or ("full",), rounds=rounds, device=device, threads=threads, progress=status.update)
-    if plot is not None:
-        draw(rows, place(conditions), plot)
-    if as_json:
-        print(json.dumps(conditions | {"rows": [asdict(row) for row in rows]}, indent=1))
-    else:
-        _render(rows, place(conditions), Console(width=max(110, Console().width)))
-
-
-def _render(rows: Sequence[Row], caption: str, console: Console) -> None:
-    table = Table(title="Swaps at scale", title_justify="left", caption=caption, caption_justify="left")
+def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) -> None:
+    """Print the table."""
+    table = Table(title="Swaps at scale", title_justify="left", caption=place(conditions), caption_justify="left")
     for heading in ("", "at"):
         table.add_column(heading, no_wrap=True)
     for heading in ("swaps", "ms", "p99", "copy ms", "× copy", "bytes", "attach ms\nan adapter"):
@@ -316,7 +297,7 @@ def _render(rows: Sequence[Row], caption: str, console: Console) -> None:
     console.print(table)
 
 
-def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
+def draw(rows: Sequence[Row], conditions: dict[str, Any], path: Path) -> None:
     """Write an image with a panel for each series: median and p99 of swaps, and the plain copy."""
     import matplotlib as mpl
 
@@ -338,10 +319,13 @@ def draw(rows: Sequence[Row], caption: str, path: Path) -> None:
         panel.tick_params(labelsize=8)
     panels[0, 0].set_ylabel("milliseconds")
     panels[0, 0].legend(fontsize=8)
-    figure.supxlabel(caption, fontsize=7)
+    figure.supxlabel(place(conditions), fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+command = Command("scale", run, SCALES, ("full",), DEFAULT_ROUNDS, render, draw, columns=110)
+
+
 if __name__ == "__main__":
-    command_line(command, SCALES)
+    command.main()

@@ -8,12 +8,12 @@ an order drawn anew for each round; a ratio is of medians over the rounds.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,9 +26,9 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
+from .command import Command
 from .llama import SIZES, Bench, quiet
-from .report import describe
-from .running import chosen_device, command_line, refuse_plot, refuse_unknown, timed, torch_threads
+from .running import chosen_device, refuse_unknown, timed, torch_threads
 
 DEFAULT_SIZES = ("small",)
 DEFAULT_ROUNDS = 30
@@ -58,6 +58,7 @@ def run(
     threads: int = 1,
     modes: Sequence[str] = ("eager", "compiled"),
     tokens: Sequence[int] = (1, 64),
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Time all variants.
 
@@ -68,9 +69,11 @@ def run(
     chosen = chosen_device(device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads), quiet(), torch.no_grad():
         benches = [Bench(SIZES[name], Path(folder), chosen) for name in sizes]
-        return [
-            row for bench in benches for mode in modes for count in tokens for row in _rows(bench, mode, count, rounds)
-        ]
+        rows: list[Row] = []
+        for bench, mode, count in product(benches, modes, tokens):
+            progress(f"{bench.size.name}, {mode}, {count} tokens")
+            rows += _rows(bench, mode, count, rounds)
+        return rows
 
 
 def _rows(bench: Bench, mode: str, tokens: int, rounds: int) -> list[Row]:
@@ -133,29 +136,17 @@ def _check(bench: Bench, name: str, model: nn.Module) -> None:
         raise HotslotError("A variant's output is not what it should be: its times would mean nothing.", where=name)
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the table or a JSON document on stdout; progress goes to stderr."""
-    refuse_plot(plot)
-    with Console(stderr=True).status("forward passes"):
-        conditions = describe(device, threads=threads, rounds=rounds) | {"benchmark": "slots"}
-        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads)
-    if as_json:
-        print(json.dumps({"conditions": conditions, "rows": [asdict(row) for row in rows]}, indent=2))
-        return
+def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) -> None:
+    """Print the table."""
     table = Table("size", "mode", "tokens", "variant", "ms", "min ms", "× base")
     for row in rows:
         figures = f"{row.ms:.3f}", f"{row.min_ms:.3f}", f"{row.times_base:.2f}"
         table.add_row(row.size, row.mode, str(row.tokens), row.variant, *figures)
-    Console(width=120).print(table)
+    console.print(table)
+
+
+command = Command("slots", run, SIZES, DEFAULT_SIZES, DEFAULT_ROUNDS, render)
 
 
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

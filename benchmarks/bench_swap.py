@@ -16,14 +16,14 @@ from pathlib import Path
 from random import Random
 
 import torch
-from rich.console import Console
 
 from hotslot import HotslotError
 
+from .command import Command
 from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
 from .llama import SIZES, Bench, Size, quiet
-from .report import Row, describe, document, draw, render
-from .running import chosen_device, command_line, only_own_garbage, refuse_unknown, timed, torch_threads
+from .report import Row, draw, goals, render
+from .running import chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
 
 CASES = (COLD, INSTEAD, WARM, HOT)
 DEFAULT_SIZES = ("9MB", "84MB")
@@ -146,28 +146,8 @@ def _rows(size: Size, slot_rank: int, times: dict[Contender, Times]) -> list[Row
     return sorted(rows, key=lambda row: (CASES.index(row.case), row.contender.startswith("plain")))
 
 
-def command(
-    *,
-    sizes: Sequence[str] | None = None,
-    rounds: int = DEFAULT_ROUNDS,
-    device: str | None = None,
-    threads: int = 1,
-    as_json: bool = False,
-    plot: Path | None = None,
-) -> None:
-    """Run, and print the table or the JSON document on stdout; progress goes to stderr."""
-    console = Console(stderr=True)
-    with console.status("") as status:
-        conditions = describe(device, threads=threads, rounds=rounds)
-        rows = run(sizes or DEFAULT_SIZES, rounds=rounds, device=device, threads=threads, progress=status.update)
-    if plot is not None:
-        draw(rows, conditions, plot)
-    if as_json:
-        print(document(rows, conditions))
-    else:
-        # Piped, rich takes a terminal of 80 columns, and would cut the names.
-        render(rows, conditions, Console(width=max(_TABLE_COLUMNS, Console().width)))
+command = Command("swap", run, SIZES, DEFAULT_SIZES, DEFAULT_ROUNDS, render, draw, goals, columns=_TABLE_COLUMNS)
 
 
 if __name__ == "__main__":
-    command_line(command, SIZES)
+    command.main()

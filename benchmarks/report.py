@@ -11,7 +11,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import groupby
@@ -122,12 +122,6 @@ def describe(device: str | None, **settings: Any) -> dict[str, Any]:
         "versions": versions | {package: version(package) for package in PACKAGES},
         "settings": settings,
     }
-
-
-def document(rows: Sequence[Row], conditions: dict[str, Any]) -> str:
-    """The JSON document."""
-    told = [asdict(goal) | {"met": goal.met} for goal in goals(rows)]
-    return json.dumps(conditions | {"rows": [asdict(row) for row in rows], "goals": told}, indent=1)
 
 
 def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) -> None:

@@ -1,38 +1,16 @@
-"""What the benchmarks share: a command line, the machine they run on, and clocks that wait for the device."""
+"""What the benchmarks share: the machine they run on, and clocks that wait for the device."""
 
 from __future__ import annotations
 
-import argparse
 import gc
-import inspect
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hotslot import HotslotError
-
-
-def command_line(command: Callable[..., None], sizes: Collection[str] = ()) -> None:
-    """Run a benchmark with what was typed after `python -m benchmarks.…`.
-
-    Args:
-        command: takes `rounds`, with a default, and `as_json`; with sizes `sizes`, `device`, `threads` and `plot` too.
-        sizes: that there are to choose from.
-    """
-    rounds = inspect.signature(command).parameters["rounds"].default
-    parser = argparse.ArgumentParser(description=(inspect.getdoc(inspect.getmodule(command)) or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed repetitions; default: %(default)s")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print one JSON document")
-    if sizes:
-        parser.add_argument("--size", action="append", choices=sizes, dest="sizes", help="may be repeated")
-        parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
-        parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-        parser.add_argument("--plot", type=Path, help="draw the table into this image file")
-    command(**vars(parser.parse_args()))
 
 
 def chosen_device(device: str | None) -> torch.device:
@@ -45,12 +23,6 @@ def refuse_unknown(sizes: Collection[str], known: Collection[str]) -> None:
     unknown = [size for size in sizes if size not in known]
     if unknown:
         raise HotslotError("No such size.", found=", ".join(unknown), expected=f"of {', '.join(known)}")
-
-
-def refuse_plot(plot: Path | None) -> None:
-    """Raise if a plot was asked for, of a benchmark that has none."""
-    if plot is not None:
-        raise HotslotError("This benchmark has no plot.", where="--plot", hint="leave it out, or take --json")
 
 
 @contextmanager

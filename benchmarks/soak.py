@@ -28,9 +28,10 @@ from torch import nn
 import hotslot
 from hotslot import HotslotError
 
+from .command import command_line
 from .llama import quiet
 from .report import describe
-from .running import command_line, only_own_garbage
+from .running import only_own_garbage
 
 DEFAULT_ROUNDS = 100_000
 LAYERS, WIDTH, RANK = 4, 16, 4
@@ -185,6 +186,6 @@ def command(
 
 if __name__ == "__main__":
     try:
-        command_line(command)
+        command(**vars(command_line(command, DEFAULT_ROUNDS).parse_args()))
     except HotslotError as error:
         sys.exit(str(error))

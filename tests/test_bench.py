@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import hotslot
 from hotslot.cli import bench
@@ -90,7 +91,7 @@ def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.goals(rows) == []
     fast, slow = report.Goal("", found=5.0, wanted=5.0), report.Goal("", found=4.9, wanted=5.0)
     assert (fast.met, slow.met) == (True, False)
-    swap.render(as_9mb, swap.describe("cpu", rounds=1), swap.Console(width=160))
+    swap.render(as_9mb, report.describe("cpu", rounds=1), Console(width=160))
     out = capsys.readouterr().out
     assert "hotslot Swapper.activate" in out
     assert goals[0].text in out
@@ -173,13 +174,13 @@ def test_a_gpus_benchmark_of_merges_compares_what_it_times(capsys: pytest.Captur
     assert 0 < of_lora[merged.HOTSLOT].error <= of_lora[merged.PEFT].error < 0.1
     assert of_lora[merged.COPY].times_copy == 1
     assert merged.goals(rows)[1].most == merged.LARGE_COPY_FACTOR
-    merged.render(rows, report.describe("cpu", rounds=1), swap.Console(width=200))
+    merged.render(rows, report.describe("cpu", rounds=1), Console(width=200))
     assert "% lost" in capsys.readouterr().out
 
 
 def test_merging_in_table_and_plot(merged_rows: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     conditions = report.describe("cpu", rounds=1)
-    merged.render(merged_rows, conditions, swap.Console(width=200))
+    merged.render(merged_rows, conditions, Console(width=200))
     out = capsys.readouterr().out
     assert merged.HOTSLOT in out
     assert "as merged anew" in out
@@ -230,7 +231,7 @@ def test_goals_of_swaps_in_a_pipeline(diffusers_rows: Any, capsys: pytest.Captur
     ]
     conditions = report.describe("cpu", rounds=1)
     conditions["versions"]["diffusers"] = "1"
-    timed.render(told, conditions, swap.Console(width=200))
+    timed.render(told, conditions, Console(width=200))
     out = capsys.readouterr().out
     assert timed.HOTSWAP in out
     assert goals[1].text in out
