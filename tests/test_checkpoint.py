@@ -530,6 +530,20 @@ def test_file_that_is_written_while_it_is_read_is_refused(
                 checkpoint.read(tmp_path)
 
 
+def test_a_family_takes_no_file_of_another_header(folder: Path, tmp_path: Path) -> None:
+    """It would read each tensor from where another one's values are."""
+    known = checkpoint.read(folder)
+    header = checkpoint.read_header(folder / WEIGHTS)
+    pieces = (checkpoint.Piece(0, known.nbytes, 0),)
+    family = checkpoint.FileFamily(header, known.nbytes, known.schema, pieces)
+    assert family.read(folder / WEIGHTS, origin="it").version == known.version
+    renamed = {name.replace(".up.", ".uq."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    write(tmp_path, renamed, config_of(folder))
+    assert len(checkpoint.read_header(tmp_path / WEIGHTS)) == len(header)
+    with pytest.raises(errors.CorruptFileError, match="another header"):
+        family.read(tmp_path / WEIGHTS, origin="another")
+
+
 # -- the Hub ------------------------------------------------------------------------------------------------------
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40

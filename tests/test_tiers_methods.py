@@ -19,7 +19,7 @@ from hotslot.testing import same_addresses
 from methods import make_method_adapter
 from oracle import assert_same_output, assert_unchanged, fresh, snapshot
 from test_inplace import outside
-from test_inplace_others import OPTIONS
+from test_inplace_others import made
 from zoo import ZOO, Entry
 
 WEIGHTS = "adapter_model.safetensors"
@@ -31,11 +31,6 @@ def advice_of_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def made(root: Path, name: str, *targets: str, seed: int, entry: Entry = MLP, **options: Any) -> Path:
-    stated = {**OPTIONS.get(name, {}), **options}
-    return make_method_adapter(root, name, entry, seed=seed, target_modules=list(targets), **stated)
 
 
 def gallery(name: str, root: Path) -> dict[str, Path]:
