@@ -417,7 +417,8 @@ def _sources(
     for start, stop, dtype, sizes in slices:
         device = next(iter(staging)) if len(staging) == 1 else targets[len(sources)].device
         # One call for all that lie one behind the other: 448 slices would take a millisecond.
-        sources += staging.get(device, data)[start:stop].view(dtype).split(sizes)
+        piece = staging.get(device, data)[start:stop].view(dtype)
+        sources += piece.split(sizes) if len(sizes) > 1 else [piece]
     matched = zip(sources, targets, strict=True)
     return [source if target.dim() == 1 else source.view(target.shape) for source, target in matched]
 
