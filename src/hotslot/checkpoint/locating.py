@@ -34,22 +34,23 @@ def locate(
         CheckpointError: there are none.
     """
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-    _refuse_escape(subfolder)
+    if subfolder:
+        _refuse_escape(subfolder)
     folder, given = Path(source, subfolder or ""), None
     if config is not None:
         given = json.dumps(config_dict(config)).encode()
     here = folder.absolute()
+    weights = here / WEIGHTS_NAME
     try:
-        if os.path.isfile(here / WEIGHTS_NAME):
-            return Files(here / WEIGHTS_NAME, here / CONFIG_NAME, given, str(folder))
+        if os.path.isfile(weights):
+            return Files(weights, here / CONFIG_NAME, given, str(folder))
         if folder.is_dir():
             raise _without_weights(folder)
         if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
             raise not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
-        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
+        weights = _from_hub(str(source), WEIGHTS_NAME, **hub).absolute()
         if config is None:
             _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
-        weights = weights.absolute()
         return Files(weights, weights.parent / CONFIG_NAME, given, str(source))
     except HotslotError:
         raise
@@ -57,9 +58,9 @@ def locate(
         raise not_found(str(folder), "a folder that can be read", said(error)) from error
 
 
-def _refuse_escape(subfolder: str | None) -> None:
+def _refuse_escape(subfolder: str) -> None:
     """A subfolder lies within the source, whoever chose it: that is what callers who pass one on rely on."""
-    path = PurePath(subfolder or "")
+    path = PurePath(subfolder)
     if path.is_absolute() or ".." in path.parts:
         raise AdapterNotFoundError(
             "The subfolder leads out of the adapter's folder.",
