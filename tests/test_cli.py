@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
@@ -25,6 +27,7 @@ from adapters import expected_peft_warnings, make_adapter, random_config
 from hotslot.checkpoint import read
 from hotslot.cli import bench, demo, terminal
 from hotslot.cli.app import app
+from hotslot.cli.inspect import inspect_adapter, show_inspection
 from hotslot.errors import HotslotError, ModelError, UnsupportedError
 from oracle import fresh
 from zoo import ZOO, Entry
@@ -322,6 +325,29 @@ def test_errors_are_printed_as_they_are(make: Any, kind: str, words: str, tmp_pa
     assert error["message"] == str(refused.value)
     assert error["next_step"] == refused.value.hint
     assert error["found"] == (None if refused.value.found is None else str(refused.value.found))
+
+
+def test_a_folder_of_adapters_is_told_by_some_of_them(tmp_path: Path) -> None:
+    for i in range(1_012):
+        (tmp_path / f"adapter-{i:04}").mkdir()
+    error = ask("inspect", tmp_path, exit_code=1)["error"]
+    assert error["found"].endswith("adapter-0009 and 1,002 more")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["check", "adapter"]], ids=" ".join)
+def test_a_path_that_nobody_may_ask_for(arguments: list[str], tmp_path: Path) -> None:
+    """The system refuses to look, as it does where there is no permission, which root always has."""
+    command, *others = arguments
+    assert "File name too long" in ask(command, tmp_path / ("x" * 300), *others, exit_code=1)["error"]["found"]
+
+
+def test_a_narrow_terminal_cuts_nothing_off(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    text = io.StringIO()
+    show_inspection(Console(width=40, file=text), inspect_adapter(folder))
+    shown = "".join(text.getvalue().split())
+    assert read(folder).version in shown
+    assert "…" not in shown
 
 
 def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> None:

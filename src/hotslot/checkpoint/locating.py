@@ -73,8 +73,9 @@ def _refuse_escape(subfolder: str | None) -> None:
 def _without_weights(folder: Path) -> HotslotError:
     if (folder / PICKLE_NAME).is_file():
         return pickle_refused(folder / PICKLE_NAME)
-    held = sorted(path.name for path in folder.iterdir())[:10]
-    return not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
+    held = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(held) - 10:,} more" if len(held) > 10 else ""
+    return not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held[:10]) + more or "an empty folder")
 
 
 def _from_hub(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -61,7 +61,20 @@ def new_table(*headings: str) -> Table:
     """A table without lines; columns of numbers are aligned by their heading's leading '>'."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        # Where a terminal is narrow a digest or a path goes on below, and is not cut.
+        table.add_column(heading.removeprefix(">"), justify=justify, overflow="fold")
+    return table
+
+
+def new_facts(facts: Mapping[str, object]) -> Table:
+    """A table of what something is called, in bold, and what it is."""
+    table = new_table("", "")
+    table.show_header = False
+    table.columns[0].style = "bold"
+    table.columns[0].no_wrap = True
+    for name, fact in facts.items():
+        add_row(table, (name, f"{fact:.400}" if isinstance(fact, str) else fact))
     return table
 
 
