@@ -102,6 +102,25 @@ def test_recompilations_are_dynamos(model: Any, swapper: hotslot.Swapper) -> Non
     assert swapper.metrics().recompilations == 2
 
 
+def test_recompilations_begin_anew_with_dynamo(swapper: hotslot.Swapper) -> None:
+    """Reset, its numbers grow from 0 beyond those that it had before attach, which are subtracted no more."""
+    recompile(3)
+    swapper = hotslot.attach(MLP.build(), {}, plan=swapper.plan)
+    assert swapper.metrics().recompilations == 0
+    torch._dynamo.reset()
+    seen = []
+    for _ in range(2):
+        recompile(2)
+        seen.append(swapper.metrics().recompilations)
+    assert seen == [2, 5]  # the second time the first size, too, is compiled for a frame that is known
+
+
+def recompile(times: int) -> None:
+    compiled = torch.compile(lambda x: x + 1, backend=Backend(), dynamic=False)
+    for size in range(times + 1):
+        compiled(torch.ones(2 + size))
+
+
 def test_prometheus_reads_the_same(model: Any, swapper: hotslot.Swapper, folders: dict[str, Path]) -> None:
     prometheus_client = pytest.importorskip("prometheus_client")
     from prometheus_client.parser import text_string_to_metric_families
@@ -129,6 +148,28 @@ def test_prometheus_reads_the_same(model: Any, swapper: hotslot.Swapper, folders
         "hotslot_recompilations": "counter",
     }
     assert next(iter(Collector(other).collect())).samples[0].labels["slot"] == "default"
+
+
+def test_swappers_come_and_go_at_a_collector(swapper: hotslot.Swapper, folders: dict[str, Path]) -> None:
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from hotslot.cli.top.readings import parse
+    from hotslot.integrations.prometheus import Collector
+
+    served = {"first": swapper}
+    registries = [prometheus_client.CollectorRegistry(auto_describe=True) for _ in range(2)]
+    collector = Collector(served)
+    for registry in registries:
+        registry.register(collector)
+    odd = 'a"b\\c\nd{e}#f=,g é'
+    served[odd] = hotslot.attach(MLP.build(), {"a": folders["a"]})
+    served[odd].activate("a")
+    texts = {prometheus_client.generate_latest(registry).decode() for registry in registries}
+    assert len(texts) == 1
+    _, slots = parse(texts.pop(), url="here")
+    assert slots.keys() == {"first", odd}
+    assert slots[odd].written_bytes == served[odd].metrics().written_bytes > 0
+    del served["first"]
+    assert "first" not in prometheus_client.generate_latest(registries[0]).decode()
 
 
 def expected(slot: str, metrics: hotslot.Metrics) -> Iterator[tuple[tuple[Any, ...], float]]:
