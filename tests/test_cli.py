@@ -361,8 +361,14 @@ def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> 
 
 
 def test_printable_keeps_text() -> None:
-    assert terminal.printable("α × – [b]\n  'x'") == "α × – [b]\n  'x'"
-    assert terminal.printable("\r\x00\ud800") == "\\r\\x00\\ud800"
+    assert terminal.printable("α × – [b]  'x'") == "α × – [b]  'x'"
+    assert terminal.printable("\r\n\x00\ud800") == "\\r\\n\\x00\\ud800"
+
+
+def test_what_a_file_says_adds_no_lines(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    edit_config(folder, base_model_name_or_path="llama\nversion     0000")
+    assert "llama\\nversion     0000" in run("inspect", folder).stdout
 
 
 # --- check

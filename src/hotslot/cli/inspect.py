@@ -312,7 +312,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     if found.refusals:
         console.print("\nrefused", style="bold red")
         for error in found.refusals:
-            console.print(printable(str(error)), soft_wrap=True)
+            console.print(str(error), soft_wrap=True)
 
 
 def _summary(found: Inspection) -> Any:

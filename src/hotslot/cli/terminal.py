@@ -32,7 +32,7 @@ def errors_reported(*, as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"error": error})
         else:
-            typer.echo(printable(str(error)), err=True)
+            typer.echo(str(error), err=True)
         raise typer.Exit(REFUSED) from None
 
 
@@ -84,5 +84,8 @@ def add_row(table: Table, cells: Iterable[object]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, but for its line breaks: a name in a file may try to drive a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    """`text` in one line, control characters escaped: a name in a file may try to drive a terminal, or add lines to it.
+
+    A HotslotError's message is so already, line by line.
+    """
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
