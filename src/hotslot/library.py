@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .blending import Blender
+from .blending import Blend, Blender
 from .cache import Cache, Room, Tier, user_folder
 from .cache.packed import PackedFiles
 from .cache.spilled import Spilled, SpillFile
@@ -116,12 +116,17 @@ class Library:
     def nbytes(self) -> int:
         """Bytes of host memory: of adapters, of blends of them, and of what is being read."""
         self._settle()
+        return self.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """`nbytes` without the library's lock: what could be let go of by now, and was not yet, counts too."""
         return self._tier.nbytes
 
     @property
     def waiting(self) -> int:
         """How many adapters are in memory."""
-        return len(self._tier) - len(self.blender)
+        return sum(not isinstance(entry, Blend) for _, entry in self._tier.items())
 
     @property
     def evictions(self) -> int:
