@@ -421,6 +421,15 @@ def assert_agrees_with_attach(source: Path, verdict: dict[str, Any]) -> None:
         assert verdict["error"]["type"] == type(refused.value).__name__
 
 
+def test_check_of_single_files_says_what_they_are_for(model: Path, tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes((folder / WEIGHTS_NAME).read_bytes())
+    one, other = ask("check", model, folder / WEIGHTS_NAME, lora, exit_code=1)["adapters"]
+    assert "the folder that it is in" in one["error"]["next_step"]
+    assert "diffusers pipeline" in other["error"]["next_step"]
+
+
 def test_check_as_text(model: Path, tmp_path: Path) -> None:
     fitting, misfit = plain(tmp_path / "fitting"), narrow_adapter(tmp_path / "misfit")
     result = run("check", model, fitting)
