@@ -6,9 +6,12 @@ import gc
 import itertools
 import logging
 import math
+import os
+import signal
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -230,6 +233,35 @@ def test_a_scrape_waits_for_no_swap_and_a_swap_for_no_scrape(swapper: hotslot.Sw
     assert texts
     assert all('outcome="changed"' not in text for text in texts), "the swap is counted when it is done"
     assert 'outcome="changed"' in prometheus_client.generate_latest(registry).decode()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_fork_amid_a_scrape_leaves_no_lock_taken(folders: dict[str, Path]) -> None:
+    """As a server's workers do, that are forked while the parent's metrics are read."""
+    model = MLP.build()
+    swapper = hotslot.attach(model, folders)
+    stop = Event()
+
+    def scrape() -> None:
+        while not stop.is_set():
+            swapper.metrics()
+
+    with ThreadPoolExecutor(3) as threads:
+        scraping = [threads.submit(scrape) for _ in range(3)]
+        try:
+            for _ in range(12):
+                child = os.fork()
+                if not child:
+                    signal.alarm(20)
+                    with suppress(BaseException):
+                        swapper.activate("a")
+                        os._exit(swapper.metrics().changed - 1)
+                    os._exit(1)
+                assert os.waitpid(child, 0)[1] == 0
+        finally:
+            stop.set()
+        for each in scraping:
+            each.result()
 
 
 def test_many_scrapes_beside_blends_and_loads(folders: dict[str, Path]) -> None:

@@ -507,6 +507,7 @@ def _before_fork() -> None:
     for library in list(_libraries):
         _at_rest.enter_context(library._reading)
         _at_rest.enter_context(library._lock)
+        _at_rest.enter_context(library._tier.at_rest())  # which is asked for its bytes without the other, too
 
 
 def _after_in_child() -> None:
