@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -363,6 +364,15 @@ def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> 
 def test_printable_keeps_text() -> None:
     assert terminal.printable("α × – [b]  'x'") == "α × – [b]  'x'"
     assert terminal.printable("\r\n\x00\ud800") == "\\r\\n\\x00\\ud800"
+
+
+def test_a_pipe_that_knows_no_unicode(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from hotslot.cli import main; main()", "inspect", str(plain(tmp_path / "ü☃"))]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True, encoding="ascii", check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "16 \\u2192 8" in done.stdout
+    assert "\\xfc\\u2603" in done.stdout
 
 
 def test_what_a_file_says_adds_no_lines(tmp_path: Path) -> None:

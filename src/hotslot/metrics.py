@@ -61,7 +61,8 @@ class Metrics:
         evictions: adapters, and blends, that had to leave host memory for others, or were told to.
         adapters: loaded now.
         host_adapters: of them, in host memory.
-        host_bytes: of host memory that they hold, see `Swapper.host_bytes`.
+        host_bytes: of host memory that they hold, see `Swapper.host_bytes`; and what nobody needs any more, until the
+            next call lets go of it.
         device_bytes: of GPU memory that they hold, see `Swapper.device_bytes`.
     """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, TextIOWrapper):  # where it speaks no Unicode, an arrow is "\\u2192", and no traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 
