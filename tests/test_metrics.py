@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 
 import pytest
@@ -233,6 +233,34 @@ def test_a_scrape_waits_for_no_swap_and_a_swap_for_no_scrape(swapper: hotslot.Sw
     assert texts
     assert all('outcome="changed"' not in text for text in texts), "the swap is counted when it is done"
     assert 'outcome="changed"' in prometheus_client.generate_latest(registry).decode()
+
+
+class Watched:
+    """A lock that knows how many have come to it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self.came = lock, Semaphore(0)
+
+    def __enter__(self) -> None:
+        self.came.release()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_who_waits_for_another_who_reads_has_not_hit_it(swapper: hotslot.Swapper) -> None:
+    swapper.evict("b")
+    reading: Any = swapper._library._reading
+    swapper._library._reading = watched = Watched(reading)  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as threads:
+        with reading:
+            both = [threads.submit(swapper.activate, "b") for _ in range(2)]
+            for _ in both:
+                watched.came.acquire()
+        reports = [each.result() for each in both]
+    assert sorted(report.tier for report in reports) == ["disk", "none"]
+    assert (swapper.metrics().hits, swapper.metrics().misses) == (0, 2)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")

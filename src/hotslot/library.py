@@ -337,20 +337,21 @@ class Library:
             self._loans.add(loan)
         return loan
 
-    def _lend(self, name: str, loan: Loan) -> bool:
-        """Add what is in memory to the loan; says whether it is."""
+    def _lend(self, name: str, loan: Loan, *, waited: bool = False) -> bool:
+        """Add what is in memory to the loan; says whether it is. Who has waited until it was has not hit it."""
         with self._lock:
             self.known(name)
             entry = self._tier.get(name)
             if entry is not None:
                 loan.entries[name] = entry
-                self.hits += 1
+                self.hits += not waited
+                self.misses += waited
             return entry is not None
 
     def _lend_read(self, name: str, loan: Loan, sink: Sink | None) -> None:
         """Add what has to be read, unless another thread has just done so."""
         with self._reading:
-            while not self._lend(name, loan):
+            while not self._lend(name, loan, waited=True):
                 if self._bring(self.known(name), loan, sink):
                     self.misses += 1
                     return

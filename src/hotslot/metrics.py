@@ -57,7 +57,7 @@ class Metrics:
             that it had compiled before (a frame is a function, or the rest of one after a graph break). First
             compilations do not count, and `torch._dynamo.reset()` makes it begin anew, once `metrics` has seen it.
         hits: adapters that were in memory when they were needed.
-        misses: those that had to be read.
+        misses: those that had to be read, or were being read and had to be waited for.
         evictions: adapters, and blends, that had to leave host memory for others, or were told to.
         adapters: loaded now.
         host_adapters: of them, in host memory.
