@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 import hotslot
 from adapters import make_adapter
-from hotslot.cache.packed import PackedFiles
+from hotslot.cache.packed import PackedFiles, name_for, pack_header
 from hotslot.checkpoint import Files, locate, read, read_files
 from hotslot.cli.app import app
 from hotslot.errors import AdapterNotFoundError
@@ -102,6 +102,24 @@ def test_one_with_a_seal_of_somebody_else_is_refused(folder: Path, tmp_path: Pat
         packed = PackedFiles(tmp_path / "packed")
         assert packed.read(files, files.stamp()) is None
         assert not file.exists(), "whoever finds it deletes it"
+
+
+def test_what_a_stranger_has_sealed_is_told_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    checkpoint = read(folder)
+    key = json.dumps(["/a\0b", "/a\0b", '[{"no": "reader"}, 1]'])
+    told = json.dumps([key, []])
+    file = tmp_path / name_for(Files.of_stamp(told))
+
+    def seal(source: str, read_ns: int) -> Path:
+        header = pack_header(checkpoint, source, read_ns)
+        assert header is not None
+        file.write_bytes(len(header).to_bytes(8, "little") + header + checkpoint.data.numpy().tobytes())
+        return file
+
+    assert "cannot be found" in ask("inspect", seal(told, 2**63 - 1))["stale"]
+    assert "/a\\x00b" in run("inspect", file).stdout
+    for source, read_ns in (("{}", 0), ("[1]", 0), (told, 10**40), (told, -1)):
+        assert "no sound packed file" in ask("inspect", seal(source, read_ns), exit_code=1)["error"]["summary"]
 
 
 def test_of_a_pipeline_it_has_the_alphas_that_a_file_alone_does_not(tmp_path: Path) -> None:

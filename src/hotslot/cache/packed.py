@@ -319,8 +319,11 @@ def _unsealed(header: bytes, path: Path) -> Found:
         raise _Damaged("a header that is not as it was sealed")
     try:
         metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
-        told, version, text, source = (str(metadata[key]) for key in ("hotslot_format", "version", "config", "source"))
-        read_ns = int(metadata["read_ns"])
+        keys = ("hotslot_format", "version", "config", "source", "read_ns")
+        told, version, text, source, read_ns = (str(metadata[key]) for key in keys)
+        read = int(read_ns)
+        if not 0 <= read < 2**63:
+            raise ValueError("a time that no clock shows")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise _Damaged(f"metadata that hotslot does not write ({type(error).__name__}: {error})") from error
     if told != FORMAT:
@@ -331,7 +334,7 @@ def _unsealed(header: bytes, path: Path) -> Found:
     if schema is None:
         schema = Schema(parse_config(config, path), parse_header(header, path))
         schemas.put((tensors, config), schema)
-    return Found(version, source, read_ns, schema)
+    return Found(version, source, read, schema)
 
 
 def pack_header(checkpoint: Checkpoint, source: str, read_ns: int) -> bytes | None:

@@ -92,7 +92,7 @@ def _stale(path: Path, files: Files, told: str, read_ns: int) -> str | None:
         return f"it was renamed, and is looked for as {name_for(files)}"
     try:
         stamp = files.stamp()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path that there cannot be
         return f"its source cannot be found: {error}"
     if stamp.text != told:
         return "its source has changed since"
