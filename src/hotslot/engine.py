@@ -142,7 +142,7 @@ class Engine:
         _engines.setdefault(self.model, {})[self.adapter_name] = self
 
     def forget(self) -> None:
-        """Hold nothing of the model, nor of adapters, once it was released: somebody may hold this for a long time."""
+        """Hold nothing of the model, nor of adapters, once it was released or has stood aside for good."""
         nothing = State(None)
         self.live = self._neutral = nothing
         self.previous = self.original = self._foreign = None

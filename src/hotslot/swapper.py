@@ -578,6 +578,8 @@ class Swapper:
                     engine.swap(engine.previous)
                 _, engine.previous, engine.original = was
                 raise
+            else:
+                self._end()
 
     # -- work in flight ---------------------------------------------------------------------------------------------
 
@@ -676,6 +678,10 @@ class Swapper:
             for injection in reversed(self._injections):
                 live.remove(injection)
         _attached.get(model, {}).pop(self._engine.adapter_name, None)
+        self._end()
+
+    def _end(self) -> None:
+        """Hold nothing any more but what was counted: whoever collects metrics may hold this for a long time."""
         self._library.clear()
         self._detached = True
         self._injections, self._wrappings, self._stagings = [], [], live.Stagings()
