@@ -280,6 +280,17 @@ def test_inspect_refuses_tensors_that_contradict_the_config(tmp_path: Path) -> N
     assert refusal["expected"] == "rank 3 by the config's r and rank_pattern"
 
 
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    folder = plain(tmp_path)
+    edit_config(folder, lora_dropout=float("inf"), megatron_core=float("nan"), corda_config=float("nan"))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(run("inspect", folder, "--json").stdout, parse_constant=refuse)
+    assert (found["settings"]["lora_dropout"], found["settings"]["corda_config"]) == ("Infinity", "NaN")
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

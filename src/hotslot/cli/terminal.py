@@ -38,7 +38,9 @@ def errors_reported(*, as_json: bool) -> Iterator[None]:
 
 def print_json(value: Any, *, one_line: bool = False) -> None:
     """Print dicts, lists, dataclasses and HotslotErrors as one JSON document."""
-    typer.echo(json.dumps(value, indent=None if one_line else 2, default=_as_json))
+    # JSON has no NaN and no infinity, and Python's json writes and reads them: of a config that has one it is a text.
+    plain = json.loads(json.dumps(value, default=_as_json), parse_constant=str)
+    typer.echo(json.dumps(plain, indent=None if one_line else 2))
 
 
 def _as_json(value: Any) -> Any:
