@@ -17,7 +17,13 @@ T = TypeVar("T")
 
 
 def chosen_device(device: str | None) -> torch.device:
-    """The one that was asked for; else a GPU, if there is one."""
+    """The one that was asked for; else a GPU, if there is one.
+
+    Raises:
+        HotslotError: a GPU was asked for, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HotslotError("There is no GPU.", where="--device", found=f"torch {torch.__version__} sees none")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -84,6 +84,21 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(f"| {row['contender']} | {row['ms']:.2f} |" in text for row in told["rows"])
 
 
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    for plot in (tmp_path / "swap.nonsense", tmp_path / "absent" / "swap.png", tmp_path):
+        with pytest.raises(HotslotError, match="plot cannot be written"):
+            bench.run_bench("swap", plot=plot, sizes=["84MB"], rounds=1000, device="cpu")
+    with pytest.raises(HotslotError, match="no plot"):
+        bench.run_bench("slots", plot=tmp_path / "slots.png", sizes=["tiny"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    for case in ("swap", "forward"):
+        with pytest.raises(HotslotError, match="no GPU"):
+            bench.run_bench(case, device="cuda")
+
+
 def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
     as_9mb = [replace(row, size="9MB") for row in rows]
     goals = report.goals(as_9mb)

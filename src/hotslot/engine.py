@@ -141,6 +141,13 @@ class Engine:
             self.model.hold()
         _engines.setdefault(self.model, {})[self.adapter_name] = self
 
+    def forget(self) -> None:
+        """Hold nothing of the model, nor of adapters, once it was released or has stood aside for good."""
+        nothing = State(None)
+        self.live = self._neutral = nothing
+        self.previous = self.original = self._foreign = None
+        del self.binding
+
     @property
     def neutral(self) -> State:
         """What makes the model compute what its base does.
