@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -128,6 +128,7 @@ class Engine:
 
     def stand_aside(self) -> None:
         """Let another engine have the slot; `come_back` takes it back. The model is not touched."""
+        live.leave_steps(self)
         self.binding.absolutes.stand_aside()
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
@@ -140,6 +141,7 @@ class Engine:
         if isinstance(self.model, live.Assembly):
             self.model.hold()
         _engines.setdefault(self.model, {})[self.adapter_name] = self
+        live.follow_steps(self)
 
     @property
     def neutral(self) -> State:
@@ -208,6 +210,11 @@ class Engine:
             self.live = before if before.image is not None else previous
             self.previous, self.original = history
             raise
+
+    def after_step(self, params: Container[int]) -> None:
+        """After a step of an optimizer, of parameters with these ids: leave nothing where the live adapter has none."""
+        with self.lock:
+            self.binding.make_neutral(params, {} if self.live is self._neutral else self.binding.live_ranks)
 
     def refuse_if_merged(self) -> None:
         """Raise if the slot's adapter is merged into the base weights."""
