@@ -114,7 +114,7 @@ class Engine:
 
     def restore_original(self) -> None:
         """Make live again what was there before the first swap, if there was one."""
-        if self.original is not None:
+        if self.original is not None and (self.live is not self.original or self.live is self._neutral):
             self.swap(self.original)
         else:
             self.refuse_if_merged()
@@ -202,7 +202,9 @@ class Engine:
             nbytes = self._write(target, occupied, before.records, clean=not touched, since=since)
             self.live = target
             if self.keeps_history:
-                self.previous, self.original = before, self.original or before
+                # What came with the model may have been trained since a swap back to it.
+                again = previous is self.original and previous is not self._neutral
+                self.previous, self.original = before, before if again else self.original or before
             self.gate.count_change()
             return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:
