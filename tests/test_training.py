@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from torch import nn
 
 import hotslot
-from adapters import make_adapter, save
+from adapters import expected_peft_warnings, make_adapter, save
 from compiling import Backend
 from hotslot.testing import no_recompile
 from oracle import assert_same_output, error, fresh
@@ -128,7 +129,7 @@ def test_compiled_training_stays_compiled_over_adapters_with_other_parts(folders
     compiled: Any = torch.compile(model, backend=Backend())
     steps(compiled, make(params))
     with no_recompile():
-        for name in ("several", "plain", "dora", "plain"):
+        for name in ("several", "dora", "plain"):
             swapper.activate(name)
             steps(compiled, make(params))
             twin, twins = twin_of(folders[name])
@@ -173,6 +174,60 @@ def test_what_is_left_behind_is_trained_as_pefts_own(folders: dict[str, Path]) -
     assert not any(param._backward_hooks for param in model.parameters())
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_adapters_trained_by_turns(kept: bool, folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """What `update` keeps goes on; what it does not keep is lost at the next swap, which says so."""
+    names, make = ("bias", "head"), OPTIMIZERS["adamw"]
+    model, swapper = attached(folders, *names)
+    params = whole_slot(model)
+    optimizers, twins = {name: make(params) for name in names}, {name: twin_of(folders[name]) for name in names}
+    twins_optimizers = {name: make(trained) for name, (_, trained) in twins.items()}
+    for name in (*names, *names):
+        swapper.activate(name)
+        with swapper.using(None):  # which comes back to what was trained
+            assert_same_output(output(model), output(LLAMA.build()))
+        steps(model, optimizers[name], count=1)
+        steps(twins[name][0], twins_optimizers[name], count=1)
+        with swapper.using(None):
+            pass
+        if kept:
+            with expected_peft_warnings():
+                swapper.update(name, get_peft_model_state_dict(model))
+    lost = [record for record in caplog.records if "was trained while it was live" in record.getMessage()]
+    assert len(lost) == (0 if kept else 2)
+    if not kept:
+        swapper.activate(names[-1])  # live already, but not as it was loaded
+    for name in names:
+        swapper.activate(name)
+        assert_same_output(output(model), output(twins[name][0] if kept else fresh(LLAMA, folders[name])))
+
+
+def test_a_rollback_brings_back_what_was_trained_and_loses_nothing_in_silence(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, swapper = attached(folders, "plain", "rank")
+    steps(model, OPTIMIZERS["adamw"](whole_slot(model)))
+    trained = output(model)
+    assert not caplog.records
+    swapper.activate("rank")
+    assert len(caplog.records) == 1
+    swapper.rollback()
+    assert_same_output(output(model), trained, exact=True)
+    swapper.deactivate()
+    assert len(caplog.records) == 1  # once for an adapter
+
+
+def test_an_optimizer_that_holds_a_frozen_slot_trains_nothing(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, swapper = attached(folders, "plain", "rank")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.get_input_embeddings().requires_grad_(True)  # type: ignore[operator]
+    steps(model, optimizer)
+    swapper.activate("rank")
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("live", [None, "plain"])
 def test_training_after_a_rollback_is_there_at_detach(live: str | None, folders: dict[str, Path]) -> None:
     """Of the adapter that came with the model, which no file has."""
@@ -187,3 +242,16 @@ def test_training_after_a_rollback_is_there_at_detach(live: str | None, folders:
         swapper.deactivate()
     swapper.detach()
     assert_same_output(output(model), trained)
+
+
+def test_detach_gives_gradients_the_shapes_of_their_parameters(folders: dict[str, Path]) -> None:
+    model = fresh(LLAMA, folders["plain"])
+    twin, twins = twin_of(folders["plain"])
+    swapper = hotslot.attach(model, {"rank": folders["rank"]})
+    params = whole_slot(model)
+    for subject in (model, twin):
+        LLAMA.read(subject(**LLAMA.inputs())).square().mean().backward()
+    swapper.detach()
+    for trained in (params, twins):
+        torch.optim.SGD(trained, lr=0.1).step()
+    assert_same_output(output(model), output(twin))

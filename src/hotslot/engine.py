@@ -99,7 +99,7 @@ class Engine:
         self.original: State | None = self._neutral if empty else None
         self.live: State = self._neutral if empty else self._foreign or self._neutral
         self.previous: State | None = None
-        self._merged = False
+        self._merged = self._stepped = False
         if empty:
             self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
         else:
@@ -200,7 +200,7 @@ class Engine:
             occupied = binding.live_ranks if known else binding.room
             since = previous.entry if known else None
             nbytes = self._write(target, occupied, before.records, clean=not touched, since=since)
-            self.live = target
+            self.live, self._stepped = target, False
             if self.keeps_history:
                 # What came with the model may have been trained since a swap back to it.
                 again = previous is self.original and previous is not self._neutral
@@ -216,7 +216,14 @@ class Engine:
     def after_step(self, params: Container[int]) -> None:
         """After a step of an optimizer, of parameters with these ids: leave nothing where the live adapter has none."""
         with self.lock:
-            self.binding.make_neutral(params, {} if self.live is self._neutral else self.binding.live_ranks)
+            ranks = {} if self.live is self._neutral else self.binding.live_ranks
+            if self.binding.make_neutral(params, ranks):
+                self._stepped = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether the live adapter has become another than the one that was loaded, by an optimizer's steps."""
+        return self._stepped or (self.live.entry is not None and self.live.image is not None)
 
     def refuse_if_merged(self) -> None:
         """Raise if the slot's adapter is merged into the base weights."""

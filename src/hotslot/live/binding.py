@@ -256,19 +256,24 @@ class Binding:
         self.absolutes.write(values, merges, clean=clean)
         self.memory.write(writes, occupied, clean=clean)
 
-    def make_neutral(self, params: Container[int], ranks: Mapping[str, int]) -> None:
-        """Make neutral what the live adapter does not have, whoever has written it.
+    def make_neutral(self, params: Container[int], ranks: Mapping[str, int]) -> bool:
+        """Make neutral what the live adapter does not have, after a step of an optimizer.
+
+        Returns:
+            Whether a slot was trained.
 
         Args:
-            params: ids of the parameters that it is about.
+            params: ids of the optimizer's parameters.
             ranks: fqn → rank of the live adapter.
         """
         clear: list[torch.Tensor] = []
         ones: list[torch.Tensor] = []
+        found = False
         for fqn, slot in self.slots.items():
             for suffix, held in slot.held.items():
-                if id(held.param) not in params:
+                if id(held.param) not in params or held.param.grad is None:  # no optimizer changes that
                     continue
+                found = True
                 part, value = PARTS[suffix], held.param.detach()  # which `model.to(…)` may have moved
                 if part.rank_dim is None and not slot.uses(suffix):
                     (ones if part.neutral else clear).append(value)
@@ -276,6 +281,7 @@ class Binding:
                     clear.append(slot.band(value, suffix, ranks.get(fqn, 0), slot.rank))
         self.memory.make_neutral(clear, ones)
         self.absolutes.make_neutral(params)
+        return found
 
     # -- where it lives ----------------------------------------------------------------------------------------------
 

@@ -49,8 +49,9 @@ class Originals:
     ) -> None:
         """Give parameters and scalings their own memory again, holding what they hold now. May be repeated.
 
-        Their gradients with them. At their old shapes, but where what is live has another rank than what was: PEFT's functions swap without
-        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank.
+        At their old shapes, but where what is live has another rank than what was: PEFT's functions swap without
+        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank. Gradients
+        get the same shapes.
 
         Args:
             slots: all that were noted, as they are now.

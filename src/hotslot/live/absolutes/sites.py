@@ -279,10 +279,11 @@ class Sites:
                 self.foreign.discard(key)
 
     def make_neutral(self, params: Container[int]) -> None:
-        """Write the model's own values into copies, of these by their ids, for which the live adapter has none."""
+        """Write the model's own values into copies that were trained, of these by their ids, and are not in use."""
         with torch.inference_mode(False), torch.no_grad():
             for key, site in self.by_key.items():
-                if site.original is not None and key not in self.foreign and id(site.tensor) in params:
+                unused = site.original is not None and key not in self.foreign
+                if unused and id(site.tensor) in params and site.tensor.grad is not None:
                     site.put_back()
 
     def _merge(self, merges: Sequence[Merge]) -> set[int]:
