@@ -121,6 +121,10 @@ def test_momentum_of_the_adapter_before_reaches_nothing_that_is_not_saved(
     swapper.deactivate()
     steps(model, optimizer)
     assert_same_output(output(model), output(LLAMA.build()))
+    for change in (lambda: swapper.activate("several"), swapper.rollback):  # to what was written by others
+        change()
+        steps(model, optimizer)
+    assert_same_output(output(model), output(LLAMA.build()))
 
 
 def test_compiled_training_stays_compiled_over_adapters_with_other_parts(folders: dict[str, Path]) -> None:

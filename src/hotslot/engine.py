@@ -34,11 +34,13 @@ class State:
         entry: a loaded adapter; None for the neutral slot, and for what hotslot did not write.
         image: the values, where no entry has them: what came with the model, or was trained since.
         records: PEFT's records of it; None to take the entry's own.
+        empty: whether the slots have no adapter, whatever others may have written there.
     """
 
     entry: Entry | None
     image: Image | None = None
     records: Records | None = None
+    empty: bool = False
 
     @property
     def name(self) -> str | None:
@@ -92,7 +94,7 @@ class Engine:
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
         self.gate = Gate.of(live.innermost(model))  # of all slots of the model, for a forward pass reads all of them
-        self._neutral = State(None, records=binding.neutral_records())
+        self._neutral = State(None, records=binding.neutral_records(), empty=True)
         self._neutral_beside: frozenset[str] | None = None
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
         self._foreign = None if empty else State(None)
@@ -153,7 +155,7 @@ class Engine:
         binding = self.binding
         if binding.resident is not None and self._neutral_beside != binding.beside:
             image, records = binding.neutral_resident()
-            self._neutral, self._neutral_beside = State(None, image, records), binding.beside
+            self._neutral, self._neutral_beside = State(None, image, records, empty=True), binding.beside
         return self._neutral
 
     @property
@@ -216,7 +218,7 @@ class Engine:
     def after_step(self, params: Container[int]) -> None:
         """After a step of an optimizer, of parameters with these ids: leave nothing where the live adapter has none."""
         with self.lock:
-            ranks = {} if self.live is self._neutral else self.binding.live_ranks
+            ranks = {} if self.live.empty else self.binding.live_ranks
             if self.binding.make_neutral(params, ranks):
                 self._stepped = True
 
@@ -300,7 +302,7 @@ class Engine:
             ranks = {fqn: shape.rank for fqn, shape in shapes.items()}
             binding.extend(found, ranks, extra=[(fqn, part) for fqn, shape in shapes.items() for part in shape.parts])
             binding.absolutes.find(self.model, wrapped, tokens)
-            neutral = State(None, records=binding.neutral_records())
+            neutral = State(None, records=binding.neutral_records(), empty=True)
             states = [neutral if state is self._neutral else state for state in kept]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
             self._neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
@@ -374,7 +376,7 @@ class Engine:
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         if self.live is self._neutral and image is None and records == self._neutral.records:
             return self._neutral  # by which `_is_live` knows that there is nothing to do
-        return State(self.live.entry, image, records)
+        return State(self.live.entry, image, records, self.live.empty)
 
     def arrival(self) -> live.Arrival:
         """What takes an adapter to the devices while it is read for a swap that is to come."""

@@ -264,8 +264,8 @@ class Absolutes:
         self._show(image.shown, values, image.norms)
 
     def make_neutral(self, params: Container[int]) -> None:
-        """See `Sites.make_neutral`."""
-        self._sites.make_neutral(params)
+        """See `ModuleSites.make_neutral`."""
+        self._modules.make_neutral(params)
 
     def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor], norms: frozenset[str]) -> None:
         """Let `state_dict`, PEFT's records and diffusers' say whose values are live."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import Any
 
 import torch
@@ -141,6 +141,14 @@ class ModuleSites:
             self._shown[fqn] = fqn in fqns
             if fqn in self._mutes:
                 self._mutes[fqn].use(fqn in fqns)
+
+    def make_neutral(self, params: Container[int]) -> None:
+        """After a step of an optimizer of parameters with these ids: the model's own values where these are unused."""
+        sites = self._sites.by_key.items()
+        unused = [(key, site.tensor) for key, site in sites if not self._shown.get(key[0], True)]
+        trained = [key for key, tensor in unused if id(tensor) in params and tensor.grad is not None]
+        if trained:
+            self._sites.put_back(trained)
 
 
 def _reader(holder: dict[str, Any], name: str) -> Callable[[], torch.Tensor]:

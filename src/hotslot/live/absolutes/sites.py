@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -277,14 +277,6 @@ class Sites:
             for key in keys:
                 self.by_key[key].put_back()
                 self.foreign.discard(key)
-
-    def make_neutral(self, params: Container[int]) -> None:
-        """Write the model's own values into copies that were trained, of these by their ids, and are not in use."""
-        with torch.inference_mode(False), torch.no_grad():
-            for key, site in self.by_key.items():
-                unused = site.original is not None and key not in self.foreign
-                if unused and id(site.tensor) in params and site.tensor.grad is not None:
-                    site.put_back()
 
     def _merge(self, merges: Sequence[Merge]) -> set[int]:
         """Write what is computed from the model's own values; returns the ids of the tensors."""
