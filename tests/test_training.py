@@ -141,6 +141,30 @@ def test_compiled_training_stays_compiled_over_adapters_with_other_parts(folders
             assert_same_output(output(model), output(twin))
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_after_growing_a_whole_slot_is_still_trained_as_the_adapter_alone(
+    exclusive: bool, folders: dict[str, Path]
+) -> None:
+    model, swapper = attached(folders, "plain", "bias", exclusive=exclusive)
+    swapper.grow(hotslot.plan(model, [folders["rank"], folders["dora"]], max_blend=1))
+    twin, params = twin_of(folders["plain"])
+    for subject, trained in ((model, whole_slot(model)), (twin, params)):
+        steps(subject, torch.optim.SGD(trained, lr=0.1))
+    assert_same_output(output(model), output(twin))
+
+
+def test_hooks_on_gradients_outlive_an_exclusive_attach(folders: dict[str, Path]) -> None:
+    model = fresh(LLAMA, folders["plain"])
+    params = whole_slot(model)
+    seen: list[torch.Size] = []
+    params[0].register_hook(lambda gradient: seen.append(gradient.shape))
+    model.requires_grad_(False)
+    hotslot.attach(model, {"rank": folders["rank"]}, exclusive=True)
+    whole_slot(model)
+    LLAMA.read(model(**LLAMA.inputs())).square().mean().backward()
+    assert seen == [params[0].shape]
+
+
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "copy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),  # type: ignore[no-any-return]

@@ -259,26 +259,28 @@ class Binding:
     def make_neutral(self, params: Container[int], ranks: Mapping[str, int]) -> bool:
         """Make neutral what the live adapter does not have, after a step of an optimizer.
 
-        Returns:
-            Whether a slot was trained.
-
         Args:
             params: ids of the optimizer's parameters.
             ranks: fqn → rank of the live adapter.
+
+        Returns:
+            Whether a slot was trained.
         """
         clear: list[torch.Tensor] = []
         ones: list[torch.Tensor] = []
         found = False
         for fqn, slot in self.slots.items():
+            rank, room = ranks.get(fqn, 0), slot.rank
             for suffix, held in slot.held.items():
                 if id(held.param) not in params or held.param.grad is None:  # no optimizer changes that
                     continue
-                found = True
-                part, value = PARTS[suffix], held.param.detach()  # which `model.to(…)` may have moved
-                if part.rank_dim is None and not slot.uses(suffix):
-                    (ones if part.neutral else clear).append(value)
-                elif part.rank_dim is not None and ranks.get(fqn, 0) < slot.rank:
-                    clear.append(slot.band(value, suffix, ranks.get(fqn, 0), slot.rank))
+                found, part = True, PARTS[suffix]
+                # Of the Parameter, which `model.to(…)` may have moved.
+                if part.rank_dim is not None:
+                    if rank < room:
+                        clear.append(slot.band(held.param.detach(), suffix, rank, room))
+                elif not slot.uses(suffix):
+                    (ones if part.neutral else clear).append(held.param.detach())
         self.memory.make_neutral(clear, ones)
         self.absolutes.make_neutral(params)
         return found
