@@ -83,9 +83,10 @@ class _Masked:
         self._in_use = in_use
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        in_use = self._in_use.to(gradient.device)  # where it is, but between `model.to(…)` and the next swap
         if gradient.is_sparse:
-            return gradient * self._in_use
-        return torch.where(self._in_use, gradient, 0.0)  # a product would keep what is not finite
+            return gradient * in_use
+        return torch.where(in_use, gradient, 0.0)  # a product would keep what is not finite
 
 
 def _hook(param: nn.Parameter, hook: _Masked | None) -> None:
