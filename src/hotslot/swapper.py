@@ -646,7 +646,10 @@ class Swapper:
                     return self._recorded_swap(target)
         with gate.swap(in_flight, timeout_seconds):
             with self._lock:
-                report = self._recorded_swap(choose(self._bound()), read_seconds)
+                engine = self._bound()
+                target = choose(engine)
+                self._observers.warn_if_lost(engine, target)
+                report = self._recorded_swap(target, read_seconds)
             self._observers.tell(report)
             return report
 
