@@ -94,7 +94,10 @@ class Binding:
         self.arena = arena
         self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
         self.stagings = Stagings(device_bytes)
-        self._ranks = Shown({fqn: 0 if fqn in empty else slot.live_rank for fqn, slot in slots.items()})
+        unused = {fqn for fqn, slot in slots.items() if fqn in empty or slot.holds_nothing}
+        if len(unused) == len(slots):  # an adapter that says zero everywhere, and is saved so
+            unused = {fqn for fqn in slots if fqn in empty}
+        self._ranks = Shown({fqn: 0 if fqn in unused else slot.live_rank for fqn, slot in slots.items()})
         self._described: weakref.WeakKeyDictionary[Schema, tuple[Records, Mapping[str, float]]]
         self._described = weakref.WeakKeyDictionary()
         self._columns: dict[tuple[int, tuple[Any, ...]], tuple[Any, ...]] = {}
@@ -301,7 +304,7 @@ class Binding:
         try:
             if arena and not self.arena:
                 compact(self.slots)
-                self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=True)
+                self._ledger = self._new_ledger(watch=True)
             self._patches.add_parts(extra)
             self.memory = self._bind(ranks, arena=arena)
             self.arena = arena
@@ -323,7 +326,7 @@ class Binding:
         self._patches.add_parts(extra)
         self.memory = self._bind(ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
-        self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
+        self._ledger = self._new_ledger(watch=self.arena)
         self._described.clear()
         if dirty:
             self.memory.traces.mark_dirty()
@@ -356,6 +359,9 @@ class Binding:
 
     def _bind(self, ranks: Mapping[str, int], *, arena: bool) -> Memory:
         return bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena, exclusive=self._exclusive)
+
+    def _new_ledger(self, *, watch: bool) -> Ledger:
+        return Ledger(self._adapter_name, self.slots, self._ranks, watch=watch, before=self._ledger)
 
     def _undo(self) -> Callable[[], None]:
         memory, arena, slots = self.memory, self.arena, dict(self.slots)

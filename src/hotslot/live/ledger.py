@@ -31,9 +31,12 @@ class Ledger:
         slots: all slots of it.
         shown: what the layers' state_dict shows.
         watch: put CountingDicts in the place of the layers' dicts. Not where compiled code may know those.
+        before: the one whose place this takes, of fewer slots or others.
     """
 
-    def __init__(self, adapter_name: str, slots: Mapping[str, Slot], shown: Shown, *, watch: bool) -> None:
+    def __init__(
+        self, adapter_name: str, slots: Mapping[str, Slot], shown: Shown, *, watch: bool, before: Ledger | None = None
+    ) -> None:
         name = self._adapter_name = adapter_name
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
         if watch:
@@ -48,7 +51,8 @@ class Ledger:
         self._columns += [(dropouts, ["p"] * len(slots)), ([shown] * len(slots), list(slots))]
         self._shown = shown
         self._unused = unused_columns(slots)
-        self._configs: dict[str, Any] = {}  # the model's config objects, those that are not shown too
+        # The model's config objects, those that are not shown too.
+        self._configs: dict[str, Any] = {} if before is None else before._configs
         self._said: Columns = ()  # by `apply`, when there had been so many edits:
         self._edits = -1
 
