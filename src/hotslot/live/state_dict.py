@@ -180,6 +180,19 @@ class TrueRank(Speaker):
         return {prefix + part.key(self.adapter_name): suffix for suffix, part in PARTS.items()}
 
 
+def forget_left(layer: nn.Module, adapter_name: str) -> None:
+    """Take off what `TrueRank.stay` has put on the layer, for an adapter that goes."""
+
+    def is_left(hook: Any) -> bool:
+        return isinstance(hook, TrueRank) and hook.left and hook.subject == adapter_name
+
+    saving, loading = layer._state_dict_hooks, layer._load_state_dict_pre_hooks
+    for key in [key for key, hook in saving.items() if is_left(hook)]:
+        del saving[key]
+    for key in [key for key, hook in loading.items() if is_left(getattr(hook.hook, "__self__", None))]:
+        del loading[key]
+
+
 def _refuse_around_the_slot(state_dict: Mapping[str, Any], prefix: str, suffix: str, adapter_name: str) -> None:
     # PEFT maps a file's keys to the model's by the model's own state_dict, which does not show what is unused: the
     # tensor would be dropped in silence.
