@@ -582,6 +582,8 @@ def test_an_adapter_that_is_loaded_anew_needs_no_swapper_of_the_one_before(
         hotslot.hotswap_adapter(model, str(adapter("llama", "alpha")), "default")
     assert not swapper.detached  # the control: nothing has come in its place
     load(model, adapter("llama", "first"), hotswap=False)
+    module = model.model.layers[0].self_attn.q_proj.lora_A["default"]
+    assert module.out_features == module.weight.shape[0]
     if call == "hotswap":
         load(model, adapter("llama", "alpha"), hotswap=True)
     elif call == "drop-in":

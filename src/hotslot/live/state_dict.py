@@ -189,7 +189,8 @@ def forget_left(layer: nn.Module, adapter_name: str) -> None:
     saving, loading = layer._state_dict_hooks, layer._load_state_dict_pre_hooks
     for key in [key for key, hook in saving.items() if is_left(hook)]:
         del saving[key]
-    for key in [key for key, hook in loading.items() if is_left(getattr(hook.hook, "__self__", None))]:
+    methods = {key: getattr(wrapped, "hook", None) for key, wrapped in loading.items()}  # torch wraps each
+    for key in [key for key, method in methods.items() if is_left(getattr(method, "__self__", None))]:
         del loading[key]
 
 
