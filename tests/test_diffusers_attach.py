@@ -859,6 +859,16 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         swapper.load("x", tmp_path, weight_name="lora.bin")
 
 
+def test_an_unknown_repository_is_named_with_the_way_out() -> None:
+    """diffusers says that one must specify a `weight_name`, and not of what."""
+    pipe = SD.build()
+    swapper = hotslot.attach(pipe, plan=hotslot.plan(pipe, target_modules=["to_q"], max_rank=2))
+    with pytest.raises(AdapterNotFoundError, match=r"(?s)No LoRA at someone/unknown.*weight_name=.*go online"):
+        swapper.load("x", "someone/unknown", local_files_only=True)
+    with pytest.raises(AdapterNotFoundError, match=r"(?s)no LoRA at someone/unknown.*weight_name="):
+        swapper.load("x", "someone/unknown", local_files_only=True, weight_name="pytorch_lora_weights.safetensors")
+
+
 @pytest.mark.parametrize("option", ["megatron_config", "layer_replication", "alora_invocation_tokens"])
 def test_a_files_own_config_cannot_make_peft_do_more(option: str, tmp_path: Path) -> None:
     """diffusers hands the metadata of a file to PEFT, which imports what some of it names."""

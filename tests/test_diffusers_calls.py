@@ -564,6 +564,18 @@ def test_a_lora_without_a_text_encoders_part_clears_the_previous_ones(lora: Call
         assert_outputs(FLUX.outputs(pipe), expected(FLUX, second))
 
 
+def test_a_component_that_was_left_out_and_gets_more_room_is_on_record(lora: Callable[..., Path]) -> None:
+    """Else no later call finds the adapter on any component."""
+    first, encoder, larger = lora(seed=1), lora(seed=2, targets={"text_encoder": CLIP}), lora(seed=3, r=5)
+    with patched():
+        pipe = loaded(FLUX, first)
+        for file in (encoder, larger, first):
+            swap(pipe, file)
+            assert_outputs(FLUX.outputs(pipe), expected(FLUX, file))
+        assert pipe.get_list_adapters() == {"transformer": ["style"]}
+        assert pipe.transformer.peft_config["style"].r == 3
+
+
 def test_wans_two_transformers_from_one_file(lora: Callable[..., Path]) -> None:
     """Today the second's half is dropped, at a load and at a swap."""
     both, other = (lora(WAN, seed=seed, components=("transformer", "transformer_2")) for seed in (1, 2))

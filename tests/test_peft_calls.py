@@ -1146,6 +1146,32 @@ def test_what_a_lower_rank_has_left_of_its_room_is_saved_after_attach_and_detach
     assert_same_output(fresh_output(MLP, tmp_path), fresh_output(MLP, folders["b"]), exact=True)
 
 
+@pytest.mark.parametrize("then", ["attached", "detached", "detached twice"])
+def test_layers_that_the_drop_in_has_left_empty_are_not_saved(
+    then: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """They would be in the file under a config that does not target them, and hotslot itself would not read it."""
+    model = fresh(MLP, folders["four"])
+    subset = make_adapter(tmp_path / "subset", MLP, seed=8, r=2, target_modules=["up"])
+    hotslot.hotswap_adapter(model, str(subset), "default")
+    swapper = hotslot.attach(model, {"six": folders["six"]})
+    if then != "attached":
+        swapper.detach()
+    if then == "detached twice":
+        hotslot.attach(model, {"six": folders["six"]}).detach()
+    with expected_peft_warnings():
+        model.save_pretrained(tmp_path / "saved")
+    saved, own = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "saved", subset))
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(saved[key], own[key]) for key in own)
+    base = MLP.build()
+    hotslot.attach(base, {"saved": tmp_path / "saved"}).activate("saved")
+    assert_same_output(output(base), fresh_output(MLP, subset), exact=True)
+    model.load_state_dict(model.state_dict())
+    hotslot.hotswap_adapter(model, folders["four"], "default")
+    assert model.state_dict().keys() == fresh(MLP, folders["four"]).state_dict().keys()
+
+
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias", "lora_dropout"])
 def test_attach_after_pefts_functions_goes_on_with_what_is_live(option: str, tmp_path: Path) -> None:
     """Though the adapter that came with the model had no place for it; and after it was deleted, all begins anew."""

@@ -569,6 +569,40 @@ def test_enabling_with_an_adapter_there_gives_it_room(adapter: Any, expected: An
 # --- beside it -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("call", ["load_adapter", "hotswap", "drop-in"])
+def test_an_adapter_that_is_loaded_anew_needs_no_swapper_of_the_one_before(
+    call: str, adapter: Any, expected: Any, patched: None
+) -> None:
+    """Somebody still holds that: it had raised, from `load_adapter` too, which had loaded by then."""
+    model = loaded(LLAMA, adapter("llama", "first"), target_rank=6)
+    swapper = hotslot.attach(model, {"more": adapter("llama", "more")})
+    swapper.activate("more")
+    model.delete_adapter("default")
+    with pytest.raises(errors.ModelError, match="deleted"):
+        hotslot.hotswap_adapter(model, str(adapter("llama", "alpha")), "default")
+    assert not swapper.detached  # the control: nothing has come in its place
+    load(model, adapter("llama", "first"), hotswap=False)
+    if call == "hotswap":
+        load(model, adapter("llama", "alpha"), hotswap=True)
+    elif call == "drop-in":
+        hotslot.hotswap_adapter(model, str(adapter("llama", "alpha")), "default")
+    assert_same_output(output(model), expected("llama", "first" if call == "load_adapter" else "alpha"))
+    assert swapper.detached
+
+
+def test_the_swapper_of_the_one_before_leaves_nothing_on_one_that_is_loaded_anew(adapter: Any) -> None:
+    model = loaded(LLAMA, adapter("llama", "first"))
+    swapper = hotslot.attach(model, {"larger rank": adapter("llama", "larger rank")})
+    swapper.activate("larger rank")
+    model.delete_adapter("default")
+    load(model, adapter("llama", "smaller rank"))
+    before = snapshot(model)
+    with pytest.raises(errors.UnexpectedTargetError):
+        hotslot.hotswap_adapter(model, str(adapter("llama", "more")), "default")
+    assert swapper.detached  # the control: it was let go of
+    assert_unchanged(before, snapshot(model))
+
+
 def test_other_adapters_change_by_no_byte(adapter: Any, expected: Any, patched: None) -> None:
     model = loaded(LLAMA, adapter("llama", "first"), target_rank=6)
     load(model, adapter("llama", "subset"), adapter_name="default_2")

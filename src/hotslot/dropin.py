@@ -233,6 +233,7 @@ def swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint
     Raises:
         CheckpointError, UnsupportedError, DoesNotFitError, ModelError: nothing was touched.
     """
+    _let_swapper_go(model, adapter_name)
     with Gate.of(live.innermost(model)).swap(), _lock:  # the gate first: who holds a lock must not wait for leases
         swapper = Swapper.of(model, adapter_name)
         try:
@@ -251,6 +252,9 @@ def make_room(model: nn.Module, adapter_names: Iterable[str], target_rank: int) 
 
     Values stay, Parameter objects too; scalings become tensors. If it raises, all is where it was.
     """
+    adapter_names = list(adapter_names)
+    for name in adapter_names:
+        _let_swapper_go(model, name)
     with Gate.of(live.innermost(model)).swap(), _lock:
         created: list[Engine] = []
         try:
@@ -377,6 +381,13 @@ _OTHER_HALF = {
     "lora_embedding_A": "lora_embedding_B",
     "lora_embedding_B": "lora_embedding_A",
 }
+
+
+def _let_swapper_go(model: nn.Module, adapter_name: str) -> None:
+    """If its adapter was deleted and loaded anew: it has nothing left to write, and would be in the way."""
+    swapper = Swapper.of(model, adapter_name)
+    if swapper is not None and not swapper.engine.is_current() and live.count_slots(model, adapter_name):
+        Swapper.make_way(model, adapter_name)
 
 
 def _known_engine(model: nn.Module, adapter_name: str) -> Engine | None:

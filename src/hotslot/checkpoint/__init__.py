@@ -9,7 +9,7 @@ from .checkpoint import PEFT_PREFIX, Checkpoint, Schema, Sink, TensorSpec, each_
 from .configs import config_dict, parse_config
 from .files import GRAIN_NS, Files, Stamp
 from .limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_NAME_LENGTH, MAX_TENSORS
-from .locating import CONFIG_NAME, WEIGHTS_NAME, locate
+from .locating import CONFIG_NAME, WEIGHTS_NAME, hub_errors, locate
 from .recent import Recent
 from .safetensors_file import DTYPES, Piece, open_file, parse_header, read_header, refuse_other_size
 from .sources import (
@@ -47,6 +47,7 @@ __all__ = [
     "each_config",
     "from_tensors",
     "host_buffer",
+    "hub_errors",
     "keep_buffer",
     "locate",
     "open_file",

@@ -103,7 +103,7 @@ def _from_hub(
 ) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
-    kinds = _hub_errors()
+    kinds = hub_errors()
     options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
     try:
         return Path(hf_hub_download(repo, name, **options))
@@ -125,11 +125,11 @@ def _hub_has_pickle(repo: str, options: dict[str, Any]) -> bool:
         return True
     try:
         return bool(file_exists(repo, path, revision=options["revision"], token=options["token"]))
-    except _hub_errors():
+    except hub_errors():
         return False
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """Whatever huggingface_hub raises. Its HTTP client's errors are among them; which client that is has changed."""
     from huggingface_hub import errors
 

@@ -94,7 +94,10 @@ class Binding:
         self.arena = arena
         self.merged = [slot.layer.merged_adapters for slot in slots.values()]  # PEFT's own lists
         self.stagings = Stagings(device_bytes)
-        self._ranks = Shown({fqn: 0 if fqn in empty else slot.live_rank for fqn, slot in slots.items()})
+        unused = {fqn for fqn, slot in slots.items() if fqn in empty or slot.holds_nothing}
+        if len(unused) == len(slots):  # an adapter that says zero everywhere, and is saved so
+            unused = {fqn for fqn in slots if fqn in empty}
+        self._ranks = Shown({fqn: 0 if fqn in unused else slot.live_rank for fqn, slot in slots.items()})
         self._described: weakref.WeakKeyDictionary[Schema, tuple[Records, Mapping[str, float]]]
         self._described = weakref.WeakKeyDictionary()
         self._columns: dict[tuple[int, tuple[Any, ...]], tuple[Any, ...]] = {}
@@ -330,7 +333,7 @@ class Binding:
         try:
             if arena and not self.arena:
                 compact(self.slots)
-                self._ledger = self._make_ledger(watch=True)
+                self._ledger = self._make_ledger(watch=True, before=self._ledger)
             self._patches.add_parts(extra)
             self.memory = self._bind(ranks, arena=arena)
             self.arena = arena
@@ -352,7 +355,7 @@ class Binding:
         self._patches.add_parts(extra)
         self.memory = self._bind(ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
-        self._ledger = self._make_ledger(watch=self.arena)
+        self._ledger = self._make_ledger(watch=self.arena, before=self._ledger)
         self._described.clear()
         if dirty:
             self.memory.traces.mark_dirty()
@@ -383,8 +386,8 @@ class Binding:
         self._ledger.release()
         let_be_offloaded(self.slots)
 
-    def _make_ledger(self, *, watch: bool) -> Ledger:
-        return Ledger(self._adapter_name, self.slots, self._ranks, self._patches.mutes, watch=watch)
+    def _make_ledger(self, *, watch: bool, before: Ledger | None = None) -> Ledger:
+        return Ledger(self._adapter_name, self.slots, self._ranks, self._patches.mutes, watch=watch, before=before)
 
     def _bind(self, ranks: Mapping[str, int], *, arena: bool) -> Memory:
         return bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena, exclusive=self._exclusive)

@@ -7,6 +7,8 @@ B's holds the R / G of one group, or E values for each of R: there a lower rank 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..methods import PARTS
@@ -40,3 +42,9 @@ def fill(padded: torch.Tensor, suffix: str, values: torch.Tensor, rank: int, gro
     else:
         target = band(padded, suffix, 0, rank, groups, experts)
         target.copy_(values.view(target.shape))
+
+
+def all_zero(parts: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the matrices among them, by suffix, are zero; not known of what has no memory."""
+    matrices = [value.detach() for suffix, value in parts.items() if PARTS[suffix].rank_dim is not None]
+    return not any(value.is_meta or bool(value.any()) for value in matrices)

@@ -19,16 +19,22 @@ from .training import refuse_padding_while_training
 
 
 def note_sizes(slots: Mapping[str, Slot]) -> None:
-    """Let the modules that hold the matrices state their shapes; nothing computes with it."""
+    """Let the modules that hold the matrices state their shapes; nothing computes with it.
+
+    Not those that PEFT has made since, for an adapter that was loaded anew.
+    """
     for slot in slots.values():
         for container, names in (
             ("lora_A", ("out_features", "out_channels")),
             ("lora_B", ("in_features", "in_channels")),
         ):
             module = getattr(slot.layer, container)._modules.get(slot.adapter_name)
+            held = slot.held.get(f"{container}.weight")
+            if held is None or held.holder is not module:
+                continue
             for name in names:
                 if hasattr(module, name):
-                    weight = slot.held[f"{container}.weight"].param
+                    weight = held.param
                     setattr(module, name, weight.shape[0] if container == "lora_A" else weight.shape[1] * slot.groups)
 
 

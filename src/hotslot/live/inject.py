@@ -22,6 +22,7 @@ from .discover import callable_roots, canonical_name, lora_layers, roots, unwrap
 from .offloading import is_offloaded, refuse_offloaded, refuse_reading_offloaded, stay_beside
 from .photo import ABSENT, Photo
 from .shapes import OUT_PROJ
+from .state_dict import forget_left
 
 # LoRA layers that are on their models for hotslot's slots alone: the last slot to go puts the base layer back.
 _made: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -290,6 +291,7 @@ def _delete(layer: Any, name: str) -> None:
         held = getattr(layer, attribute)
         if name in held:
             del held[name]
+    forget_left(layer, name)
 
 
 def _is_free(layer: Any) -> bool:

@@ -34,6 +34,7 @@ class Ledger:
         shown: what the layers' state_dict shows.
         mutes: (fqn, suffix) → what keeps training away from a part that the live adapter may lack.
         watch: put CountingDicts in the place of the layers' dicts. Not where compiled code may know those.
+        before: the one whose place this takes, of fewer slots or others.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Ledger:
         mutes: Mapping[tuple[str, str], Mute],
         *,
         watch: bool,
+        before: Ledger | None = None,
     ) -> None:
         name = self._adapter_name = adapter_name
         self._slots, self._mutes = slots, mutes
@@ -60,7 +62,8 @@ class Ledger:
         self._columns += [(dropouts, ["p"] * len(slots)), ([shown] * len(slots), list(slots))]
         self._shown = shown
         self._unused = unused_columns(slots)
-        self._configs: dict[str, Any] = {}  # the model's config objects, those that are not shown too
+        # The model's config objects, those that are not shown too.
+        self._configs: dict[str, Any] = {} if before is None else before._configs
         self._said: Columns = ()  # by `apply`, when there had been so many edits:
         self._edits = -1
 

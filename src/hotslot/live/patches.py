@@ -109,7 +109,12 @@ class Patches:
                 else:
                     slot.drop_part(suffix)
         self._added.clear()
+        unused = [hook for hook in self._hooks.values() if hook.rank == 0]
         self._undo_from(0)
+        for hook in unused:  # or it would be saved with an adapter whose config knows nothing of it
+            layer: Any = self._slots[hook.fqn].layer
+            if all(held.in_place() for held in self._slots[hook.fqn].held.values()):
+                hook.stay(layer)
 
     def _undo_from(self, first: int) -> None:
         for undo in reversed(self._undo[first:]):

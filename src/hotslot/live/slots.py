@@ -13,7 +13,7 @@ from ..block import SlotShape
 from ..errors import MergedError, ModelError, UnsupportedError
 from ..methods import MAGNITUDE, PARTS
 from .calls import UNMERGE
-from .corner import band, corner, fill
+from .corner import all_zero, band, corner, fill
 from .discover import lora_layers_with_parents, unwrap
 from .offloading import bring_back as bring_slot_back
 from .offloading import can_stay, let_go, refuse_offloaded, refuse_reading_offloaded, stay
@@ -85,6 +85,11 @@ class Slot:
             if PARTS[suffix].rank_dim is not None and self.band(held.param.detach(), suffix, stated, room).any():
                 return room
         return stated
+
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether it is as a swap leaves it that has nothing for this layer: at the smallest rank, and zero."""
+        return int(self.layer.r[self.adapter_name]) == self.neutral_rank and all_zero(self.params)
 
     @property
     def neutral_rank(self) -> int:

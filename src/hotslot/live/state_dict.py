@@ -6,6 +6,7 @@ And of the places for tokens: the rows of the live adapter's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..methods import MAGNITUDE, PARTS, TOKENS
-from .corner import corner, fill
+from .corner import all_zero, corner, fill
 from .offloading import stay_from_now_on
 from .saved import named_tensors
 from .slots import Slot
@@ -69,7 +70,10 @@ class TrueRank(Speaker):
         params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
             `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
         mutes: suffix → what keeps training away from a part that the live adapter may lack; with copies and pickles.
+        left: whether hotslot has let go of the slot. Then it is shown as it is once it holds something.
     """
+
+    left = False
 
     def __init__(self, slot: Slot, shown: Shown) -> None:
         """Speak for `slot`; `shown` is what all hooks of an adapter share."""
@@ -81,6 +85,22 @@ class TrueRank(Speaker):
         self.mutes: dict[str, Mute] = {}
         self._all_shown = shown
 
+    def stay(self, layer: nn.Module) -> None:
+        """Go on hiding a slot that holds nothing when hotslot lets go of it, once its other hooks are off."""
+        hooks: list[Any] = list(layer._state_dict_hooks.values())
+        for hook in hooks:
+            if isinstance(hook, TrueRank) and hook.left and hook.subject == self.subject:
+                hook.params = self.params
+                return
+        left = copy.copy(self)
+        left._all_shown, left.mutes, left.left = Shown({self.fqn: 0}), {}, True
+        layer.register_state_dict_post_hook(left)
+        layer.register_load_state_dict_pre_hook(left.on_load)
+
+    @property
+    def _silent(self) -> bool:
+        return self.resting or (self.left and not all_zero(self.params))
+
     @property
     def rank(self) -> int:
         """Of the live adapter; 0 where it does not target this layer, and then nothing of the slot is shown."""
@@ -88,7 +108,7 @@ class TrueRank(Speaker):
 
     def __call__(self, layer: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Called by `state_dict()`."""
-        if self.resting:
+        if self._silent:
             return
         stay_from_now_on(layer, self.adapter_name)
         live = dict(layer.named_parameters())
@@ -123,7 +143,7 @@ class TrueRank(Speaker):
         What is to stay is given as the Parameter itself: `assign=True`, by which diffusers loads other adapters, keeps
         that, and makes another of anything else.
         """
-        if self.resting:
+        if self._silent:
             return
         live = dict(layer.named_parameters())
         for path, _ in layer.get_base_layer().named_parameters():
@@ -163,13 +183,27 @@ class TrueRank(Speaker):
         return {prefix + part.key(self.adapter_name): suffix for suffix, part in PARTS.items()}
 
 
+def forget_left(layer: nn.Module, adapter_name: str) -> None:
+    """Take off what `TrueRank.stay` has put on the layer, for an adapter that goes."""
+
+    def is_left(hook: Any) -> bool:
+        return isinstance(hook, TrueRank) and hook.left and hook.subject == adapter_name
+
+    saving, loading = layer._state_dict_hooks, layer._load_state_dict_pre_hooks
+    for key in [key for key, hook in saving.items() if is_left(hook)]:
+        del saving[key]
+    methods = {key: getattr(wrapped, "hook", None) for key, wrapped in loading.items()}  # torch wraps each
+    for key in [key for key, method in methods.items() if is_left(getattr(method, "__self__", None))]:
+        del loading[key]
+
+
 def _refuse_around_the_slot(state_dict: Mapping[str, Any], prefix: str, suffix: str, adapter_name: str) -> None:
     # PEFT maps a file's keys to the model's by the model's own state_dict, which does not show what is unused: the
     # tensor would be dropped in silence.
     for key in (prefix + suffix, "base_model.model." + prefix + suffix):
         if key in state_dict:
             raise ModelError(
-                f"PEFT cannot load into the slot {adapter_name!r}, which an attached swapper writes.",
+                f"PEFT cannot load into the slot {adapter_name!r}, of which the live adapter makes no use.",
                 where=key,
                 hint="load it through the swapper (swapper.load, swapper.activate), or under another adapter_name",
             )

@@ -144,3 +144,17 @@ def _refuse_path(source: Any, options: Mapping[str, Any]) -> None:
             expected="a safetensors file, a folder with one, or a repository of the Hub",
             hint="check the path; ~ is not expanded",
         )
+    if names and not os.path.exists(names[0]) and "weight_name" not in options and _is_offline(options):
+        raise AdapterNotFoundError(
+            f"No LoRA at {names[0]:.200}, and the Hub cannot be asked which files it has of that name.",
+            where=f"{names[0]:.200}",
+            found="no file or folder here, and local_files_only or HF_HUB_OFFLINE",
+            expected="a path; or a repository in the Hub's cache and the name of a file in it",
+            hint="weight_name='pytorch_lora_weights.safetensors' takes that from the cache; or go online",
+        )
+
+
+def _is_offline(options: Mapping[str, Any]) -> bool:
+    from huggingface_hub import constants
+
+    return bool(options.get("local_files_only") or constants.HF_HUB_OFFLINE)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import live
-from ..checkpoint import config_dict
+from ..checkpoint import config_dict, hub_errors
 from ..errors import (
     AdapterNotFoundError,
     CorruptFileError,
@@ -379,13 +379,13 @@ def _refusal(error: Exception, origin: str) -> HotslotError:
             expected=f"{mismatch[3]}, by the pipeline",
             hint="this LoRA was made for another base model",
         )
-    if isinstance(error, OSError):
+    if isinstance(error, hub_errors()):
         return AdapterNotFoundError(
             f"diffusers finds no LoRA at {origin:.200}.",
             where=f"{origin:.200}",
             found=said,
             expected="a safetensors file, a folder with one, or a repository of the Hub",
-            hint="name the file in a folder or repository with weight_name=",
+            hint="name the file in a folder or repository with weight_name=; a repository needs the Hub, or its cache",
         )
     if type(error).__name__ == "SafetensorError":
         return CorruptFileError(
