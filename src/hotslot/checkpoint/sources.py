@@ -248,11 +248,11 @@ def from_tensors(
                 expected=problem[1],
                 hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
             )
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
             raise TensorError(
-                f"{origin} holds a tensor without values of its own, or a sparse one.",
+                f"{origin} holds a tensor without values of its own, a nested or a sparse one.",
                 where=name,
-                found=f"device {tensor.device}, layout {tensor.layout}",
+                found=f"device {tensor.device}, layout {tensor.layout}{', nested' if tensor.is_nested else ''}",
                 expected="a dense tensor with values",
                 hint="load its values first, or .to_dense()",
             )
