@@ -7,7 +7,6 @@ is as it was.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from . import checkpoint as checkpoints
 from . import live
-from .blending import Blend, Ingredient, needed_ranks
+from .blending import Blend, Ingredient, names_of, needed_ranks
 from .cache import Cache
 from .checkpoint import Checkpoint, Files, Sink, Source
 from .engine import Engine, State
@@ -37,7 +36,8 @@ from .errors import (
 from .fitting import fit, prepare
 from .leases import InFlight, Visit, check_in_flight
 from .library import Library, Loan, background
-from .metrics import Metrics, Recorder, log_fields
+from .metrics import Metrics
+from .observers import Observers
 from .pipelines import Request, packed_as, read, request, survey, whole
 from .planning import Plan
 from .report import Fit, SwapReport
@@ -77,8 +77,7 @@ class Swapper:
         self._wrappings = [wrapping] if wrapping is not None else []
         self._plan = plan
         self._route = route
-        self._recorder = Recorder()
-        self._callbacks: list[Callable[[SwapReport], object]] = []
+        self._observers = Observers()
         self._lock = engine.lock
         self._library = Library(
             cache,
@@ -90,7 +89,6 @@ class Swapper:
             is_used=engine.uses,
         )
         self._proven: set[bytes] = set()  # digests of Schemas of which an adapter was found to fit
-        self._told_passed_over = False
         self._detaching = self._detached = False
         for entry, source in entries:
             self._proven.add(entry.adapter.checkpoint.schema.digest)
@@ -196,7 +194,7 @@ class Swapper:
         """Counts of swaps, bytes, seconds by tier and recompilations since attach; still there after `detach`."""
         with self._lock:
             library = self._library
-            return self._recorder.metrics(
+            return self._observers.recorder.metrics(
                 self._engine.adapter_name,
                 adapters=len(library),
                 host_adapters=library.waiting,
@@ -512,7 +510,7 @@ class Swapper:
                             before = engine.previous if report.changed else engine.live
                             assert before is not None
                             loans.enter_context(self._library.kept(before.entry))  # blocks within change the previous
-                        self._tell(report)
+                        self._observers.tell(report)
                     live.note_stream(engine.gate)
                     yield report
                 finally:
@@ -615,13 +613,7 @@ class Swapper:
         swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease; it may load, pin
         and evict. What it raises is logged, since the swap is done. `detach` calls none.
         """
-        self._callbacks.append(callback)
-
-        def take_back() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
-
-        return take_back
+        return self._observers.add(callback)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -643,7 +635,7 @@ class Swapper:
         with gate.swap(in_flight, timeout_seconds):
             with self._lock:
                 report = self._recorded_swap(choose(self._bound()), read_seconds)
-            self._tell(report)
+            self._observers.tell(report)
             return report
 
     def _swap_back(self, visit: Visit, before: State) -> None:
@@ -651,7 +643,7 @@ class Swapper:
         with visit.leaving(lambda: self._finds_live(lambda: before)):
             with self._lock:
                 report = self._recorded_swap(before)
-            self._tell(report)
+            self._observers.tell(report)
 
     def _finds_live(self, choose: Callable[[], State]) -> bool:
         with self._lock:
@@ -700,8 +692,8 @@ class Swapper:
     @contextmanager
     def _lent(self, adapter: str | Mapping[str, float], blend: str | None) -> Iterator[Loan]:
         """What `activate` asks for, in memory; and room for a blend of it as far as that is a matter of waiting."""
-        names, alone = self._names(adapter, blend), isinstance(adapter, str)
-        with self._library.lent(names, self._bound().arrival() if alone else None) as loan:
+        engine, names, alone = self._bound(), names_of(adapter, blend), isinstance(adapter, str)
+        with self._library.lent(names, engine.arrival() if alone else None) as loan:
             if not alone:
                 self._library.finish_packing()
             yield loan
@@ -716,22 +708,6 @@ class Swapper:
                 with self._lock:
                     self._library.blender.abandon(target.entry)
             raise
-
-    def _names(self, adapter: str | Mapping[str, float], blend: str | None) -> list[str]:
-        """Which adapters are asked for: by name, so that the order in which a blend is written makes no other of it."""
-        self._bound()
-        if blend not in (None, "svd"):
-            raise ValueError(f"blend must be None or 'svd', got {blend!r}")
-        if isinstance(adapter, str):
-            return [adapter]
-        if not adapter:
-            raise ValueError("A blend of no adapters; deactivate() makes the base model live")
-        given: Mapping[str, Any] = adapter
-        for name, weight in given.items():
-            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits
-                raise ValueError(f"The weight of {name!r} in the blend must be a finite number, got {weight!r}")
-        return sorted(adapter)
 
     def _state(self, adapter: str | Mapping[str, float], blend: str | None, loan: Loan) -> State:
         engine = self._bound()
@@ -756,45 +732,17 @@ class Swapper:
         try:
             if target.entry is not None and target.image is None and engine.refresh(target.entry):
                 self._library.weigh(target.entry)
-            self._warn_if_passed_over(engine, target)
+            self._observers.warn_if_passed_over(engine, target)
             report = engine.swap(target)
         except BaseException:
-            self._recorder.add_failure()
+            self._observers.recorder.add_failure()
             raise
         if read_seconds is not None and report.nbytes:
             report = replace(report, tier="disk", seconds=report.seconds + read_seconds)
-        self._recorder.add(report)
         if isinstance(target.entry, Blend):
             self._library.blender.hold(target.entry)
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%r is live", report.adapter, extra=log_fields(report))
+        self._observers.note(report)
         return report
-
-    def _tell(self, report: SwapReport) -> None:
-        """Without the lock, for a callback may load, which waits for who reads, who waits for the lock."""
-        for callback in tuple(self._callbacks) if report.changed else ():
-            try:
-                callback(report)
-            except Exception:
-                logger.exception("%r is live, and a callback of on_swap failed", report.adapter)
-
-    def _warn_if_passed_over(self, engine: Engine, target: State) -> None:
-        """Say so once, if a swap has no effect on what is computed: PEFT's `add_adapter` activates its own adapter."""
-        if target.entry is None:
-            return
-        slots, passed_over = engine.binding.slots, False
-        for fqn in target.entry.adapter.targets:
-            if fqn in slots:
-                passed_over = not slots[fqn].is_active
-                break  # one speaks for all: PEFT's calls set them alike
-        if passed_over and not self._told_passed_over:
-            name = engine.adapter_name
-            logger.warning(
-                "%r goes into the slot %r, which the model does not compute with: that is not among PEFT's active "
-                "adapters (model.set_adapter(%r)), or adapters are disabled",
-                target.name, name, name,
-            )  # fmt: skip
-        self._told_passed_over = passed_over
 
     def _request(self, source: Source | Request, config: Any, hub: Mapping[str, Any]) -> Request:
         """A source, such that it can be read when it is needed; tensors are copied now."""

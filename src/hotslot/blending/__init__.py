@@ -11,6 +11,6 @@ One adapter alone keeps its bytes, and its weight goes into the scaling.
 """
 
 from .blend import Blend, Blender
-from .recipe import Ingredient, needed_ranks
+from .recipe import Ingredient, names_of, needed_ranks
 
-__all__ = ["Blend", "Blender", "Ingredient", "needed_ranks"]
+__all__ = ["Blend", "Blender", "Ingredient", "names_of", "needed_ranks"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,26 @@ class Ingredient(NamedTuple):
 
     entry: Entry
     weight: float
+
+
+def names_of(adapter: str | Mapping[str, float], blend: str | None) -> list[str]:
+    """Which adapters `activate` is asked for: by name, so that the order of writing makes no other blend.
+
+    Raises:
+        ValueError: what is asked for is no blend.
+    """
+    if blend not in (None, "svd"):
+        raise ValueError(f"blend must be None or 'svd', got {blend!r}")
+    if isinstance(adapter, str):
+        return [adapter]
+    if not adapter:
+        raise ValueError("A blend of no adapters; deactivate() makes the base model live")
+    given: Mapping[str, Any] = adapter
+    for name, weight in given.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits
+            raise ValueError(f"The weight of {name!r} in the blend must be a finite number, got {weight!r}")
+    return sorted(adapter)
 
 
 class Band(NamedTuple):

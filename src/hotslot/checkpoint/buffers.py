@@ -10,6 +10,8 @@ import threading
 
 import torch
 
+from .. import pages
+
 # A swap in progress needs three: what is live, what was before, what comes. More than this is not kept.
 KEPT_BUFFERS = 4
 KEPT_BYTES = 512 << 20
@@ -28,7 +30,7 @@ def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
                 del _kept[i]  # to the end of the list, the last to be let go
                 break
         else:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            buffer = pages.empty(nbytes)
         _keep(buffer)
         return buffer[:nbytes]
 

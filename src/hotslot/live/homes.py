@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .. import pages
 from ..block import Layout, SlotShape, arrange
 from .memory import Copy, Memory
 from .scaling import ScalingMap
@@ -111,7 +112,7 @@ def bind(
         arenas: list[torch.Tensor | None] = [None] * len(layout.region_bytes)
         if arena:
             arenas = [
-                torch.zeros(arena_bytes(size, len(slots)), dtype=torch.uint8, device=device)
+                _zeros(arena_bytes(size, len(slots)), device)
                 for size, device in zip(layout.region_bytes, order, strict=True)
             ]
         homes = _homes(slots, live_ranks, shapes, layout, arenas)
@@ -125,6 +126,12 @@ def bind(
             memory.bind_scalings()
     note_sizes(slots)
     return memory
+
+
+def _zeros(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return pages.empty(nbytes).zero_()
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
 def _homes(
