@@ -185,9 +185,8 @@ class Engine:
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return self._report(target, previous, 0, started, changed=False)
-        if target.entry is not None and target.image is None:
-            if target.entry.compile(binding).merges.all:
-                live.refuse_passed_over(binding.slots, target.name)
+        if self._is_merged(target):
+            live.refuse_passed_over(binding.slots, target.name)
         elif target is self._neutral:
             binding.absolutes.refuse_without((), "The base model")
         history = self.previous, self.original
@@ -272,6 +271,7 @@ class Engine:
     ) -> Callable[[], None]:
         """Take in slots and wrappers, which hold nothing yet. Returns a function that lets go of them again."""
         binding, kept = self.binding, (self._neutral, self.live, self.previous, self.original)
+        merged = [state for state in kept if state is not None and self._is_merged(state)]
         records, shrink, forget = binding.capture(), binding.undo_extend(found), binding.absolutes.undo_find()
 
         def undo() -> None:
@@ -286,6 +286,8 @@ class Engine:
             binding.absolutes.find(self.model, wrapped, tokens)
             neutral = State(None, records=binding.neutral_records())
             states = [neutral if state is self._neutral else state for state in kept]
+            # What was merged may go into slots now; the records of before would say that nothing is in them.
+            states = [State(state.entry) if state and state in merged else state for state in states]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
             self._neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
             return undo
@@ -339,6 +341,10 @@ class Engine:
         """Whether what is live is merged where slots have come for it since."""
         state = self.live
         return state.entry is not None and state.image is None and bool(self._merged_beyond(state.entry))
+
+    def _is_merged(self, state: State) -> bool:
+        """Whether some of it is merged into the base's weights."""
+        return state.entry is not None and state.image is None and bool(state.entry.compile(self.binding).merges.all)
 
     def _merged_beyond(self, entry: Entry) -> set[tuple[str, str]]:
         """Tensors of the base that something is merged into, and would not be if the entry were written now."""
