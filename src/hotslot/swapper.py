@@ -224,6 +224,8 @@ class Swapper:
                 the plan has as its `plan` the one that would take it, for `grow`.
             CacheFullError: there is no room for it within `Cache.host_bytes`.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r:.200}")
         asked = self._request(source, config, hub)
         schema = survey(self._bound().model, asked) if lazy else None
         if schema is not None and schema.digest in self._proven and not self._library.pins(name):

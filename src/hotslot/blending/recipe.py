@@ -36,15 +36,18 @@ def names_of(adapter: str | Mapping[str, float], blend: str | None) -> list[str]
     """Which adapters `activate` is asked for: by name, so that the order of writing makes no other blend.
 
     Raises:
-        ValueError: what is asked for is no blend.
+        TypeError: what is asked for is neither a name nor name → weight.
+        ValueError: it is no blend.
     """
     if blend not in (None, "svd"):
         raise ValueError(f"blend must be None or 'svd', got {blend!r}")
     if isinstance(adapter, str):
         return [adapter]
+    given: Any = adapter
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"adapter must be a name, or a mapping of names to weights, got {given!r:.200}")
     if not adapter:
         raise ValueError("A blend of no adapters; deactivate() makes the base model live")
-    given: Mapping[str, Any] = adapter
     for name, weight in given.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits

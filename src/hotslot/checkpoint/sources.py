@@ -228,6 +228,8 @@ def from_tensors(
         origin: what to call it in messages.
         pin_memory: copy into page-locked memory.
     """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{origin} must be a mapping of names to tensors, got {type(tensors).__name__}")
     given: Mapping[Any, Any] = tensors
     for name, tensor in given.items():
         sound = isinstance(name, str) and isinstance(tensor, torch.Tensor)
