@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -770,6 +771,25 @@ def test_one_swapper_does_not_merge_into_what_another_has_a_copy_of(first: str, 
     assert_unchanged(before, snapshot(model))
     swapper.detach()
     assert_same_tensors(model, own)
+
+
+def test_unloading_looks_at_no_more_adapters_where_more_are_loaded(tmp_path: Path) -> None:
+    zoo = ZOO["mlp"]
+    folders = {
+        f"{i:02}": make_adapter(tmp_path / str(i), zoo, seed=i, r=2, target_modules=["up", "down"]) for i in range(12)
+    }
+
+    def calls(count: int) -> int:
+        swapper = hotslot.attach(zoo.build(), dict(list(folders.items())[:count]), route="merged")
+        entered: list[str] = []
+        sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            swapper.unload("01")
+        finally:
+            sys.setprofile(None)
+        return entered.count("compile")
+
+    assert calls(12) == calls(4) > 0
 
 
 def test_slots_that_have_grown_take_what_was_merged(tmp_path: Path) -> None:

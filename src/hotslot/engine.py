@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -297,19 +297,27 @@ class Engine:
 
     def uses(self, entry: Entry) -> bool:
         """Whether a swap, or its undoing, may need the entry without asking for it by name."""
+        return any(entry is other or entry in other.lenders for other in self._used())
+
+    def _used(self) -> Iterator[Entry]:
+        """What is or was live, of what was loaded."""
         states = (self.live, self.previous, self.original)
-        used = (state.entry for state in states if state is not None and state.entry is not None)
-        return any(entry is other or entry in other.lenders for other in used)
+        return (state.entry for state in states if state is not None and state.entry is not None)
 
     def let_go(self, loaded: Callable[[], Iterable[Entry]]) -> None:
-        """Forget the base's own values where neither these have others, nor what is or was live."""
-        if not self.binding.absolutes.merges:
-            return  # and look at none of them: there may be thousands
-        states = (self.live, self.previous, self.original)
-        entries = [*loaded(), *(state.entry for state in states if state is not None and state.entry is not None)]
-        compiled = [entry.compile(self.binding) for entry in entries]
-        needed = {key for one in compiled for merge in one.merges.all for key in merge.keys}
-        self.binding.absolutes.let_go(needed.union(*(one.values for one in compiled)))
+        """Forget the base's own values where neither these have others, nor what is or was live.
+
+        As a rule the first few have others for all of them, and no more are looked at: there may be thousands.
+        """
+        absolutes = self.binding.absolutes
+        unneeded = absolutes.idle
+        for entries in (self._used, loaded):
+            for entry in entries() if unneeded else ():
+                compiled = entry.compile(self.binding)
+                unneeded.difference_update(compiled.values, *(merge.keys for merge in compiled.merges.all))
+                if not unneeded:
+                    return
+        absolutes.let_go(unneeded)
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""
