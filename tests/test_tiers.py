@@ -510,6 +510,31 @@ class CallFault:
                 raise KeyboardInterrupt(f"{frame.f_code.co_name}, line {frame.f_lineno}")
 
 
+class GateFault(CallFault):
+    """The same, where a swap waits for its turn, too."""
+
+    FILES = CallFault.FILES | {str(Path(hotslot.__file__).parent / name) for name in ("leases.py", "engine.py")}
+
+
+def test_an_interrupt_at_the_end_of_a_block_does_not_leave_its_adapter_live(gallery: Path) -> None:
+    """What was live is so again, and nobody waits for ever, wherever it comes (each third place is tried)."""
+    model = MLP.build()
+    swapper = hotslot.attach(model, {name: gallery / name for name in ("a01", "a06")})
+    swapper.activate("a01")
+    k, broken_off = 1, True
+    while broken_off:
+        fault = GateFault(k)
+        with suppress(KeyboardInterrupt), swapper.using("a06"):
+            sys.setprofile(fault._event)
+        sys.setprofile(None)
+        assert swapper.active == "a01", k
+        assert not swapper.engine.gate.busy, k
+        assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a01"))
+        broken_off = fault.steps >= k
+        k += 3
+    assert k > 60
+
+
 def updated(gallery: Path) -> dict[str, torch.Tensor]:
     return load_file(gallery / "a07" / WEIGHTS)
 

@@ -517,7 +517,13 @@ class Swapper:
                     yield report
                 finally:
                     if before is not None:
-                        self._swap_back(visit, before)
+                        try:
+                            self._swap_back(visit, before)
+                        except Exception:
+                            raise
+                        except BaseException:  # an interrupt does not leave the adapter live
+                            self._swap_back(visit, before)
+                            raise
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.
