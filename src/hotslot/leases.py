@@ -360,12 +360,14 @@ class Visit:
             return
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         if lease.uses > 1:
-            with gate._writing(Turn(lease, exclusive=True, gives_way=True), left):
+            self._turn = Turn(lease, exclusive=True, gives_way=True)
+            with gate._writing(self._turn, left):
                 yield
             return
         # Two that hold leases and wait for each other's end would wait for ever.
         gate.leave(lease)
-        with gate._writing(Turn(None, exclusive=True), left):
+        self._turn = Turn(None, exclusive=True)
+        with gate._writing(self._turn, left):
             self.lease = Lease(gate, _innermost.get())
             gate._enter_writing(self.lease)
             yield
@@ -377,7 +379,7 @@ class Visit:
         If it was broken off it may be done again.
         """
         gate, lease = self._gate, self.lease
-        if self._turn is not None:  # what was broken off may have it as long as anybody has the traceback
+        if self._turn is not None:  # of a swap that was broken off: it is held as long as anybody has the traceback
             gate._give_up(self._turn)
         if self._now or needless():
             yield
