@@ -31,7 +31,7 @@ from .bench_swap import Times, time_swaps
 from .command import Command
 from .contenders import Contender, Twin
 from .llama import quiet
-from .report import bars, place
+from .report import Goal, bars, place
 from .running import chosen_device, refuse_unknown, torch_threads
 
 COLD, WARM = "file → live", "host memory → live"
@@ -284,24 +284,11 @@ def _rows(size: str, subject: Subject, times: dict[Contender, Times]) -> list[Ro
     return sorted(rows, key=lambda row: (COLD, WARM).index(row.case))
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What the project wants of a pair of rows: a ratio of times that may be at most `most`."""
-
-    text: str
-    found: float
-    most: float
-
-    @property
-    def met(self) -> bool:
-        return self.found <= self.most
-
-
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """As far as their rows are there; nothing is wanted of the tiny size."""
     ms = {(row.size, row.contender): row.ms for row in rows}
     return [
-        Goal(f"{size}: {ours}, in times of {peer}", ms[size, ours] / ms[size, peer], most)
+        Goal(f"{size}: {ours}, in times of {peer}", ms[size, ours] / ms[size, peer], most, at_most=True)
         for size in dict.fromkeys(row.size for row in rows if row.size in DEFAULT_SIZES)
         for ours, peer, most in ((ACTIVATE, COPY, 2.0), (LOAD, HOTSWAP, 0.2))
     ]
@@ -325,7 +312,7 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
         table.add_section()
     console.print(table)
     for goal in goals(rows):
-        console.print(f"{'met   ' if goal.met else 'MISSED'} {goal.text}: {goal.found:.2f}, at most {goal.most:g}")
+        console.print(goal)
     console.print(place(conditions) + f", diffusers {conditions['versions']['diffusers']}")
 
 

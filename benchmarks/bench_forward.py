@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from random import Random
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from hotslot import HotslotError
 from .command import Command
 from .forward_designs import DESIGNS, NEED_TRITON, Group
 from .llama import ADAPTER_NAME, Size, linear_of, quiet, shapes
-from .running import chosen_device, refuse_unknown, timed, torch_threads
+from .running import by_turns, chosen_device, refuse_unknown, timed, torch_threads
 
 SIZES = {
     size.name: size
@@ -342,11 +341,8 @@ def _rows(bench: Bench, mode: str, tokens: int, rounds: int, progress: Callable[
                 progress(f"{where}: ready in {time.perf_counter() - started:.1f} s")
     errors = _errors(bench, calls, tokens)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffled = Random(0), list(calls)
-    for _ in range(rounds):
-        order.shuffle(shuffled)
-        for name in shuffled:
-            times[name].append(_milliseconds(calls[name], bench.device))
+    for name in by_turns(calls, rounds):
+        times[name].append(_milliseconds(calls[name], bench.device))
     base = statistics.median(times[BASE])
     for name, taken in times.items():
         progress(f"{name}: {statistics.median(taken):.3f} ms, {statistics.median(taken) / base:.3f} of the base's")

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ from hotslot import HotslotError
 
 from .command import Command
 from .llama import llama_of_own_weights, quiet
-from .report import bars, place
-from .running import chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
+from .report import Goal, bars, place
+from .running import by_turns, chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
 
 HOTSLOT, PEFT, COPY = "hotslot Swapper.activate", "PEFT unmerge_adapter + merge_adapter", "plain copy"
 ADDMM = "torch.addmm, layer by layer"
@@ -269,12 +268,9 @@ def _forwards(subject: Subject, tokens: int, rounds: int) -> list[Row]:
 def time_all(calls: Mapping[Any, Callable[[], Any]], rounds: int, device: torch.device) -> dict[Any, list[Any]]:
     """Of each call the (wall, CPU) seconds of each round."""
     times: dict[Any, list[Any]] = {name: [] for name in calls}
-    order, shuffled = Random(0), list(calls)
     with only_own_garbage():
-        for _ in range(rounds):
-            order.shuffle(shuffled)
-            for name in shuffled:
-                times[name].append(timed(calls[name], device))
+        for name in by_turns(calls, rounds):
+            times[name].append(timed(calls[name], device))
     return times
 
 
@@ -286,19 +282,6 @@ def row_of(of: tuple[str, str, str], contender: str, times: list[Any], unit: flo
     return Row(*of, contender, *milliseconds, median / unit, nbytes, error)
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What the project wants of a pair of rows: a ratio of times that may be at most `most`."""
-
-    text: str
-    found: float
-    most: float
-
-    @property
-    def met(self) -> bool:
-        return self.found <= self.most
-
-
 def goals(rows: Sequence[Row]) -> list[Goal]:
     """As far as their rows are there."""
     ms = {(row.size, row.dtype, row.job, row.contender): row.ms for row in rows}
@@ -306,9 +289,9 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     for size, dtype in dict.fromkeys((row.size, row.dtype) for row in rows):
         ours = ms[size, dtype, LORA, HOTSLOT]
         name = f"{size}, {dtype}, {LORA}: time of a swap in"
-        found.append(Goal(f"{name} PEFT's", ours / ms[size, dtype, LORA, PEFT], 1.0))
+        found.append(Goal(f"{name} PEFT's", ours / ms[size, dtype, LORA, PEFT], 1.0, at_most=True))
         most = LARGE_COPY_FACTOR if size in LARGE else COPY_FACTORS[dtype]
-        found.append(Goal(f"{name} the copy's", ours / ms[size, dtype, LORA, COPY], most))
+        found.append(Goal(f"{name} the copy's", ours / ms[size, dtype, LORA, COPY], most, at_most=True))
     return found
 
 
@@ -328,7 +311,7 @@ def render(rows: Sequence[Row], conditions: dict[str, Any], console: Console) ->
         table.add_section()
     console.print(table)
     for goal in goals(rows):
-        console.print(f"{'met   ' if goal.met else 'MISSED'} {goal.text}: {goal.found:.2f}, at most {goal.most:g}")
+        console.print(goal)
     console.print(place(conditions))
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from hotslot import HotslotError
 
 from .command import Command
 from .llama import SIZES, Bench, quiet
-from .running import chosen_device, refuse_unknown, timed, torch_threads
+from .running import by_turns, chosen_device, refuse_unknown, timed, torch_threads
 
 DEFAULT_SIZES = ("small",)
 DEFAULT_ROUNDS = 30
@@ -86,11 +85,8 @@ def _rows(bench: Bench, mode: str, tokens: int, rounds: int) -> list[Row]:
             call(x)
         _check(bench, name, variants[name][0])
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffled = Random(0), list(calls)
-    for _ in range(rounds):
-        order.shuffle(shuffled)
-        for name in shuffled:
-            times[name].append(timed(partial(calls[name], x), bench.device)[0])
+    for name in by_turns(calls, rounds):
+        times[name].append(timed(partial(calls[name], x), bench.device)[0])
     base = statistics.median(times[BASE])
     return [
         Row(

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 import torch
 
@@ -23,7 +22,7 @@ from .command import Command
 from .contenders import COLD, HOT, INSTEAD, WARM, Contender, contenders
 from .llama import SIZES, Bench, Size, quiet
 from .report import Row, draw, goals, render
-from .running import chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
+from .running import by_turns, chosen_device, only_own_garbage, refuse_unknown, timed, torch_threads
 
 CASES = (COLD, INSTEAD, WARM, HOT)
 DEFAULT_SIZES = ("9MB", "84MB")
@@ -83,17 +82,14 @@ class Times:
 def time_swaps(taking_part: Sequence[Contender], rounds: int, device: torch.device) -> dict[Contender, Times]:
     """Time each contender's swap to the adapter that is not live, by turns, between two checks of all of them."""
     times = {contender: Times() for contender in taking_part}
-    order, shuffled = Random(0), list(taking_part)
     with only_own_garbage():
         for contender in taking_part:
             for _ in range(2):  # to each of the adapters
                 _checked_swap(contender, times[contender], device)
-        for _ in range(rounds):
-            order.shuffle(shuffled)
-            for contender in shuffled:
-                wall, cpu = _swap(contender, device)
-                times[contender].wall_seconds.append(wall)
-                times[contender].cpu_seconds.append(cpu)
+        for contender in by_turns(taking_part, rounds):
+            wall, cpu = _swap(contender, device)
+            times[contender].wall_seconds.append(wall)
+            times[contender].cpu_seconds.append(cpu)
         for contender in taking_part:
             _checked_swap(contender, times[contender], device)
     return times

@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from hotslot import HotslotError
 
 from .report import Goal, describe
+from .running import chosen_device
 
 Conditions = dict[str, Any]  # of `describe`
 
@@ -65,15 +66,17 @@ class Command:
         """Run, and print.
 
         Raises:
-            HotslotError: there is no such size, or no plot; or what is compared is not equal.
+            HotslotError: there is no such size or device, or nothing can be plotted, or a library is missing; or what
+                is compared is not equal.
         """
-        if plot is not None and self.draw is None:
-            raise HotslotError("This benchmark has no plot.", where="--plot", hint="leave it out, or take --json")
+        if plot is not None:  # asked before minutes are spent on what it is to show
+            _refuse_plot(plot, self)
+        chosen_device(device)
         options: dict[str, Any] = {"rounds": rounds or self.rounds, "threads": threads}
         console = Console(stderr=True)
         with console.status("") as status:
             conditions = describe(device, **options) | {"benchmark": self.name}
-            conditions["versions"] |= {package: version(package) for package in self.packages}
+            conditions["versions"] |= {package: _version(package) for package in self.packages}
             progress = console.print if self.keeps_progress else status.update
             found = self.run(sizes or self.default_sizes, device=device, progress=progress, **options)
         if plot is not None and self.draw is not None:
@@ -92,6 +95,33 @@ class Command:
         parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
         parser.add_argument("--plot", type=Path, help="draw the table into this image file")
         self(**vars(parser.parse_args()))
+
+
+def _refuse_plot(plot: Path, command: Command) -> None:
+    if command.draw is None:
+        raise HotslotError("This benchmark has no plot.", where="--plot", hint="leave it out, or take --json")
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise _missing("matplotlib") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix.removeprefix(".") not in kinds or not plot.absolute().parent.is_dir():
+        raise HotslotError(
+            "The plot cannot be written there.",
+            where=plot,
+            expected=f"in a folder that is there, a file that ends in one of {', '.join(kinds)}",
+        )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise _missing(package) from None
+
+
+def _missing(package: str) -> HotslotError:
+    return HotslotError(f"This needs {package}, which is not installed.", hint=f"pip install {package}")
 
 
 def command_line(function: Callable[..., Any], rounds: int) -> argparse.ArgumentParser:

@@ -188,8 +188,8 @@ def _swapper(bench: Bench, slot_rank: int) -> list[Contender]:
         Contender(COLD, "hotslot Swapper.load + activate", twin, load_and_activate),
         Contender(WARM, "hotslot Swapper.activate", twin, lambda adapter: swapper.activate(names[adapter])),
     ]
-    found += [_exclusive(bench, slot_rank, WARM)]
-    found += [_packed(bench, slot_rank, lazy=lazy) for lazy in (False, True)]
+    found += [_exclusive(bench, slot_rank, WARM), _packed(bench, slot_rank), _packed(bench, slot_rank, lazy=True)]
+    found += [_packed(bench, slot_rank, exclusive=True)]
     if bench.device.type == "cuda":
         found += [_kept(bench, slot_rank), _exclusive(bench, slot_rank, HOT)]
     return found
@@ -201,14 +201,15 @@ def _exclusive(bench: Bench, slot_rank: int, case: str) -> Contender:
     return _activating(bench, slot_rank, case, ", exclusive", cache=hotslot.Cache(device_bytes=limit), exclusive=True)
 
 
-def _packed(bench: Bench, slot_rank: int, *, lazy: bool) -> Contender:
+def _packed(bench: Bench, slot_rank: int, *, lazy: bool = False, exclusive: bool = False) -> Contender:
     """From the packed files that an earlier reading has left; the first swap to each adapter, untimed, makes them.
 
     If `lazy`, it is the swap that reads: on a GPU each piece goes there while the next are read.
     """
     model = _slots(bench, slot_rank)
     cache = hotslot.Cache(disk_bytes=None, folder=bench.folders[0].parent / "packed")
-    swapper = hotslot.attach(model, {"cold": str(bench.folders[0])}, adapter_name=ADAPTER_NAME, cache=cache)
+    sources, options = {"cold": str(bench.folders[0])}, {"cache": cache, "exclusive": exclusive}
+    swapper = hotslot.attach(model, sources, adapter_name=ADAPTER_NAME, **options)
     swapper.activate("cold")
 
     def load_and_activate(adapter: int) -> None:
@@ -216,7 +217,7 @@ def _packed(bench: Bench, slot_rank: int, *, lazy: bool) -> Contender:
         swapper.activate("cold")
 
     twin = Model(bench, model, exact=slot_rank == bench.size.rank)
-    name = f"hotslot Swapper.load{'(lazy=True)' if lazy else ''} + activate, packed"
+    name = f"hotslot Swapper.load{'(lazy=True)' if lazy else ''} + activate, packed{', exclusive' if exclusive else ''}"
     return Contender(COLD, name, twin, load_and_activate)
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 import torch
 
 from hotslot import HotslotError
 
+T = TypeVar("T")
+
 
 def chosen_device(device: str | None) -> torch.device:
-    """The one that was asked for; else a GPU, if there is one."""
+    """The one that was asked for; else a GPU, if there is one.
+
+    Raises:
+        HotslotError: a GPU was asked for, and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HotslotError("There is no GPU.", where="--device", found=f"torch {torch.__version__} sees none")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -44,6 +53,14 @@ def only_own_garbage() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def by_turns(contenders: Iterable[T], rounds: int) -> Iterator[T]:
+    """Each of them once a round, in an order that is another each time: none is always timed after the same one."""
+    order, shuffled = Random(0), list(contenders)
+    for _ in range(rounds):
+        order.shuffle(shuffled)
+        yield from shuffled
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:

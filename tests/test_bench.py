@@ -84,13 +84,29 @@ def test_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert all(f"| {row['contender']} | {row['ms']:.2f} |" in text for row in told["rows"])
 
 
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    for plot in (tmp_path / "swap.nonsense", tmp_path / "absent" / "swap.png", tmp_path):
+        with pytest.raises(HotslotError, match="plot cannot be written"):
+            bench.run_bench("swap", plot=plot, sizes=["84MB"], rounds=1000, device="cpu")
+    with pytest.raises(HotslotError, match="no plot"):
+        bench.run_bench("slots", plot=tmp_path / "slots.png", sizes=["tiny"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    for case in ("swap", "forward"):
+        with pytest.raises(HotslotError, match="no GPU"):
+            bench.run_bench(case, device="cuda")
+
+
 def test_table_and_goals(rows: Any, capsys: pytest.CaptureFixture[str]) -> None:
     as_9mb = [replace(row, size="9MB") for row in rows]
     goals = report.goals(as_9mb)
-    assert [goal.text.split(":")[0] for goal in goals] == ["9MB"] * 6
+    assert [goal.text.split(":")[0] for goal in goals] == ["9MB"] * 7
     assert report.goals(rows) == []
     fast, slow = report.Goal("", found=5.0, wanted=5.0), report.Goal("", found=4.9, wanted=5.0)
     assert (fast.met, slow.met) == (True, False)
+    assert (replace(fast, at_most=True).met, replace(fast, found=5.1, at_most=True).met) == (True, False)
     swap.render(as_9mb, report.describe("cpu", rounds=1), Console(width=160))
     out = capsys.readouterr().out
     assert "hotslot Swapper.activate" in out
@@ -141,7 +157,7 @@ def test_swaps_by_merging_are_timed_and_compared_bit_for_bit(merged_rows: Any) -
     assert {row.contender for row in merged_rows if row.times_copy == 1} == {merged.COPY}
     lora = {(row.dtype, row.contender): row.ms for row in merged_rows if row.job == merged.LORA}
     goals = merged.goals(merged_rows)
-    assert [goal.most for goal in goals] == [1, 3, 1, 6]
+    assert [(goal.wanted, goal.at_most) for goal in goals] == [(1, True), (3, True), (1, True), (6, True)]
     assert goals[0].found == lora["fp32", merged.HOTSLOT] / lora["fp32", merged.PEFT]
     assert goals[3].found == lora["bf16", merged.HOTSLOT] / lora["bf16", merged.COPY]
 
@@ -173,7 +189,7 @@ def test_a_gpus_benchmark_of_merges_compares_what_it_times(capsys: pytest.Captur
     assert of_lora.keys() == {merged.HOTSLOT, merged.PEFT, merged.ADDMM, merged.COPY}
     assert 0 < of_lora[merged.HOTSLOT].error <= of_lora[merged.PEFT].error < 0.1
     assert of_lora[merged.COPY].times_copy == 1
-    assert merged.goals(rows)[1].most == merged.LARGE_COPY_FACTOR
+    assert merged.goals(rows)[1].wanted == merged.LARGE_COPY_FACTOR
     merged.render(rows, report.describe("cpu", rounds=1), Console(width=200))
     assert "% lost" in capsys.readouterr().out
 
@@ -225,7 +241,7 @@ def test_goals_of_swaps_in_a_pipeline(diffusers_rows: Any, capsys: pytest.Captur
     told = [replace(row, size="18MB") for row in diffusers_rows]
     ms = {row.contender: row.ms for row in told}
     goals = timed.goals(told)
-    assert [(goal.found, goal.most) for goal in goals] == [
+    assert [(goal.found, goal.wanted) for goal in goals] == [
         (ms[timed.ACTIVATE] / ms[timed.COPY], 2),
         (ms[timed.LOAD] / ms[timed.HOTSWAP], 0.2),
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
@@ -25,6 +28,7 @@ from adapters import expected_peft_warnings, make_adapter, random_config
 from hotslot.checkpoint import read
 from hotslot.cli import bench, demo, terminal
 from hotslot.cli.app import app
+from hotslot.cli.inspect import inspect_adapter, show_inspection
 from hotslot.errors import HotslotError, ModelError, UnsupportedError
 from oracle import fresh
 from zoo import ZOO, Entry
@@ -276,6 +280,17 @@ def test_inspect_refuses_tensors_that_contradict_the_config(tmp_path: Path) -> N
     assert refusal["expected"] == "rank 3 by the config's r and rank_pattern"
 
 
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    folder = plain(tmp_path)
+    edit_config(folder, lora_dropout=float("inf"), megatron_core=float("nan"), corda_config=float("nan"))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(run("inspect", folder, "--json").stdout, parse_constant=refuse)
+    assert (found["settings"]["lora_dropout"], found["settings"]["corda_config"]) == ("Infinity", "NaN")
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -324,6 +339,29 @@ def test_errors_are_printed_as_they_are(make: Any, kind: str, words: str, tmp_pa
     assert error["found"] == (None if refused.value.found is None else str(refused.value.found))
 
 
+def test_a_folder_of_adapters_is_told_by_some_of_them(tmp_path: Path) -> None:
+    for i in range(1_012):
+        (tmp_path / f"adapter-{i:04}").mkdir()
+    error = ask("inspect", tmp_path, exit_code=1)["error"]
+    assert error["found"].endswith("adapter-0009 and 1,002 more")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["check", "adapter"]], ids=" ".join)
+def test_a_path_that_nobody_may_ask_for(arguments: list[str], tmp_path: Path) -> None:
+    """The system refuses to look, as it does where there is no permission, which root always has."""
+    command, *others = arguments
+    assert "File name too long" in ask(command, tmp_path / ("x" * 300), *others, exit_code=1)["error"]["found"]
+
+
+def test_a_narrow_terminal_cuts_nothing_off(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    text = io.StringIO()
+    show_inspection(Console(width=40, file=text), inspect_adapter(folder))
+    shown = "".join(text.getvalue().split())
+    assert read(folder).version in shown
+    assert "…" not in shown
+
+
 def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> None:
     folder = plain(tmp_path)
     file = folder / WEIGHTS_NAME
@@ -335,8 +373,23 @@ def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path) -> 
 
 
 def test_printable_keeps_text() -> None:
-    assert terminal.printable("α × – [b]\n  'x'") == "α × – [b]\n  'x'"
-    assert terminal.printable("\r\x00\ud800") == "\\r\\x00\\ud800"
+    assert terminal.printable("α × – [b]  'x'") == "α × – [b]  'x'"
+    assert terminal.printable("\r\n\x00\ud800") == "\\r\\n\\x00\\ud800"
+
+
+def test_a_pipe_that_knows_no_unicode(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from hotslot.cli import main; main()", "inspect", str(plain(tmp_path / "ü☃"))]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True, encoding="ascii", check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "16 \\u2192 8" in done.stdout
+    assert "\\xfc\\u2603" in done.stdout
+
+
+def test_what_a_file_says_adds_no_lines(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    edit_config(folder, base_model_name_or_path="llama\nversion     0000")
+    assert "llama\\nversion     0000" in run("inspect", folder).stdout
 
 
 # --- check
@@ -387,6 +440,15 @@ def assert_agrees_with_attach(source: Path, verdict: dict[str, Any]) -> None:
             hotslot.attach(base, {"it": str(source)})
         assert verdict["error"]["message"] == str(refused.value)
         assert verdict["error"]["type"] == type(refused.value).__name__
+
+
+def test_check_of_single_files_says_what_they_are_for(model: Path, tmp_path: Path) -> None:
+    folder = plain(tmp_path / "adapter")
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes((folder / WEIGHTS_NAME).read_bytes())
+    one, other = ask("check", model, folder / WEIGHTS_NAME, lora, exit_code=1)["adapters"]
+    assert "the folder that it is in" in one["error"]["next_step"]
+    assert "diffusers pipeline" in other["error"]["next_step"]
 
 
 def test_check_as_text(model: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from compiling import Backend
 from hotslot.cache import user_folder
 from hotslot.cli.demo import adapters as casting
 from hotslot.cli.demo import measure, run_demo, show, smollm2
+from hotslot.cli.demo.conditions import compiled
 from hotslot.cli.demo.result import DemoResult
 from hotslot.errors import HotslotError
 from zoo import VOCAB, ZOO
@@ -67,6 +68,11 @@ def ran(model: str, folders: list[Path]) -> Ran:
     with redirect_stdout(io.StringIO()) as stdout:
         result = run_demo(model, folders, prompts=PROMPTS, backend=backend, rounds=2, as_json=True)
     return Ran(result, backend.graphs, json.loads(stdout.getvalue()))
+
+
+def test_a_backend_that_there_is_not() -> None:
+    with pytest.raises(HotslotError, match="no such backend"):
+        compiled(torch.nn.Linear(1, 1), "nonsense")
 
 
 def test_nothing_recompiles(ran: Ran) -> None:

@@ -5,6 +5,8 @@ The oracle is plain diffusers: the same file loaded onto a fresh pipeline.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -205,6 +207,21 @@ def test_guarded_forward_passes_stay_guarded(files: dict[str, Path]) -> None:
         FLUX_2.outputs(pipe)
         hook.remove()
         assert seen == [True]
+
+
+def test_a_swapper_whose_layers_were_exchanged_keeps_its_counts_alone(files: dict[str, Path]) -> None:
+    """A collector of metrics may hold it, and show what it holds."""
+    with patched():
+        pipe = loaded(FLUX_2, files["lora"])
+        swap(pipe, files["small"])
+        first = Swapper.of(pipe, "style")
+        assert first is not None
+        binding, changed = weakref.ref(first.engine.binding), first.metrics().changed
+        swap(pipe, files["lokr"])
+        gc.collect()
+        metrics = first.metrics()
+        assert binding() is None
+        assert (metrics.changed, metrics.adapters, metrics.host_adapters, metrics.host_bytes) == (changed, 0, 0, 0)
 
 
 def test_one_model_by_itself(files: dict[str, Path]) -> None:

@@ -132,6 +132,24 @@ def test_the_error_is_verbatim(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said in blocks(README, "text")
 
 
+# --- docs/training.md -----------------------------------------------------------------------------------------------
+
+
+def test_the_code_on_training_runs_and_keeps_what_was_trained(
+    workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, turns = blocks((ROOT / "docs" / "training.md").read_text(), "python")
+    names = run(policy)
+    trainer = names["trainer"].eval()
+    assert_same_output(LLAMA.output(names["model"], LLAMA.inputs()), LLAMA.output(trainer, LLAMA.inputs()))
+    names = run(turns)
+    assert not caplog.records
+    for name in ("sql", "chat"):
+        names["swapper"].activate(name)
+        trained = LLAMA.output(names["model"], LLAMA.inputs())
+        assert error(trained, fresh_output(LLAMA, workplace / name)) > 1e-3
+
+
 # --- docs/diffusers.md ----------------------------------------------------------------------------------------------
 
 

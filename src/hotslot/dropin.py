@@ -29,6 +29,7 @@ from .errors import ModelError, RankError, UnexpectedTargetError, UnsupportedErr
 from .leases import Gate
 from .methods import PARTS, TOKENS, is_of_training, refuse_unsupported_options, split_key
 from .planning import plan_adapters, refuse_unfit
+from .report import SwapReport
 from .swapper import Swapper
 
 _lock = threading.RLock()
@@ -233,12 +234,16 @@ def swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint
         CheckpointError, UnsupportedError, DoesNotFitError, ModelError: nothing was touched.
     """
     with Gate.of(live.innermost(model)).swap(), _lock:  # the gate first: who holds a lock must not wait for leases
+        swapper = Swapper.of(model, adapter_name)
         try:
-            _swap(model, adapter_name, checkpoint)
+            report = _swap(model, adapter_name, checkpoint)
         except (UnexpectedTargetError, RankError):
-            if not grows or live.is_compiled(model) or Swapper.of(model, adapter_name) is not None:
+            if not grows or live.is_compiled(model) or swapper is not None:
                 raise
             _grow_and_swap(model, adapter_name, checkpoint)
+            return
+        if swapper is not None:
+            swapper.witness(report)
 
 
 def make_room(model: nn.Module, adapter_names: Iterable[str], target_rank: int) -> None:
@@ -272,7 +277,7 @@ def _rounded(rank: int, groups: int) -> int:
     return -(-rank // groups) * groups
 
 
-def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> None:
+def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoint) -> SwapReport:
     engine, created = _known_engine(model, adapter_name), False
     if engine is not None and engine.live.entry is not None and not engine.keeps_history:
         checkpoints.keep_buffer(engine.live.entry.adapter.checkpoint.data)  # for the next to come
@@ -281,8 +286,7 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         live.refuse_other_base(model, entry.adapter)
         live.refuse_other_parameters(model, engine.binding.slots, entry.adapter)
         with engine.lock:
-            engine.swap(State(entry))
-        return
+            return engine.swap(State(entry))
     if engine is not None and engine.live.entry is None:  # a model that was prepared with what came with it
         live.refuse_unsupported_resident(model, adapter_name)
     slots = engine.binding.slots if engine is not None else _slots(model, adapter_name)
@@ -300,7 +304,7 @@ def _swap(model: nn.Module, adapter_name: str, checkpoint: checkpoints.Checkpoin
         logger.warning("the new adapter's rank is above what the model was prepared for: compiled code will recompile")
     try:
         with engine.lock:
-            engine.swap_in(entry, wanted)
+            return engine.swap_in(entry, wanted)
     except BaseException:
         if created:
             engine.release()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -34,11 +34,13 @@ class State:
         entry: a loaded adapter; None for the neutral slot, and for what hotslot did not write.
         image: the values, where no entry has them: what came with the model, or was trained since.
         records: PEFT's records of it; None to take the entry's own.
+        empty: whether the slots have no adapter, whatever others may have written there.
     """
 
     entry: Entry | None
     image: Image | None = None
     records: Records | None = None
+    empty: bool = False
 
     @property
     def name(self) -> str | None:
@@ -92,14 +94,14 @@ class Engine:
         self.keeps_history = keeps_history
         self._model = weakref.ref(live.unwrap(model))
         self.gate = Gate.of(live.innermost(model))  # of all slots of the model, for a forward pass reads all of them
-        self._neutral = State(None, records=binding.neutral_records())
+        self._neutral = State(None, records=binding.neutral_records(), empty=True)
         self._neutral_beside: frozenset[str] | None = None
         # An adapter that came with the model has no entry; it is kept as an image once something else is live.
         self._foreign = None if empty else State(None)
         self.original: State | None = self._neutral if empty else None
         self.live: State = self._neutral if empty else self._foreign or self._neutral
         self.previous: State | None = None
-        self._merged = False
+        self._merged = self._stepped = False
         if empty:
             self._write(self._neutral, {}, None)  # the model's records are to describe the empty slots
         else:
@@ -114,7 +116,7 @@ class Engine:
 
     def restore_original(self) -> None:
         """Make live again what was there before the first swap, if there was one."""
-        if self.original is not None:
+        if self.original is not None and (self.live is not self.original or self.live is self._neutral):
             self.swap(self.original)
         else:
             self.refuse_if_merged()
@@ -128,6 +130,7 @@ class Engine:
 
     def stand_aside(self) -> None:
         """Let another engine have the slot; `come_back` takes it back. The model is not touched."""
+        live.leave_steps(self)
         self.binding.absolutes.stand_aside()
         model, others = self.model, _engines.get(self.model, {})
         others.pop(self.adapter_name, None)
@@ -140,6 +143,14 @@ class Engine:
         if isinstance(self.model, live.Assembly):
             self.model.hold()
         _engines.setdefault(self.model, {})[self.adapter_name] = self
+        live.follow_steps(self)
+
+    def forget(self) -> None:
+        """Hold nothing of the model, nor of adapters, once it was released or has stood aside for good."""
+        nothing = State(None)
+        self.live = self._neutral = nothing
+        self.previous = self.original = self._foreign = None
+        del self.binding
 
     @property
     def neutral(self) -> State:
@@ -151,7 +162,7 @@ class Engine:
         binding = self.binding
         if binding.resident is not None and self._neutral_beside != binding.beside:
             image, records = binding.neutral_resident()
-            self._neutral, self._neutral_beside = State(None, image, records), binding.beside
+            self._neutral, self._neutral_beside = State(None, image, records, empty=True), binding.beside
         return self._neutral
 
     @property
@@ -197,9 +208,11 @@ class Engine:
             occupied = binding.live_ranks if known else binding.room
             since = previous.entry if known else None
             nbytes = self._write(target, occupied, before.records, clean=not touched, since=since)
-            self.live = target
+            self.live, self._stepped = target, False
             if self.keeps_history:
-                self.previous, self.original = before, self.original or before
+                # What came with the model may have been trained since a swap back to it.
+                again = previous is self.original and previous is not self._neutral
+                self.previous, self.original = before, before if again else self.original or before
             self.gate.count_change()
             return self._report(target, previous, nbytes, started, changed=True)
         except BaseException:
@@ -207,6 +220,18 @@ class Engine:
             self.live = before if before.image is not None else previous
             self.previous, self.original = history
             raise
+
+    def after_step(self, params: Container[int]) -> None:
+        """After a step of an optimizer, of parameters with these ids: leave nothing where the live adapter has none."""
+        with self.lock:
+            ranks = {} if self.live.empty else self.binding.live_ranks
+            if self.binding.make_neutral(params, ranks):
+                self._stepped = True
+
+    @property
+    def trained(self) -> bool:
+        """Whether the live adapter has become another than the one that was loaded, by an optimizer's steps."""
+        return self._stepped or (self.live.entry is not None and self.live.image is not None)
 
     def refuse_if_merged(self) -> None:
         """Raise if the slot's adapter is merged into the base weights."""
@@ -284,7 +309,7 @@ class Engine:
             ranks = {fqn: shape.rank for fqn, shape in shapes.items()}
             binding.extend(found, ranks, extra=[(fqn, part) for fqn, shape in shapes.items() for part in shape.parts])
             binding.absolutes.find(self.model, wrapped, tokens)
-            neutral = State(None, records=binding.neutral_records())
+            neutral = State(None, records=binding.neutral_records(), empty=True)
             states = [neutral if state is self._neutral else state for state in kept]
             # What was merged may go into slots now; the records of before would say that nothing is in them.
             states = [State(state.entry) if state and state in merged else state for state in states]
@@ -372,7 +397,7 @@ class Engine:
         image = self.binding.image() if touched or self._is_foreign(self.live) else self.live.image
         if self.live is self._neutral and image is None and records == self._neutral.records:
             return self._neutral  # by which `_is_live` knows that there is nothing to do
-        return State(self.live.entry, image, records)
+        return State(self.live.entry, image, records, self.live.empty)
 
     def arrival(self) -> live.Arrival:
         """What takes an adapter to the devices while it is read for a swap that is to come."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .blending import Blender
+from .blending import Blend, Blender
 from .cache import Cache, Room, Tier, user_folder
 from .cache.packed import PackedFiles
 from .cache.spilled import Spilled, SpillFile
@@ -116,12 +116,17 @@ class Library:
     def nbytes(self) -> int:
         """Bytes of host memory: of adapters, of blends of them, and of what is being read."""
         self._settle()
+        return self.held_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """`nbytes` without the library's lock: what could be let go of by now, and was not yet, counts too."""
         return self._tier.nbytes
 
     @property
     def waiting(self) -> int:
         """How many adapters are in memory."""
-        return len(self._tier) - len(self.blender)
+        return sum(not isinstance(entry, Blend) for _, entry in self._tier.items())
 
     @property
     def evictions(self) -> int:
@@ -332,20 +337,21 @@ class Library:
             self._loans.add(loan)
         return loan
 
-    def _lend(self, name: str, loan: Loan) -> bool:
-        """Add what is in memory to the loan; says whether it is."""
+    def _lend(self, name: str, loan: Loan, *, waited: bool = False) -> bool:
+        """Add what is in memory to the loan; says whether it is. Who has waited until it was has not hit it."""
         with self._lock:
             self.known(name)
             entry = self._tier.get(name)
             if entry is not None:
                 loan.entries[name] = entry
-                self.hits += 1
+                self.hits += not waited
+                self.misses += waited
             return entry is not None
 
     def _lend_read(self, name: str, loan: Loan, sink: Sink | None) -> None:
         """Add what has to be read, unless another thread has just done so."""
         with self._reading:
-            while not self._lend(name, loan):
+            while not self._lend(name, loan, waited=True):
                 if self._bring(self.known(name), loan, sink):
                     self.misses += 1
                     return
@@ -502,6 +508,7 @@ def _before_fork() -> None:
     for library in list(_libraries):
         _at_rest.enter_context(library._reading)
         _at_rest.enter_context(library._lock)
+        _at_rest.enter_context(library._tier.at_rest())  # which is asked for its bytes without the other, too
 
 
 def _after_in_child() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .report import SwapReport
 
@@ -43,7 +43,8 @@ class Metrics:
 
     A swap is what gives a SwapReport, or would if it had not raised; a block of `using` is two. What is refused before
     it begins (an unknown name, a blend beyond the plan, work in flight that does not end in time) is none, nor is what
-    attach and detach write.
+    attach and detach write. One by PEFT's functions (`hotslot.hotswap_adapter`, transformers' `load_adapter`) in this
+    slot is one, if it did not raise; reading its file is not in its seconds.
 
     Attributes:
         slot: PEFT's name of the adapter that is swapped.
@@ -54,13 +55,14 @@ class Metrics:
         latency: `SwapReport.tier` → the seconds of the swaps that changed something.
         recompilations: by dynamo, of any code in this process: how often it has compiled, or begun to compile, a frame
             that it had compiled before (a frame is a function, or the rest of one after a graph break). First
-            compilations do not count, and `torch._dynamo.reset()` makes it begin anew.
+            compilations do not count, and `torch._dynamo.reset()` makes it begin anew, once `metrics` has seen it.
         hits: adapters that were in memory when they were needed.
-        misses: those that had to be read.
+        misses: those that had to be read, or were being read and had to be waited for.
         evictions: adapters, and blends, that had to leave host memory for others, or were told to.
         adapters: loaded now.
         host_adapters: of them, in host memory.
-        host_bytes: of host memory that they hold, see `Swapper.host_bytes`.
+        host_bytes: of host memory that they hold, see `Swapper.host_bytes`; and what nobody needs any more, until the
+            next call lets go of it.
         device_bytes: of GPU memory that they hold, see `Swapper.device_bytes`.
     """
 
@@ -80,25 +82,43 @@ class Metrics:
     device_bytes: int
 
 
+class _Tier(NamedTuple):
+    """The swaps from one tier that changed something.
+
+    Attributes:
+        buckets: how many took at most as long as each of `BOUNDS`, and longer than the one before; and last the others.
+        sum_seconds: of all of them.
+        written_bytes: that they brought in.
+    """
+
+    buckets: tuple[int, ...]
+    sum_seconds: float
+    written_bytes: int
+
+
+_NOTHING = _Tier((0,) * (len(BOUNDS) + 1), 0.0, 0)
+
+
 class Recorder:
-    """Counts the swaps of one swapper. Whoever calls it holds the swapper's lock."""
+    """Counts the swaps of one swapper. Whoever adds one holds the swapper's lock; whoever reads holds nothing.
+
+    So of a tier there is one object, which nobody writes into: a reader has a swap in all of its counts, or in none.
+    """
 
     def __init__(self) -> None:
-        self._unchanged = self._failed = self._written_bytes = 0
-        self._buckets: dict[str, list[int]] = {}  # tier → swaps in each bucket alone
-        self._seconds: dict[str, float] = {}
-        self._recompilations_before = _recompilations()
+        self._unchanged = self._failed = 0
+        self._tiers: dict[str, _Tier] = {}
+        self._compiled_before = _compilations()
 
     def add(self, report: SwapReport) -> None:
         """Count a swap that came to its end."""
         if not report.changed:
             self._unchanged += 1
             return
-        if report.tier not in self._buckets:
-            self._buckets[report.tier], self._seconds[report.tier] = [0] * (len(BOUNDS) + 1), 0.0
-        self._buckets[report.tier][bisect_left(BOUNDS, report.seconds)] += 1
-        self._seconds[report.tier] += report.seconds
-        self._written_bytes += report.nbytes
+        buckets, seconds, written_bytes = self._tiers.get(report.tier, _NOTHING)
+        place = bisect_left(BOUNDS, report.seconds)
+        counted = (*buckets[:place], buckets[place] + 1, *buckets[place + 1 :])
+        self._tiers[report.tier] = _Tier(counted, seconds + report.seconds, written_bytes + report.nbytes)
 
     def add_failure(self) -> None:
         """Count a swap that raised."""
@@ -106,20 +126,19 @@ class Recorder:
 
     def metrics(self, slot: str, **waiting: int) -> Metrics:
         """All counts so far, with what the swapper knows itself: the last attributes of Metrics."""
-        latency = {
-            tier: Histogram(tuple(accumulate(buckets)), self._seconds[tier]) for tier, buckets in self._buckets.items()
-        }
-        recompilations = _recompilations()
-        if recompilations >= self._recompilations_before:  # else dynamo was reset since
-            recompilations -= self._recompilations_before
+        tiers = dict(self._tiers)
+        latency = {name: Histogram(tuple(accumulate(tier.buckets)), tier.sum_seconds) for name, tier in tiers.items()}
+        compiled = _compilations()
+        if any(compiled.get(frame, 0) < times for frame, times in self._compiled_before.items()):
+            self._compiled_before = {}  # dynamo was reset since; from now on, for these may grow beyond those
         return Metrics(
             slot=slot,
             changed=sum(histogram.count for histogram in latency.values()),
             unchanged=self._unchanged,
             failed=self._failed,
-            written_bytes=self._written_bytes,
+            written_bytes=sum(tier.written_bytes for tier in tiers.values()),
             latency=MappingProxyType(latency),
-            recompilations=recompilations,
+            recompilations=_recompilations(compiled) - _recompilations(self._compiled_before),
             **waiting,
         )
 
@@ -136,11 +155,14 @@ def log_fields(report: SwapReport) -> dict[str, Any]:
     }
 
 
-def _recompilations() -> int:
-    """Compilations of frames that dynamo had compiled before; 0 while nobody has imported dynamo, which is slow.
+def _compilations() -> dict[Any, int]:
+    """Frame → how often dynamo has compiled it; empty while nobody has imported dynamo, which is slow.
 
     `torch._dynamo.utils.counters` has no such number: its graphs and frames count first compilations too.
     """
     dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
-    compilations: list[int] = list(dynamo.FRAME_COMPILE_COUNTER.values()) if dynamo is not None else []
-    return sum(compilations) - len(compilations)
+    return dict(dynamo.FRAME_COMPILE_COUNTER) if dynamo is not None else {}
+
+
+def _recompilations(compilations: Mapping[Any, int]) -> int:
+    return sum(compilations.values()) - len(compilations)

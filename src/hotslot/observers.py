@@ -23,6 +23,7 @@ class Observers:
         self.recorder = Recorder()
         self._callbacks: list[Callable[[SwapReport], object]] = []
         self._told_passed_over = False
+        self._told_lost: set[str] = set()
 
     def add(self, callback: Callable[[SwapReport], object]) -> Callable[[], None]:
         """Have it called after each swap that changed what is live; returns what takes it back."""
@@ -47,6 +48,23 @@ class Observers:
                 callback(report)
             except Exception:
                 logger.exception("%r is live, and a callback of on_swap failed", report.adapter)
+
+    def warn_if_lost(self, engine: Engine, target: State) -> None:
+        """Say so once for each adapter, if what it was trained to while it was live goes, and no loaded adapter has it.
+
+        Not of a rollback, nor where the target is another version of the same: an update.
+        """
+        live, name = engine.live, engine.live.name
+        replaced = target.name == name and target.entry is not live.entry
+        if name is None or name in self._told_lost or not engine.trained or target is engine.previous or replaced:
+            return
+        self._told_lost.add(name)
+        logger.warning(
+            "%r was trained while it was live, and is swapped out: activate(%r) makes live what was loaded. "
+            "swapper.update(%r, peft.get_peft_model_state_dict(model)) before a swap keeps what it has become; "
+            "rollback() brings it back once",
+            name, name, name,
+        )  # fmt: skip
 
     def warn_if_passed_over(self, engine: Engine, target: State) -> None:
         """Say so once, if a swap has no effect on what is computed: PEFT's `add_adapter` activates its own adapter."""

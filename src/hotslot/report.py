@@ -19,7 +19,8 @@ class SwapReport:
         route: "side", beside the base layer, where the model has its adapters; "merged", into the base's weights;
             "side+merged", as far as there are slots.
         tier: where the bytes came from: "disk", "host", "device", or "none" if there were none to bring.
-        nbytes: that were brought in: of the adapter, and of base weights where it was merged.
+        nbytes: that were brought in: of the adapter, and of base weights where it was merged. None of a rollback to
+            what came with the model, or was trained on it: that was kept beside the slots.
         seconds: wall time of the swap, without the wait for work in flight. On a GPU the copies may still be under way,
             in the stream's order.
         changed: False if this adapter was live already, untouched, and nothing was written.

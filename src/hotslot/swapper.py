@@ -78,6 +78,7 @@ class Swapper:
         self._plan = plan
         self._route = route
         self._observers = Observers()
+        self._stagings = engine.binding.stagings
         self._lock = engine.lock
         self._library = Library(
             cache,
@@ -191,19 +192,21 @@ class Swapper:
         return self._bound().binding.absolutes.pristine_bytes
 
     def metrics(self) -> Metrics:
-        """Counts of swaps, bytes, seconds by tier and recompilations since attach; still there after `detach`."""
-        with self._lock:
-            library = self._library
-            return self._observers.recorder.metrics(
-                self._engine.adapter_name,
-                adapters=len(library),
-                host_adapters=library.waiting,
-                host_bytes=library.nbytes,
-                device_bytes=0 if self._detached else self.device_bytes,
-                hits=library.hits,
-                misses=library.misses,
-                evictions=library.evictions,
-            )
+        """Counts of swaps, bytes, seconds by tier and recompilations since attach; still there after `detach`.
+
+        It waits for no swap, and no swap for it.
+        """
+        library = self._library
+        return self._observers.recorder.metrics(
+            self._engine.adapter_name,
+            adapters=len(library),
+            host_adapters=library.waiting,
+            host_bytes=library.held_bytes,
+            device_bytes=self._stagings.nbytes,
+            hits=library.hits,
+            misses=library.misses,
+            evictions=library.evictions,
+        )
 
     # -- loading: off the hot path ----------------------------------------------------------------------------------
 
@@ -495,7 +498,7 @@ class Swapper:
                 loans.enter_context(self._abandoning(wanted))
 
             def choose() -> State:
-                return wanted or engine.neutral
+                return wanted or self._bound().neutral
 
             with engine.gate.visit(in_flight, timeout_seconds) as visit:
                 before: State | None = None  # what was live, once it is not any more
@@ -583,6 +586,8 @@ class Swapper:
                     engine.swap(engine.previous)
                 _, engine.previous, engine.original = was
                 raise
+            else:
+                self._end()
 
     # -- work in flight ---------------------------------------------------------------------------------------------
 
@@ -619,9 +624,16 @@ class Swapper:
 
         For what is stale then: caches of keys and values, of prefixes, of embeddings. It is called in the thread that
         swaps, before leases that wait for the swap go on, and must neither swap nor wait for a lease; it may load, pin
-        and evict. What it raises is logged, since the swap is done. `detach` calls none.
+        and evict. What it raises is logged, since the swap is done. `detach` calls none. Swaps of this slot by PEFT's
+        functions count, too, as far as they are hotslot's.
         """
         return self._observers.add(callback)
+
+    def witness(self, report: SwapReport) -> None:
+        """Count, log and tell of a swap that others have made with `engine`, and while its gate is theirs."""
+        with self._lock:
+            self._observers.note(report)
+        self._observers.tell(report)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -642,7 +654,10 @@ class Swapper:
                     return self._recorded_swap(target)
         with gate.swap(in_flight, timeout_seconds):
             with self._lock:
-                report = self._recorded_swap(choose(self._bound()), read_seconds)
+                engine = self._bound()
+                target = choose(engine)
+                self._observers.warn_if_lost(engine, target)
+                report = self._recorded_swap(target, read_seconds)
             self._observers.tell(report)
             return report
 
@@ -674,8 +689,14 @@ class Swapper:
             for injection in reversed(self._injections):
                 live.remove(injection)
         _attached.get(model, {}).pop(self._engine.adapter_name, None)
+        self._end()
+
+    def _end(self) -> None:
+        """Hold nothing any more but what was counted: whoever collects metrics may hold this for a long time."""
         self._library.clear()
         self._detached = True
+        self._injections, self._wrappings, self._stagings = [], [], live.Stagings()
+        self._engine.forget()
 
     def _bound(self) -> Engine:
         if self._detached:

@@ -44,7 +44,7 @@ from ..checkpoint import (
     parse_header,
     schemas,
 )
-from ..errors import CacheError, HotslotError
+from ..errors import CacheError, CorruptFileError, HotslotError
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class PackedFiles:
 
     def path(self, files: Files) -> Path:
         """Where the packed file of these is, or would be."""
-        return self.folder / f"{_PREFIX}{hashlib.blake2b(files.key.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
+        return self.folder / name_for(files)
 
     def read(
         self, files: Files, stamp: Stamp, *, pin_memory: bool = False, sink: Sink | None = None
@@ -271,6 +271,43 @@ class _Damaged(Exception):
     """What is wrong with a packed file."""
 
 
+def name_for(files: Files) -> str:
+    """Of the packed file of these."""
+    return f"{_PREFIX}{hashlib.blake2b(files.key.encode(), digest_size=16).hexdigest()}{_SUFFIX}"
+
+
+def is_packed(header: bytes) -> bool:
+    """Whether a safetensors file of this header is a packed file, sound or not."""
+    return header.startswith(_OPENING)
+
+
+def examine(path: Path) -> tuple[Found, Files, Checkpoint]:
+    """What a packed file says, the files that it was made of, which need not be there, and the adapter in it.
+
+    Header and values are proved to be those that were written; whoever wrote them.
+
+    Raises:
+        CheckpointError: it is not as it was packed.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        try:
+            found = _unsealed(file.header, path)
+            files = Files.of_stamp(found.source)
+        except (_Damaged, ValueError) as error:
+            raise _not_as_packed(path, str(error), "a header as it was sealed") from error
+        data, fill = file.data(found.schema.nbytes)
+        checkpoint = Checkpoint.checked(found.schema, data, str(path), fill)
+    if checkpoint.version != found.version:
+        raise _not_as_packed(path, f"values of version {checkpoint.version}", f"version {found.version}, by its header")
+    return found, files, checkpoint
+
+
+def _not_as_packed(path: Path, found: str, expected: str) -> CorruptFileError:
+    hint = "delete it: the adapter is read from its own files, and packed anew, when it is next needed"
+    return CorruptFileError(f"{path} is no sound packed file.", where=path, found=found, expected=expected, hint=hint)
+
+
 def _unsealed(header: bytes, path: Path) -> Found:
     """What the header of a packed file says.
 
@@ -280,16 +317,24 @@ def _unsealed(header: bytes, path: Path) -> Found:
     seal = xxhash.xxh3_128_hexdigest(header[_SEAL_END:]).encode()
     if header[:_SEAL_END] != _OPENING + seal:
         raise _Damaged("a header that is not as it was sealed")
-    metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
-    if metadata.get("hotslot_format") != FORMAT:
+    try:
+        metadata, end = json.JSONDecoder().raw_decode(header.decode(), len('{"__metadata__":'))
+        keys = ("hotslot_format", "version", "config", "source", "read_ns")
+        told, version, text, source, read_ns = (str(metadata[key]) for key in keys)
+        read = int(read_ns)
+        if not 0 <= read < 2**63:
+            raise ValueError("a time that no clock shows")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _Damaged(f"metadata that hotslot does not write ({type(error).__name__}: {error})") from error
+    if told != FORMAT:
         raise _Damaged("another format than its name says")
     # Behind the metadata the headers of a family are equal, but for the spaces at their end.
-    tensors, config = header[end:].rstrip(b" "), metadata["config"].encode()
+    tensors, config = header[end:].rstrip(b" "), text.encode()
     schema = schemas.get((tensors, config))
     if schema is None:
         schema = Schema(parse_config(config, path), parse_header(header, path))
         schemas.put((tensors, config), schema)
-    return Found(metadata["version"], metadata["source"], int(metadata["read_ns"]), schema)
+    return Found(version, source, read, schema)
 
 
 def pack_header(checkpoint: Checkpoint, source: str, read_ns: int) -> bytes | None:

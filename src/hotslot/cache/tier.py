@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..errors import CacheFullError
 
@@ -96,6 +97,10 @@ class Tier(Generic[T]):
             if item is not None:
                 self._items.move_to_end(name)
             return item
+
+    def at_rest(self) -> AbstractContextManager[Any]:
+        """For a block: no other thread reads or changes anything."""
+        return self._lock
 
     # -- what comes and goes ----------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def host_buffer(nbytes: int, *, pin_memory: bool = False) -> torch.Tensor:
     if pin_memory:  # torch keeps page-locked memory itself
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     with _lock, torch.inference_mode(False):
-        for i, buffer in enumerate(_kept):
+        for i, buffer in reversed([*enumerate(_kept)]):  # the one that is most likely in a cache yet
             if nbytes <= buffer.numel() <= 2 * nbytes and _only_kept_here(buffer):
                 del _kept[i]  # to the end of the list, the last to be let go
                 break

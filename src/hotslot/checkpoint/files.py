@@ -55,6 +55,19 @@ class Files:
         given = None if self.given is None else self.given.decode()
         return json.dumps([os.path.abspath(self.weights), os.path.abspath(self.config), given])
 
+    @classmethod
+    def of_stamp(cls, text: str) -> Files:
+        """Those of which `Stamp.text` is.
+
+        Raises:
+            ValueError: it is of none.
+        """
+        try:
+            weights, config, given = json.loads(json.loads(text)[0])
+            return cls(Path(weights), Path(config), None if given is None else given.encode(), weights)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"no stamp of files: {text:.80}") from error
+
     @property
     def nbytes(self) -> int:
         """Bytes of the file of weights: a few more than those of the weights."""

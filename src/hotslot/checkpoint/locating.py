@@ -16,6 +16,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
+_NEXT_STEP = "give the folder that save_pretrained wrote, or a Hub id with its subfolder and revision"
+
 
 def locate(
     source: str | os.PathLike[str],
@@ -34,22 +36,25 @@ def locate(
         CheckpointError: there are none.
     """
     hub: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "cache_dir": cache_dir, "token": token}
-    _refuse_escape(subfolder)
+    if subfolder:
+        _refuse_escape(subfolder)
     folder, given = Path(source, subfolder or ""), None
     if config is not None:
         given = json.dumps(config_dict(config)).encode()
     here = folder.absolute()
+    weights = here / WEIGHTS_NAME
     try:
-        if os.path.isfile(here / WEIGHTS_NAME):
-            return Files(here / WEIGHTS_NAME, here / CONFIG_NAME, given, str(folder))
+        if os.path.isfile(weights):
+            return Files(weights, here / CONFIG_NAME, given, str(folder))
         if folder.is_dir():
             raise _without_weights(folder)
-        if folder.exists() or os.path.isabs(source) or str(source).startswith((".", "~")):
-            raise not_found(str(folder), "a folder", f"a file ({folder.name})" if folder.exists() else "nothing")
-        weights = _from_hub(str(source), WEIGHTS_NAME, **hub)
+        if folder.exists():
+            raise _single_file(folder)
+        if os.path.isabs(source) or str(source).startswith((".", "~")):
+            raise not_found(str(folder), "a folder", "nothing")
+        weights = _from_hub(str(source), WEIGHTS_NAME, **hub).absolute()
         if config is None:
             _from_hub(str(source), CONFIG_NAME, **hub)  # the Hub's cache puts it beside the weights
-        weights = weights.absolute()
         return Files(weights, weights.parent / CONFIG_NAME, given, str(source))
     except HotslotError:
         raise
@@ -57,9 +62,9 @@ def locate(
         raise not_found(str(folder), "a folder that can be read", said(error)) from error
 
 
-def _refuse_escape(subfolder: str | None) -> None:
+def _refuse_escape(subfolder: str) -> None:
     """A subfolder lies within the source, whoever chose it: that is what callers who pass one on rely on."""
-    path = PurePath(subfolder or "")
+    path = PurePath(subfolder)
     if path.is_absolute() or ".." in path.parts:
         raise AdapterNotFoundError(
             "The subfolder leads out of the adapter's folder.",
@@ -70,11 +75,21 @@ def _refuse_escape(subfolder: str | None) -> None:
         )
 
 
+def _single_file(path: Path) -> HotslotError:
+    hint = _NEXT_STEP
+    if path.name == WEIGHTS_NAME:
+        hint = "give the folder that it is in: it says little without its config"
+    elif path.suffix == ".safetensors":
+        hint = "a LoRA in a single file is for a diffusers pipeline, and not for one model"
+    return not_found(str(path), "a folder", f"a file ({path.name})", hint)
+
+
 def _without_weights(folder: Path) -> HotslotError:
     if (folder / PICKLE_NAME).is_file():
         return pickle_refused(folder / PICKLE_NAME)
-    held = sorted(path.name for path in folder.iterdir())[:10]
-    return not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held) or "an empty folder")
+    held = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(held) - 10:,} more" if len(held) > 10 else ""
+    return not_found(str(folder), f"{WEIGHTS_NAME} in it", ", ".join(held[:10]) + more or "an empty folder")
 
 
 def _from_hub(
@@ -127,12 +142,12 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), ''):.200}"
 
 
-def not_found(source: str, expected: str, found: str) -> AdapterNotFoundError:
+def not_found(source: str, expected: str, found: str, hint: str = _NEXT_STEP) -> AdapterNotFoundError:
     """The error to raise where files cannot be had."""
     return AdapterNotFoundError(
         f"No adapter at {source:.200}.",
         where=f"{source:.200}",
         found=found,
         expected=expected,
-        hint="give the folder that save_pretrained wrote, or a Hub id with its subfolder and revision",
+        hint=hint,
     )

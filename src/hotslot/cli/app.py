@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from .bench import CASES
 from .terminal import REFUSED, errors_reported, new_console, print_json
 
 app = typer.Typer(
@@ -34,6 +37,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, TextIOWrapper):  # where it speaks no Unicode, an arrow is "\\u2192", and no traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -55,7 +60,7 @@ def _root(
 @app.command()
 def inspect(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="A folder, a Hub id, or a LoRA file.", show_default=False)
+        str, typer.Argument(metavar="ADAPTER", help="A folder, a Hub id, or a file.", show_default=False)
     ],
     subfolder: Annotated[str | None, typer.Option(help="Folder inside of it.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", show_default=False)] = None,
@@ -64,20 +69,27 @@ def inspect(
     """Show an adapter: method, rank, targets, dtype, bytes, digest, and what is unusual about it.
 
     Of a LoRA for diffusers, in a file or the folder of save_lora_weights: who writes such files, and for which
-    components it is.
+    components it is. Of a packed file of a Cache: what it was made of, and whether it is sound and still in use.
     """
-    from .inspect import Inspection, inspect_adapter, show_inspection
+    from .inspect import Inspection, inspect_adapter, is_of_peft, show_inspection
     from .inspect_file import FileInspection, inspect_file, lora_file, show_file
+    from .inspect_packed import PackedInspection, inspect_packed, is_packed_file, show_packed
 
-    found: Inspection | FileInspection
+    found: Inspection | FileInspection | PackedInspection
     with errors_reported(as_json=as_json):
         file = lora_file(Path(adapter, subfolder or ""))
-        if file is not None:
-            found = inspect_file(file)
-        else:
+        if file is None:
             found = inspect_adapter(adapter, subfolder=subfolder, revision=revision)
+        elif is_packed_file(file):
+            found = inspect_packed(file)
+        elif is_of_peft(file):
+            found = inspect_adapter(file.parent)
+        else:
+            found = inspect_file(file)
     if as_json:
         print_json(found)
+    elif isinstance(found, PackedInspection):
+        show_packed(new_console(), found)
     elif isinstance(found, FileInspection):
         show_file(new_console(), found)
     else:
@@ -172,8 +184,6 @@ def demo(
 
 
 def _known_case(case: str) -> str:
-    from .bench import CASES
-
     if case not in CASES:
         raise typer.BadParameter(f"{case!r} is no benchmark; there is {', '.join(CASES)}.")
     return case
@@ -181,7 +191,9 @@ def _known_case(case: str) -> str:
 
 @app.command()
 def bench(
-    case: Annotated[str, typer.Argument(metavar="[CASE]", callback=_known_case, help="What to time.")] = "swap",
+    case: Annotated[
+        str, typer.Argument(metavar="CASE", callback=_known_case, help=f"What to time: {', '.join(CASES)}.")
+    ] = "swap",
     plot: Annotated[Path | None, typer.Option(help="Image file to draw the table into.", show_default=False)] = None,
     sizes: Annotated[
         list[str] | None,
@@ -226,7 +238,7 @@ def _sound_interval(seconds: float | None) -> float | None:
 def top(
     url: Annotated[
         str,
-        typer.Argument(metavar="[URL]", callback=_metrics_url, help="Of the service's metrics; or HOST:PORT, or PORT."),
+        typer.Argument(metavar="URL", callback=_metrics_url, help="Of the service's metrics; or HOST:PORT, or PORT."),
     ] = "http://localhost:8000/metrics",
     interval: Annotated[
         float | None,

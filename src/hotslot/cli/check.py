@@ -255,7 +255,7 @@ def show_check(console: Console, found: Check) -> None:
         for note in verdict.notes:
             console.print(printable(note))
         if verdict.error is not None:
-            console.print(printable(str(verdict.error)), soft_wrap=True)
+            console.print(str(verdict.error), soft_wrap=True)
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:

@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ..errors import CheckpointError, HotslotError, UnsupportedError
-from .terminal import add_row, new_table, printable
+from .terminal import add_row, new_facts, new_table, printable
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -112,6 +113,13 @@ class Inspection:
     refusals: list[HotslotError]
 
 
+def is_of_peft(file: Path) -> bool:
+    """Whether it is a file of PEFT's with its config beside it, without which it says little."""
+    from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+
+    return file.name == WEIGHTS_NAME and os.path.isfile(file.with_name(CONFIG_NAME))
+
+
 def inspect_adapter(
     source: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None
 ) -> Inspection:
@@ -125,9 +133,14 @@ def inspect_adapter(
         CheckpointError: its files cannot be read.
     """
     from ..checkpoint import read
+
+    return inspect_checkpoint(read(source, subfolder=subfolder, revision=revision))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    """Tell what is in an adapter that was read."""
     from ..methods import interpret, opaque
 
-    checkpoint = read(source, subfolder=subfolder, revision=revision)
     adapter, route, refusals, unusual = None, None, [], []
     try:
         adapter = interpret(checkpoint)
@@ -299,7 +312,7 @@ def show_inspection(console: Console, found: Inspection) -> None:
     if found.refusals:
         console.print("\nrefused", style="bold red")
         for error in found.refusals:
-            console.print(printable(str(error)), soft_wrap=True)
+            console.print(str(error), soft_wrap=True)
 
 
 def _summary(found: Inspection) -> Any:
@@ -315,13 +328,7 @@ def _summary(found: Inspection) -> Any:
     }
     if not found.supported:
         rows |= {key: value if isinstance(value, str) else repr(value) for key, value in found.settings.items()}
-    table = new_table("", "")
-    table.show_header = False
-    table.columns[0].style = "bold"
-    for key, value in rows.items():
-        if value is not None:
-            add_row(table, (key, f"{value:.400}"))
-    return table
+    return new_facts({key: value for key, value in rows.items() if value is not None})
 
 
 def _rank_table(groups: list[RankGroup]) -> Any:

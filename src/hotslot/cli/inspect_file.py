@@ -7,6 +7,7 @@ of which pipeline a name means is known to diffusers alone; `hotslot check PIPEL
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from .terminal import add_row, new_table, printable
+from .terminal import add_row, new_facts, new_table, printable
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -110,7 +111,7 @@ def lora_file(path: Path) -> Path | None:
     if path.suffix == ".safetensors":
         return path
     written = path / "pytorch_lora_weights.safetensors"
-    return written if written.is_file() else None
+    return written if os.path.isfile(written) else None  # False where nobody may look, too
 
 
 def inspect_file(path: Path) -> FileInspection:
@@ -231,23 +232,26 @@ def show_file(console: Console, found: FileInspection) -> None:
         "size": f"{found.nbytes:,} bytes, {found.parameters:,} parameters",
         **found.metadata,
     }
-    table = new_table("", "")
-    table.show_header = False
-    table.columns[0].style = "bold"
-    for key, value in rows.items():
-        add_row(table, (key, f"{value:.400}"))
-    console.print(table)
-    console.print()
-    table = new_table("component", ">modules", "method", "rank", "alpha", "targets")
-    for part in found.components:
-        counted = (_counted(part.methods), _counted(part.ranks), _counted(part.alphas) or "the rank")
-        add_row(table, (part.name, part.modules, *counted, ", ".join(part.endings)))
-    console.print(table)
+    console.print(new_facts(rows))
+    if found.components:
+        console.print()
+        console.print(_component_table(found.components))
     if found.strays:
         console.print("\nof no LoRA", style="bold red")
         for name in found.strays[:_SHOWN]:
             console.print(f"  {printable(name)}")
-    console.print("\nhotslot check PIPELINE FILE tells whether it fits on a pipeline", style="dim")
+        if len(found.strays) > _SHOWN:
+            console.print(f"  … and {len(found.strays) - _SHOWN:,} more")
+    if found.components:
+        console.print("\nhotslot check PIPELINE FILE tells whether it fits on a pipeline", style="dim")
+
+
+def _component_table(components: list[Component]) -> Any:
+    table = new_table("component", ">modules", "method", "rank", "alpha", "targets")
+    for part in components:
+        counted = (_counted(part.methods), _counted(part.ranks), _counted(part.alphas) or "the rank")
+        add_row(table, (part.name, part.modules, *counted, ", ".join(part.endings)))
+    return table
 
 
 def _counted(found: Mapping[Any, int]) -> str:

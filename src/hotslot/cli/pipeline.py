@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +14,28 @@ _INDEX = "model_index.json"
 
 
 def is_pipeline(source: str) -> bool:
-    """Whether there is a pipeline's index at this folder or Hub id."""
+    """Whether there is a pipeline's index at this folder or Hub id.
+
+    Raises:
+        ModelError: nobody may look.
+    """
     from huggingface_hub import hf_hub_download
 
-    if Path(source).exists():
-        return Path(source, _INDEX).is_file()
+    try:
+        os.stat(source)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(Path(source, _INDEX))
+            return True
+        return False
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ModelError(
+            f"No model can be read at {source:.200}.",
+            where=f"{source:.200}",
+            found=f"{type(error).__name__}: {error.strerror}",
+            expected="a folder that you may look into, or a Hub id",
+        ) from error
     try:
         hf_hub_download(source, _INDEX)
     except Exception:  # no such file or repository, no network, no Hub id: whoever looks for a model says so

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
@@ -32,13 +32,15 @@ def errors_reported(*, as_json: bool) -> Iterator[None]:
         if as_json:
             print_json({"error": error})
         else:
-            typer.echo(printable(str(error)), err=True)
+            typer.echo(str(error), err=True)
         raise typer.Exit(REFUSED) from None
 
 
 def print_json(value: Any, *, one_line: bool = False) -> None:
     """Print dicts, lists, dataclasses and HotslotErrors as one JSON document."""
-    typer.echo(json.dumps(value, indent=None if one_line else 2, default=_as_json))
+    # JSON has no NaN and no infinity, and Python's json writes and reads them: of a config that has one it is a text.
+    plain = json.loads(json.dumps(value, default=_as_json), parse_constant=str)
+    typer.echo(json.dumps(plain, indent=None if one_line else 2))
 
 
 def _as_json(value: Any) -> Any:
@@ -61,7 +63,20 @@ def new_table(*headings: str) -> Table:
     """A table without lines; columns of numbers are aligned by their heading's leading '>'."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
-        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+        justify: Literal["left", "right"] = "right" if heading.startswith(">") else "left"
+        # Where a terminal is narrow a digest or a path goes on below, and is not cut.
+        table.add_column(heading.removeprefix(">"), justify=justify, overflow="fold")
+    return table
+
+
+def new_facts(facts: Mapping[str, object]) -> Table:
+    """A table of what something is called, in bold, and what it is."""
+    table = new_table("", "")
+    table.show_header = False
+    table.columns[0].style = "bold"
+    table.columns[0].no_wrap = True
+    for name, fact in facts.items():
+        add_row(table, (name, f"{fact:.400}" if isinstance(fact, str) else fact))
     return table
 
 
@@ -71,5 +86,8 @@ def add_row(table: Table, cells: Iterable[object]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, but for its line breaks: a name in a file may try to drive a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    """`text` in one line, control characters escaped: a name in a file may try to drive a terminal, or add lines to it.
+
+    A HotslotError's message is so already, line by line.
+    """
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

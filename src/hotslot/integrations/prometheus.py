@@ -15,7 +15,7 @@ _BOUNDS = [*map(str, BOUNDS), "+Inf"]
 
 
 class Collector(BaseCollector):
-    """What a registry asks for `swapper.metrics()`; it keeps the swappers alive, and adds nothing to a swap.
+    """What a registry asks for `swapper.metrics()`; a scrape waits for no swap, and no swap for a scrape.
 
         REGISTRY.register(Collector(swapper))
         REGISTRY.register(Collector({"chat": swapper, "search": another}))  # one collector for all of a process
@@ -26,16 +26,19 @@ class Collector(BaseCollector):
     `hotslot_bytes{tier}` ("host", "device"), `hotslot_recompilations_total`, which is the process's as far as each
     swapper has seen it. What each of them counts: `hotslot.metrics.Metrics`.
 
+    The counts of a swapper that was detached stay, as counters should.
+
     Args:
-        swappers: one, whose slot's name is the label `slot`; or label → swapper.
+        swappers: one, whose slot's name is the label `slot`; or label → swapper, a mapping that is yours: what you add
+            to it, and take out, is seen at the next scrape.
     """
 
     def __init__(self, swappers: Swapper | Mapping[str, Swapper]) -> None:
-        self._swappers = dict(swappers) if isinstance(swappers, Mapping) else {swappers.metrics().slot: swappers}
+        self._swappers = swappers if isinstance(swappers, Mapping) else {swappers.metrics().slot: swappers}
 
     def collect(self) -> Iterator[Metric]:
         """All swappers' metrics, of now."""
-        seen = {slot: swapper.metrics() for slot, swapper in self._swappers.items()}
+        seen = {slot: swapper.metrics() for slot, swapper in dict(self._swappers).items()}
         yield _swaps(seen)
         yield _seconds(seen)
         yield from _counts(seen)

@@ -20,6 +20,7 @@ from .merges import NO_MERGES, Merges, host_bytes
 from .merging import outline_bytes
 from .norms import note_norms
 from .offloading import refuse_offloaded
+from .optimizers import follow_steps, leave_steps
 from .pristine import PRISTINE
 from .resident import Resident, residents
 from .saved import refuse_adapted_and_saved, saved_modules
@@ -63,6 +64,7 @@ __all__ = [
     "converted",
     "count_slots",
     "find_slots",
+    "follow_steps",
     "forbid",
     "guard",
     "hollow",
@@ -72,6 +74,7 @@ __all__ = [
     "is_compiled",
     "is_guarded",
     "is_on_gpu",
+    "leave_steps",
     "let_be_offloaded",
     "matching_targets",
     "model_of",

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoint import Schema
 from ..errors import ModelError
-from ..methods import Adapter
+from ..methods import PARTS, Adapter
 from .absolutes import Absolutes, Key, Merge
 from .assembly import Assembly
 from .discover import is_compiled, roots, unwrap
@@ -115,7 +115,7 @@ class Binding:
             self._patches.add_parts(extra)
             self.memory = self._bind(ranks, arena=arena)
             self._patches.install(slots, compiled=compiled and not arena)
-            self._ledger = Ledger(adapter_name, slots, self._ranks, watch=arena)
+            self._ledger = self._make_ledger(watch=arena)
             self._ranks.note(self.capture().configs)
         except BaseException:
             self.absolutes.release()
@@ -256,6 +256,35 @@ class Binding:
         self.absolutes.write(values, merges, clean=clean)
         self.memory.write(writes, occupied, clean=clean)
 
+    def make_neutral(self, params: Container[int], ranks: Mapping[str, int]) -> bool:
+        """Make neutral what the live adapter does not have, after a step of an optimizer.
+
+        Args:
+            params: ids of the optimizer's parameters.
+            ranks: fqn → rank of the live adapter.
+
+        Returns:
+            Whether a slot was trained.
+        """
+        clear: list[torch.Tensor] = []
+        ones: list[torch.Tensor] = []
+        found = False
+        for fqn, slot in self.slots.items():
+            rank, room = ranks.get(fqn, 0), slot.rank
+            for suffix, held in slot.held.items():
+                if id(held.param) not in params or held.param.grad is None:  # no optimizer changes that
+                    continue
+                found, part = True, PARTS[suffix]
+                # Of the Parameter, which `model.to(…)` may have moved.
+                if part.rank_dim is not None:
+                    if rank < room:
+                        clear.append(slot.band(held.param.detach(), suffix, rank, room))
+                elif not slot.uses(suffix):
+                    (ones if part.neutral else clear).append(held.param.detach())
+        self.memory.make_neutral(clear, ones)
+        self.absolutes.make_neutral(params)
+        return found
+
     # -- where it lives ----------------------------------------------------------------------------------------------
 
     def put_right(self) -> tuple[bool, bool]:
@@ -301,7 +330,7 @@ class Binding:
         try:
             if arena and not self.arena:
                 compact(self.slots)
-                self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=True)
+                self._ledger = self._make_ledger(watch=True)
             self._patches.add_parts(extra)
             self.memory = self._bind(ranks, arena=arena)
             self.arena = arena
@@ -323,7 +352,7 @@ class Binding:
         self._patches.add_parts(extra)
         self.memory = self._bind(ranks, arena=self.arena)
         self.merged = [slot.layer.merged_adapters for slot in self.slots.values()]
-        self._ledger = Ledger(self._adapter_name, self.slots, self._ranks, watch=self.arena)
+        self._ledger = self._make_ledger(watch=self.arena)
         self._described.clear()
         if dirty:
             self.memory.traces.mark_dirty()
@@ -353,6 +382,9 @@ class Binding:
         self._originals.take_back(self.slots, self._ranks, exclusive=self._exclusive, may_shrink=may_shrink)
         self._ledger.release()
         let_be_offloaded(self.slots)
+
+    def _make_ledger(self, *, watch: bool) -> Ledger:
+        return Ledger(self._adapter_name, self.slots, self._ranks, self._patches.mutes, watch=watch)
 
     def _bind(self, ranks: Mapping[str, int], *, arena: bool) -> Memory:
         return bind(self.slots, self.live_ranks, ranks, self.stagings, arena=arena, exclusive=self._exclusive)

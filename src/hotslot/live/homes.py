@@ -43,6 +43,7 @@ def become_view(param: torch.Tensor, home: torch.Tensor) -> None:
         view.__dict__.update(param.__dict__)
         try:
             torch.utils.swap_tensors(param, view)
+            param._backward_hooks = param._backward_hooks  # torch leaves behind what calls them
             return
         except RuntimeError:
             pass

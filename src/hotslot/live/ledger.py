@@ -16,8 +16,10 @@ from .scaling import ScalingMap
 from .slots import Slot
 from .state import Columns, Records, peft_configs, unused_columns
 from .state_dict import Shown
+from .training import Mute
 
 _WATCHED = ("r", "lora_alpha", "use_rslora", "lora_bias", "use_dora")  # attributes of a layer: dicts by adapter name
+_USES = (3, 4)  # of these: which parts the live adapter has
 _MUTABLE = (list, dict, set)
 
 
@@ -30,11 +32,21 @@ class Ledger:
         adapter_name: PEFT's name.
         slots: all slots of it.
         shown: what the layers' state_dict shows.
+        mutes: (fqn, suffix) → what keeps training away from a part that the live adapter may lack.
         watch: put CountingDicts in the place of the layers' dicts. Not where compiled code may know those.
     """
 
-    def __init__(self, adapter_name: str, slots: Mapping[str, Slot], shown: Shown, *, watch: bool) -> None:
+    def __init__(
+        self,
+        adapter_name: str,
+        slots: Mapping[str, Slot],
+        shown: Shown,
+        mutes: Mapping[tuple[str, str], Mute],
+        *,
+        watch: bool,
+    ) -> None:
         name = self._adapter_name = adapter_name
+        self._slots, self._mutes = slots, mutes
         self._layers: list[Any] = [slot.layer for slot in slots.values()]
         if watch:
             for layer, key in self._records():
@@ -73,11 +85,15 @@ class Ledger:
         """
         self._edits, before = -1, edits.count
         said = current.columns if current is not None else [None] * len(self._columns)
-        columns = self._widened(records.columns)
-        for (holders, keys), old, new in zip(self._columns, said, columns, strict=True):
+        columns, uses_changed = self._widened(records.columns), False
+        for i, ((holders, keys), old, new) in enumerate(zip(self._columns, said, columns, strict=True)):
             if old is not new and old != new:
                 deque(map(dict.__setitem__, holders, keys, new), maxlen=0)  # for their effect, in C
+                uses_changed = uses_changed or i in _USES
         self._shown.note(records.configs)
+        if uses_changed:
+            for (fqn, suffix), mute in self._mutes.items():
+                mute.use(self._slots[fqn].uses(suffix))
         if model is not None:
             self._apply_configs(records.configs, model)
         self._said, self._edits = columns, before

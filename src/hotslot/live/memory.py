@@ -288,11 +288,7 @@ class Memory:
                 for fqn, slot in self.slots.items():
                     set_scaling(slot.layer.scaling, slot.adapter_name, writes.scalings[fqn])
                 self._use_dora(writes.dora)
-            if clear:
-                torch._foreach_zero_(clear)
-            if ones:
-                torch._foreach_zero_(ones)
-                torch._foreach_add_(ones, 1.0)
+            _make_neutral(clear, ones)
             for buffer, data in writes.staged:
                 buffer.copy_(data, non_blocking=True)
             if len(writes.targets) == 1:  # a call of its own costs less than a list of one
@@ -306,6 +302,11 @@ class Memory:
                 self.traces.count_write()
             else:
                 self.traces.mark_clean()
+
+    def make_neutral(self, clear: list[torch.Tensor], ones: list[torch.Tensor]) -> None:
+        """Write zeros and ones into these, of the parts; it counts as a write of others."""
+        with torch.inference_mode(False), torch.no_grad():
+            _make_neutral(clear, ones)
 
     def bring(self, writes: Writes) -> None:
         """Set the bytes of `writes` on their way to the device, if they go there: what is live is not touched."""
@@ -385,6 +386,14 @@ class Memory:
             self.traces.mark_clean()
 
 
+def _make_neutral(clear: list[torch.Tensor], ones: list[torch.Tensor]) -> None:
+    if clear:
+        torch._foreach_zero_(clear)
+    if ones:
+        torch._foreach_zero_(ones)
+        torch._foreach_add_(ones, 1.0)
+
+
 def _counting_alone(params: Sequence[torch.Tensor], arenas: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The arenas, and those parameters that do not share their version counters."""
     before = [param._version for param in params]
@@ -417,7 +426,8 @@ def _sources(
     for start, stop, dtype, sizes in slices:
         device = next(iter(staging)) if len(staging) == 1 else targets[len(sources)].device
         # One call for all that lie one behind the other: 448 slices would take a millisecond.
-        sources += staging.get(device, data)[start:stop].view(dtype).split(sizes)
+        piece = staging.get(device, data)[start:stop].view(dtype)
+        sources += piece.split(sizes) if len(sizes) > 1 else [piece]
     matched = zip(sources, targets, strict=True)
     return [source if target.dim() == 1 else source.view(target.shape) for source, target in matched]
 

@@ -50,7 +50,8 @@ class Originals:
         """Give parameters and scalings their own memory again, holding what they hold now. May be repeated.
 
         At their old shapes, but where what is live has another rank than what was: PEFT's functions swap without
-        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank.
+        coming back to it, and padding that nobody hides would be saved beside the config of a lower rank. Gradients
+        get the same shapes.
 
         Args:
             slots: all that were noted, as they are now.
@@ -73,6 +74,11 @@ class Originals:
                     become_view(param, original)
                 else:
                     param.data = original
+            for (fqn, suffix), (param, _) in self._params.items():
+                gradient = param.grad
+                if gradient is not None and gradient.shape != param.shape:  # zero beyond the rank, as the values are
+                    param.grad = None
+                    param.grad = _cut(gradient, suffix, param.shape, slots[fqn], rank=None).contiguous()
         note_sizes(slots)
         for fqn, slot in slots.items():
             _take_back_scaling(slot, self._scalings[fqn])

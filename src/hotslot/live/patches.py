@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..methods import PARTS
 from .dropout import SlotDropout, leave_slot_dropout
 from .slots import Slot
 from .state_dict import Shown, TrueRank
+from .training import Mute
 
 
 class Patches:
@@ -30,12 +32,16 @@ class Patches:
         slots: fqn → slot; one that is given a part is replaced here.
         ranks: what `state_dict()` shows of the live adapter.
         fused_forward: whether linear layers compute by `FusedLinear`.
+
+    Attributes:
+        mutes: (fqn, suffix) → what keeps training away from a part that has no rank; the Ledger says when.
     """
 
     def __init__(self, slots: dict[str, Slot], ranks: Shown, *, fused_forward: bool) -> None:
         self._slots = slots
         self._ranks = ranks
         self._fused_forward = fused_forward
+        self.mutes: dict[tuple[str, str], Mute] = {}
         self._hooks: dict[str, TrueRank] = {}
         self._added: set[tuple[str, str]] = set()
         self._undo: list[Callable[[], object]] = []
@@ -61,13 +67,16 @@ class Patches:
                 if fqn in self._hooks:  # `install` was here before
                     self._hooks[fqn].params = slot.params
                     self._pickle_alone(slot.held[suffix].param)
+                    self._mute(slot, suffix)
 
     def install(self, slots: Mapping[str, Slot], *, compiled: bool) -> None:
         """Put on these layers what all need; nothing that code which is compiled already has guards on."""
         for slot in slots.values():
             self._speak_for(slot)
-            for held in slot.held.values():
+            for suffix, held in slot.held.items():
                 self._pickle_alone(held.param)
+                if PARTS[suffix].rank_dim is None:
+                    self._mute(slot, suffix)
             if not compiled:
                 self._replace_dropout(slot)
                 self._replace_attention(slot)
@@ -117,6 +126,12 @@ class Patches:
     def _pickle_alone(self, param: nn.Parameter) -> None:
         self._undo.append(partial(_pickle_as_torch_does, param))
         _pickle_alone(param)
+
+    def _mute(self, slot: Slot, suffix: str) -> None:
+        key, mutes = (slot.fqn, suffix), self._hooks[slot.fqn].mutes
+        self._undo += [partial(self.mutes.pop, key, None), partial(mutes.pop, suffix, None)]
+        mute = self.mutes[key] = mutes[suffix] = Mute([slot.held[suffix].param], in_use=slot.uses(suffix))
+        mute.install(self._undo)
 
     def _replace_dropout(self, slot: Slot) -> None:
         dropouts, name = slot.layer.lora_dropout, slot.adapter_name

@@ -207,7 +207,7 @@ class Stagings:
     @property
     def nbytes(self) -> int:
         """Bytes of all tiers."""
-        return sum(staging.tier.nbytes for staging in self._by_device.values())
+        return sum(staging.tier.nbytes for staging in list(self._by_device.values()))  # others may come meanwhile
 
     def of(self, device: torch.device) -> Staging:
         """The one of this device."""

@@ -19,6 +19,7 @@ from .corner import corner, fill
 from .offloading import stay_from_now_on
 from .saved import named_tensors
 from .slots import Slot
+from .training import Mute
 
 # Which of the layer's records says that the live adapter has the part.
 _FLAGS = {"lora_B.bias": "lora_bias", MAGNITUDE: "use_dora"}
@@ -67,6 +68,7 @@ class TrueRank(Speaker):
     Attributes:
         params: suffix → the Parameter it speaks for. Another one under the same name is not its business: after
             `delete_adapter` PEFT may load anything there. Copies and pickles of the layer keep the two together.
+        mutes: suffix → what keeps training away from a part that the live adapter may lack; with copies and pickles.
     """
 
     def __init__(self, slot: Slot, shown: Shown) -> None:
@@ -76,6 +78,7 @@ class TrueRank(Speaker):
         self.groups = slot.groups
         self.experts = slot.experts
         self.params = slot.params
+        self.mutes: dict[str, Mute] = {}
         self._all_shown = shown
 
     @property
@@ -202,9 +205,13 @@ class SavedModule(Speaker):
     adapter has none. Not by hooks of the copy itself: `merge_and_unload` puts that into the model.
     """
 
-    def __init__(self, fqn: str, adapter_name: str, shown: Mapping[str, bool]) -> None:
-        """Speak for the copy of the module at `fqn`; all that speak for the adapter share `shown`."""
+    def __init__(self, fqn: str, adapter_name: str, shown: Mapping[str, bool], mute: Mute | None) -> None:
+        """Speak for the copy of the module at `fqn`; all that speak for the adapter share `shown`.
+
+        `mute`, of the copy's Parameters, is here for copies and pickles to have it, too.
+        """
         self._fqn = fqn
+        self._mute = mute
         self._adapter_name = self.subject = adapter_name
         self._shown = shown
 
@@ -213,6 +220,8 @@ class SavedModule(Speaker):
         self.relieve(wrapper, undo)
         undo.append(wrapper.register_state_dict_post_hook(self).remove)
         undo.append(wrapper.register_load_state_dict_pre_hook(self.on_load).remove)
+        if self._mute is not None:
+            self._mute.install(undo)
         for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
             asked = wrapper.__dict__.setdefault(method, _Asked(wrapper, method))
             undo.append(partial(asked.forget, self._adapter_name, asked.speakers.get(self._adapter_name)))

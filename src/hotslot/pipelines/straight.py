@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache.packed import is_packed
 from ..checkpoint import Checkpoint, FileFamily, Piece, Schema, parse_header, read_header, refuse_other_size, view
-from ..errors import HotslotError
+from ..errors import AdapterNotFoundError, HotslotError
 from .conversion import Answer, Place
 
 _WEIGHTS = "pytorch_lora_weights.safetensors"  # as `save_lora_weights` names it
@@ -89,11 +90,20 @@ def header_here(source: Any, options: Mapping[str, Any]) -> Header | None:
 
     Raises:
         CorruptFileError, PickleRefusedError: the file is none of safetensors.
+        AdapterNotFoundError: it is a packed file.
     """
-    path = file_here(source, options)
+    path, header = file_here(source, options), None
     with suppress(OSError):
-        return Header(path, read_header(path)) if path is not None else None
-    return None
+        header = Header(path, read_header(path)) if path is not None else None
+    if header is not None and is_packed(header.content):
+        raise AdapterNotFoundError(
+            f"{header.path} is a packed file, which hotslot keeps for itself.",
+            where=header.path,
+            found="tensors without their alphas, as diffusers would read it",
+            expected="the file that it was made of",
+            hint="hotslot inspect tells which that is",
+        )
+    return header
 
 
 def family_of_files(

@@ -86,7 +86,7 @@ def own_index(name: str) -> Path:
             "The demo's adapters are not there.",
             where=index.parent,
             expected="the folder demo/ of a clone of hotslot's repository; an installed wheel has no adapters in it",
-            hint="run it in a clone (scripts/demo), or name some of your own with --adapter",
+            hint="run it in a clone (scripts/demo); or name some of your own: hotslot demo --adapter FOLDER",
         )
     return index
 

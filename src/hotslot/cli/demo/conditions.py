@@ -20,14 +20,23 @@ def compiled(model: Any, backend: Any) -> Any:
     """The model, to be compiled at its first call, for the shapes of that alone.
 
     Raises:
-        HotslotError: inductor was asked for and finds no C++ compiler.
+        HotslotError: there is no such backend; or inductor was asked for and finds no C++ compiler.
     """
     import torch
+    from torch._dynamo.exc import InvalidBackend
 
     if backend == "inductor":
         _refuse_missing_compiler()
-    # fullgraph: a graph break or the recompile limit raises instead of falling back to eager in silence.
-    return torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    try:
+        # fullgraph: a graph break or the recompile limit raises instead of falling back to eager in silence.
+        return torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    except InvalidBackend as error:
+        raise HotslotError(
+            "torch.compile has no such backend.",
+            where="--backend",
+            found=backend,
+            expected=f"one of {', '.join(torch._dynamo.list_backends())}, or another that is installed",
+        ) from error
 
 
 def compiled_graphs() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -262,6 +262,10 @@ class Absolutes:
             values = self._tokens.fitted(image.values)
         self._sites.restore(values)
         self._show(image.shown, values, image.norms)
+
+    def make_neutral(self, params: Container[int]) -> None:
+        """See `ModuleSites.make_neutral`."""
+        self._modules.make_neutral(params)
 
     def _show(self, fqns: Collection[str], values: Mapping[Key, torch.Tensor], norms: frozenset[str]) -> None:
         """Let `state_dict`, PEFT's records and diffusers' say whose values are live."""

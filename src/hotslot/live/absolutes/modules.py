@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..discover import lora_layers
 from ..inference import make_normal
 from ..saved import named_tensors, saved_wrappers
 from ..state_dict import SavedModule
+from ..training import Mute
 from .sites import Key, Site, Sites
 
 
@@ -30,6 +31,7 @@ class ModuleSites:
         self._sites = sites
         self._wrappers: dict[str, Any] = {}
         self._shown: dict[str, bool] = {}  # shared with the hooks
+        self._mutes: dict[str, Mute] = {}
         self._uninstall: list[Callable[[], object]] = []
 
     @property
@@ -69,19 +71,23 @@ class ModuleSites:
             if shown:
                 self._sites.foreign.add((fqn, name))
         self._wrappers[fqn], self._shown[fqn] = wrapper, shown
-        SavedModule(fqn, self._adapter_name, self._shown).install(wrapper, self._uninstall)
+        params = list(copied.parameters())
+        if params:
+            self._mutes[fqn] = Mute(params, in_use=shown)
+        SavedModule(fqn, self._adapter_name, self._shown, self._mutes.get(fqn)).install(wrapper, self._uninstall)
 
     def undo_find(self) -> Callable[[], None]:
         """A function that undoes a `find`, whole or broken off; to be made before. The sites are not its business."""
-        wrappers, shown, installed = dict(self._wrappers), dict(self._shown), len(self._uninstall)
+        tables: list[dict[str, Any]] = [self._wrappers, self._shown, self._mutes]
+        before, installed = [dict(table) for table in tables], len(self._uninstall)
 
         def undo() -> None:
             for uninstall in reversed(self._uninstall[installed:]):
                 uninstall()
             del self._uninstall[installed:]
-            for known, was in ((self._wrappers, wrappers), (self._shown, shown)):
-                known.clear()
-                known.update(was)
+            for table, was in zip(tables, before, strict=True):
+                table.clear()
+                table.update(was)
 
         return undo
 
@@ -133,6 +139,16 @@ class ModuleSites:
         """Let `state_dict` show the values of these, and of the others none."""
         for fqn in self._shown:
             self._shown[fqn] = fqn in fqns
+            if fqn in self._mutes:
+                self._mutes[fqn].use(fqn in fqns)
+
+    def make_neutral(self, params: Container[int]) -> None:
+        """After a step of an optimizer of parameters with these ids: the model's own values where these are unused."""
+        sites = self._sites.by_key.items()
+        unused = [(key, site.tensor) for key, site in sites if not self._shown.get(key[0], True)]
+        trained = [key for key, tensor in unused if id(tensor) in params and tensor.grad is not None]
+        if trained:
+            self._sites.put_back(trained)
 
 
 def _reader(holder: dict[str, Any], name: str) -> Callable[[], torch.Tensor]:
