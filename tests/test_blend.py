@@ -325,6 +325,28 @@ def test_a_missing_bias_is_refused_with_the_plan_that_has_it(make: Make) -> None
 
 
 @pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"use_dora": True}, "cannot be blended"),
+        ({"target_modules": [], "target_parameters": ["up.weight"]}, "lora_bias"),
+    ],
+)
+def test_what_does_not_add_up_has_no_plan_that_takes_it(second: dict[str, Any], message: str, make: Make) -> None:
+    """Its ranks are beyond the plan, too: it was refused for that, and grown slots refused it for what it is."""
+    sources = {
+        "a": make("mlp", 0, r=4, target_modules=["inner.0"], lora_bias=True),
+        "b": make("mlp", 1, **{"r": 4, "target_modules": ["inner.0"], **second}),
+        "c": make("mlp", 2, r=4, target_modules=["inner.0"]),
+    }
+    model = ZOO["mlp"].build()
+    swapper = hotslot.attach(model, sources)
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match=message):
+        swapper.activate(dict.fromkeys(sources, 1.0))
+    assert_unchanged(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
     ("weights", "options", "kind", "message"),
     [
         ({}, {}, ValueError, "no adapters"),

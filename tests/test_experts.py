@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,90 @@ def test_a_parameter_of_a_layer_that_another_adapter_has_dora_on_is_refused(tmp_
     dora = make_adapter(tmp_path / "b", entry, seed=2, target_modules=["up"], use_dora=True)
     model = entry.build()
     before = snapshot(model)
-    with pytest.raises(errors.UnsupportedError, match="no DoRA"):
+    with pytest.raises(errors.UnsupportedError, match="another bare parameter"):
         hotslot.attach(model, {"a": bare, "b": dora})
     assert_unchanged(before, snapshot(model))
+    with expected_peft_warnings():
+        carrying = PeftModel.from_pretrained(entry.build(), bare)
+    before = snapshot(carrying)
+    with pytest.raises(errors.UnsupportedError, match="no DoRA"):
+        hotslot.attach(carrying, plan=hotslot.plan(model, dora))
+    assert_unchanged(before, snapshot(carrying))
+
+
+class TwoParameters(nn.Module):
+    """Two bare parameters of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.up, self.gate = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->beo", x, self.up).tanh() * torch.einsum("bi,eio->beo", x, self.gate)
+
+
+def two_parameters() -> nn.Module:
+    return nn.Sequential(OrderedDict(experts=TwoParameters())).eval()
+
+
+@pytest.fixture
+def of_two(tmp_path: Path) -> dict[str, Path]:
+    """Adapters of the first parameter, of the second, and of both."""
+    for seed, (name, names) in enumerate({"up": ["up"], "gate": ["gate"], "both": ["up", "gate"]}.items()):
+        config = LoraConfig(r=2, target_modules=[], target_parameters=[f"experts.{name}" for name in names])
+        made = get_peft_model(two_parameters(), config)
+        generator = torch.Generator().manual_seed(seed)
+        for param in made.parameters():
+            if param.requires_grad:
+                param.data.copy_(0.3 * torch.randn(param.shape, generator=generator))
+        made.save_pretrained(tmp_path / name)
+    return {name: tmp_path / name for name in ("up", "gate", "both")}
+
+
+BRING: dict[str, Callable[[nn.Module, dict[str, Path]], object]] = {
+    "attach": hotslot.attach,
+    "budget": lambda model, sources: hotslot.attach(model, sources, cache=hotslot.Cache(host_bytes=1 << 20)),
+    "plan": hotslot.plan,
+    "plans": lambda model, sources: operator.or_(*(hotslot.plan(model, source) for source in sources.values())),
+    "another's plan": lambda model, sources: hotslot.attach(
+        model, sources, plan=hotslot.plan(model, next(iter(sources.values())))
+    ),
+}
+
+
+@pytest.mark.parametrize("names", [("up", "gate"), ("gate", "up"), ("up", "both"), ("both", "up")])
+@pytest.mark.parametrize("how", BRING)
+def test_one_slot_is_not_for_two_parameters(how: str, names: tuple[str, str], of_two: dict[str, Path]) -> None:
+    """Of one shape and under one name: the second one's tensors were put to the first one's parameter, in silence."""
+    model = two_parameters()
+    before = snapshot(model)
+    with pytest.raises(errors.UnsupportedError, match=r"bare parameter(?s:.*)experts(?s:.*)same target_parameters"):
+        BRING[how](model, {name: of_two[name] for name in names})
+    assert_unchanged(before, snapshot(model))
+
+
+def test_parameters_that_agree_are_swapped_and_blended(of_two: dict[str, Path], tmp_path: Path) -> None:
+    """One has the second parameter, the other both: the blend's config names both, so that what is saved loads."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(5))
+
+    def load(folder: Path) -> Any:
+        with expected_peft_warnings():  # of patterns for bare parameters, which it does apply
+            return PeftModel.from_pretrained(two_parameters(), folder).eval()
+
+    model, sources = load(of_two["both"]), {name: of_two[name] for name in ("gate", "both")}
+    swapper = hotslot.attach(model, sources, plan=hotslot.plan(model, sources))
+    for name in sources:
+        swapper.activate(name)
+        assert_same_output(model(x), load(of_two[name])(x))
+    report = swapper.activate({"gate": 0.5, "both": -2.0})
+    assert report.error is None
+    merged = two_parameters()
+    for name, weight in (("gate", 0.5), ("both", -2.0)):
+        fresh = load(of_two[name]).merge_and_unload()
+        for key, param in merged.named_parameters():
+            param.data += weight * (fresh.get_parameter(key) - two_parameters().get_parameter(key))
+    assert_same_output(model(x), merged(x).detach())
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_output(load(tmp_path / "saved")(x), merged(x).detach())

@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import hotslot
 from adapters import make_adapter
-from hotslot import checkpoint
+from hotslot import checkpoint, errors
 from hotslot.engine import Engine
-from oracle import assert_same_output, error, fresh, fresh_output
+from oracle import assert_same_output, assert_unchanged, error, fresh, fresh_output, snapshot
 from zoo import ZOO
 
 LLAMA = ZOO["llama"]  # three layers of the same shapes
@@ -129,6 +129,16 @@ def test_one_tensor_may_have_several_names(model: nn.Module, folders: list[Path]
 def test_strides_of_what_has_one_value_or_none_mean_nothing(odd: Tensor) -> None:
     given = checkpoint.from_tensors({"odd": odd}, {"peft_type": "LORA"})
     assert torch.equal(given.tensor("odd"), odd)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_refused(model: nn.Module, folders: list[Path]) -> None:
+    before, tensors = snapshot(model), as_on_the_model(folders[1])
+    name = next(iter(tensors))
+    tensors[name] = torch.nested.nested_tensor([tensors[name]])
+    with pytest.raises(errors.TensorError, match="nested"):
+        swap(model, tensors, folders[1])
+    assert_unchanged(before, snapshot(model))
 
 
 def test_tensors_may_be_written_over_once_the_swap_is_done(model: nn.Module, folders: list[Path]) -> None:

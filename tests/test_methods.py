@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, OFTConfig, PeftModel, PeftType, get_peft_model, load_peft_weights
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hotslot
@@ -450,12 +452,14 @@ def assert_close(model: nn.Module, want: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(values, want[name], rtol=1e-6, atol=1e-6)
 
 
+# Two of the mlp's layers are of sizes for which one multiplication that adds to the weight does not give PEFT's bits.
 @pytest.mark.parametrize(("entry", "targets"), [("llama", [["q_proj", "v_proj"], ["q_proj", "down_proj"]]),
-                                                ("gpt2", [["c_attn"], ["c_attn", "c_proj"]])])  # fmt: skip
+                                                ("gpt2", [["c_attn"], ["c_attn", "c_proj"]]),
+                                                ("mlp", [["up", "inner.2"], ["inner.2", "down"]])])  # fmt: skip
 def test_blends_of_merged_adapters_are_those_of_peft(entry: str, targets: list[list[str]], tmp_path: Path) -> None:
     zoo = ZOO[entry]
     folders = {
-        name: make_adapter(tmp_path / name, zoo, seed=i, r=2 + i, lora_alpha=3 + i, target_modules=targets[i])
+        name: make_adapter(tmp_path / name, zoo, seed=i, r=2 + i, lora_alpha=4 + i, target_modules=targets[i])
         for i, name in enumerate("ab")
     }
     model = zoo.build()
@@ -470,6 +474,24 @@ def test_blends_of_merged_adapters_are_those_of_peft(entry: str, targets: list[l
     swapper.rollback()
     assert_close(model, blended_by_peft(zoo, folders, {"b": 0.3}))
     swapper.deactivate()
+    assert_same_tensors(model, before)
+
+
+def test_an_adapter_that_does_nothing_is_blended(tmp_path: Path) -> None:
+    """One that is not trained yet: nothing of it is merged, and its blends were refused as tensors of another kind."""
+    zoo = ZOO["llama"]
+    folders = {
+        name: make_adapter(tmp_path / name, zoo, seed=i, target_modules=["q_proj"]) for i, name in enumerate("ab")
+    }
+    weights = folders["b"] / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in load_file(weights).items()}, weights)
+    model = zoo.build()
+    before = tensors_of(model)
+    swapper = hotslot.attach(model, folders, route="merged")
+    for blend in ({"b": 0.5}, {"a": 0.5, "b": 2.0}, {"a": 0.5}):
+        swapper.activate(blend)
+        assert_close(model, blended_by_peft(zoo, folders, blend))
+    swapper.activate({"b": 3.0})
     assert_same_tensors(model, before)
 
 
@@ -749,6 +771,25 @@ def test_one_swapper_does_not_merge_into_what_another_has_a_copy_of(first: str, 
     assert_unchanged(before, snapshot(model))
     swapper.detach()
     assert_same_tensors(model, own)
+
+
+def test_unloading_looks_at_no_more_adapters_where_more_are_loaded(tmp_path: Path) -> None:
+    zoo = ZOO["mlp"]
+    folders = {
+        f"{i:02}": make_adapter(tmp_path / str(i), zoo, seed=i, r=2, target_modules=["up", "down"]) for i in range(12)
+    }
+
+    def calls(count: int) -> int:
+        swapper = hotslot.attach(zoo.build(), dict(list(folders.items())[:count]), route="merged")
+        entered: list[str] = []
+        sys.setprofile(lambda frame, event, _: entered.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            swapper.unload("01")
+        finally:
+            sys.setprofile(None)
+        return entered.count("compile")
+
+    assert calls(12) == calls(4) > 0
 
 
 def test_slots_that_have_grown_take_what_was_merged(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter as peft_hotswap_adapter
 from safetensors.torch import load_file
@@ -1198,3 +1199,22 @@ def test_attach_after_pefts_functions_goes_on_with_what_is_live(option: str, tmp
     swapper = hotslot.attach(model.eval(), {"other": other})
     swapper.activate("other")
     assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, other))
+
+
+def test_a_swap_while_adapters_are_rescaled_is_as_in_peft(tmp_path: Path) -> None:
+    """Unscaled within the block; after it with the scaling of the adapter before, until it is activated again."""
+    entry = ZOO["mlp"]
+    folders = [
+        make_adapter(tmp_path / str(i), entry, seed=i, r=4, lora_alpha=alpha, target_modules=["up", "inner.2"])
+        for i, alpha in enumerate((8, 20))
+    ]
+    own, pefts = fresh(entry, folders[0]), fresh(entry, folders[0])
+    swapper = hotslot.attach(own, {"new": folders[1]})
+    with rescale_adapter_scale(own, 0.5):
+        swapper.activate("new")
+        assert_same_output(entry.output(own, entry.inputs()), fresh_output(entry, folders[1]), exact=True)
+    with rescale_adapter_scale(pefts, 0.5):
+        peft_hotswap_adapter(pefts, str(folders[1]), "default")
+    assert_same_output(entry.output(own, entry.inputs()), entry.output(pefts, entry.inputs()), exact=True)
+    swapper.activate("new")
+    assert_same_output(entry.output(own, entry.inputs()), fresh_output(entry, folders[1]), exact=True)

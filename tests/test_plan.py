@@ -331,6 +331,23 @@ def test_trained_weights_survive_growing_and_what_was_before_can_be_rolled_back_
     assert_same_output(entry.output(model, entry.inputs()), base)
 
 
+def test_a_rollback_to_what_was_merged_before_growing_is_in_the_new_slots_and_said_to_be(make: Make) -> None:
+    """The records of before said that nothing was in them: so the next swap left what was beyond its own rank."""
+    entry = ZOO["mlp"]
+    large, small = make("mlp", 0, r=8, target_modules=["up"]), make("mlp", 1, r=2, target_modules=["up"])
+    model = entry.build()
+    swapper = hotslot.attach(model, {"small": small})
+    swapper.load("large", large)
+    assert swapper.activate("large").route == "merged"
+    swapper.deactivate()
+    swapper.grow(hotslot.plan(model, large))
+    assert swapper.rollback().route == "side"
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, large))
+    assert model.get_submodule("up").r["default"] == 8
+    swapper.activate("small")
+    assert_same_output(entry.output(model, entry.inputs()), fresh_output(entry, small))
+
+
 def test_the_grown_model_is_saved_as_what_is_live(make: Make, tmp_path: Path) -> None:
     entry = ZOO["mlp"]
     a, b = make("mlp", 0, r=2, target_modules=["up"]), make("mlp", 1, r=4, target_modules=["down", "up"])

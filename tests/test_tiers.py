@@ -274,6 +274,25 @@ def test_less_room_than_for_three_is_refused_with_nothing_touched(gallery: Path)
     assert_live(model, swapper, gallery)
 
 
+def test_room_for_three_is_enough_to_replace_what_is_in_memory(gallery: Path) -> None:
+    """What has the name goes for the new one: both had to fit beside what is live and what was before."""
+    model = MLP.build()
+    each, header = size(gallery / "a00"), 1000  # which counts until the file is read
+    names = {name: gallery / name for name in ("a00", "a01", "a02")}
+    swapper = hotslot.attach(model, names, cache=Cache(host_bytes=3 * each + header))
+    for name in ("a00", "a01"):
+        swapper.activate(name)
+    swapper.prefetch("a02").result()
+    assert swapper.host_bytes == 3 * each
+    swapper.load("a02", gallery / "a03")
+    swapper.check_integrity()
+    swapper.activate("a02")
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a03"))
+    with pytest.raises(CacheFullError):  # it is live, and so is what it was before: neither goes
+        swapper.load("a02", gallery / "a04")
+    assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a03"))
+
+
 def test_adapters_given_as_tensors_stay_and_are_refused_beyond_the_budget(gallery: Path) -> None:
     model, swapper = attached(gallery, 4.2)
     config = json.loads((gallery / "a00" / "adapter_config.json").read_text())
@@ -489,6 +508,31 @@ class CallFault:
             if self.steps == self.k:
                 sys.setprofile(None)
                 raise KeyboardInterrupt(f"{frame.f_code.co_name}, line {frame.f_lineno}")
+
+
+class GateFault(CallFault):
+    """The same, where a swap waits for its turn, too."""
+
+    FILES = CallFault.FILES | {str(Path(hotslot.__file__).parent / name) for name in ("leases.py", "engine.py")}
+
+
+def test_an_interrupt_at_the_end_of_a_block_does_not_leave_its_adapter_live(gallery: Path) -> None:
+    """What was live is so again, and nobody waits for ever, wherever it comes (each third place is tried)."""
+    model = MLP.build()
+    swapper = hotslot.attach(model, {name: gallery / name for name in ("a01", "a06")})
+    swapper.activate("a01")
+    k, broken_off = 1, True
+    while broken_off:
+        fault = GateFault(k)
+        with suppress(KeyboardInterrupt), swapper.using("a06"):
+            sys.setprofile(fault._event)
+        sys.setprofile(None)
+        assert swapper.active == "a01", k
+        assert not swapper.engine.gate.busy, k
+        assert_same_output(MLP.output(model, INPUTS), fresh_output(MLP, gallery / "a01"))
+        broken_off = fault.steps >= k
+        k += 3
+    assert k > 60
 
 
 def updated(gallery: Path) -> dict[str, torch.Tensor]:

@@ -76,8 +76,11 @@ def attach(
     """
     if route not in ("auto", "side", "merged"):
         raise ValueError(f"route must be 'auto', 'side' or 'merged', got {route!r}")
+    _refuse_impossible_name(adapter_name)
     model = whole(model)
     folder = adapters if isinstance(adapters, (str, os.PathLike)) else None
+    if folder is None and not _is_named(adapters):
+        raise TypeError(f"adapters must be a folder, or a mapping of names to sources, got {adapters!r:.200}")
     if watch and folder is None:
         raise ValueError("watch=True goes with a folder of adapters: attach(model, 'folder/', watch=True)")
     Swapper.make_way(model, adapter_name)
@@ -285,6 +288,20 @@ def _attach_resident(
             raise
         (engine or binding).release()
         raise
+
+
+def _is_named(adapters: Any) -> bool:
+    return adapters is None or (isinstance(adapters, Mapping) and all(isinstance(name, str) for name in adapters))
+
+
+def _refuse_impossible_name(adapter_name: str) -> None:
+    """PEFT's layers keep adapters in a ModuleDict, which has no place for names with a dot, nor for `keys`."""
+    try:
+        nn.ModuleDict({adapter_name: nn.Identity()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"adapter_name must be one that torch.nn.ModuleDict takes, got {adapter_name!r}: {error.args[0]}"
+        ) from None
 
 
 def _refuse_moves(plan: Plan, slots: Mapping[str, live.Slot]) -> None:

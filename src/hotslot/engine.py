@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -196,9 +196,8 @@ class Engine:
         # What came with the model is live whatever has become of it.
         if self._is_live(target) and (self._is_foreign(target) or not (touched or moved)):
             return self._report(target, previous, 0, started, changed=False)
-        if target.entry is not None and target.image is None:
-            if target.entry.compile(binding).merges.all:
-                live.refuse_passed_over(binding.slots, target.name)
+        if self._is_merged(target):
+            live.refuse_passed_over(binding.slots, target.name)
         elif target is self._neutral:
             binding.absolutes.refuse_without((), "The base model")
         history = self.previous, self.original
@@ -297,6 +296,7 @@ class Engine:
     ) -> Callable[[], None]:
         """Take in slots and wrappers, which hold nothing yet. Returns a function that lets go of them again."""
         binding, kept = self.binding, (self._neutral, self.live, self.previous, self.original)
+        merged = [state for state in kept if state is not None and self._is_merged(state)]
         records, shrink, forget = binding.capture(), binding.undo_extend(found), binding.absolutes.undo_find()
 
         def undo() -> None:
@@ -311,6 +311,8 @@ class Engine:
             binding.absolutes.find(self.model, wrapped, tokens)
             neutral = State(None, records=binding.neutral_records(), empty=True)
             states = [neutral if state is self._neutral else state for state in kept]
+            # What was merged may go into slots now; the records of before would say that nothing is in them.
+            states = [State(state.entry) if state and state in merged else state for state in states]
             binding.apply(neutral.records if states[1] is neutral and neutral.records else records)
             self._neutral, self.live, self.previous, self.original = neutral, states[1] or neutral, states[2], states[3]
             return undo
@@ -320,19 +322,27 @@ class Engine:
 
     def uses(self, entry: Entry) -> bool:
         """Whether a swap, or its undoing, may need the entry without asking for it by name."""
+        return any(entry is other or entry in other.lenders for other in self._used())
+
+    def _used(self) -> Iterator[Entry]:
+        """What is or was live, of what was loaded."""
         states = (self.live, self.previous, self.original)
-        used = (state.entry for state in states if state is not None and state.entry is not None)
-        return any(entry is other or entry in other.lenders for other in used)
+        return (state.entry for state in states if state is not None and state.entry is not None)
 
     def let_go(self, loaded: Callable[[], Iterable[Entry]]) -> None:
-        """Forget the base's own values where neither these have others, nor what is or was live."""
-        if not self.binding.absolutes.merges:
-            return  # and look at none of them: there may be thousands
-        states = (self.live, self.previous, self.original)
-        entries = [*loaded(), *(state.entry for state in states if state is not None and state.entry is not None)]
-        compiled = [entry.compile(self.binding) for entry in entries]
-        needed = {key for one in compiled for merge in one.merges.all for key in merge.keys}
-        self.binding.absolutes.let_go(needed.union(*(one.values for one in compiled)))
+        """Forget the base's own values where neither these have others, nor what is or was live.
+
+        As a rule the first few have others for all of them, and no more are looked at: there may be thousands.
+        """
+        absolutes = self.binding.absolutes
+        unneeded = absolutes.idle
+        for entries in (self._used, loaded):
+            for entry in entries() if unneeded else ():
+                compiled = entry.compile(self.binding)
+                unneeded.difference_update(compiled.values, *(merge.keys for merge in compiled.merges.all))
+                if not unneeded:
+                    return
+        absolutes.let_go(unneeded)
 
     def resize(self, ranks: Mapping[str, int], *, arena: bool) -> None:
         """Give the slots room for `ranks`, values kept. Parameters move."""
@@ -364,6 +374,10 @@ class Engine:
         """Whether what is live is merged where slots have come for it since."""
         state = self.live
         return state.entry is not None and state.image is None and bool(self._merged_beyond(state.entry))
+
+    def _is_merged(self, state: State) -> bool:
+        """Whether some of it is merged into the base's weights."""
+        return state.entry is not None and state.image is None and bool(state.entry.compile(self.binding).merges.all)
 
     def _merged_beyond(self, entry: Entry) -> set[tuple[str, str]]:
         """Tensors of the base that something is merged into, and would not be if the entry were written now."""

@@ -190,11 +190,8 @@ class Gate:
         if in_flight == "now":
             yield
             return
-        turn = self._join(Turn(None, exclusive=True), timeout_seconds)
-        try:
+        with self._writing(Turn(None, exclusive=True), timeout_seconds):
             yield
-        finally:
-            self._end(turn)
 
     @contextmanager
     def visit(self, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> Iterator[Visit]:
@@ -205,7 +202,7 @@ class Gate:
         try:
             yield visit
         finally:
-            if visit.lease is not None:
+            if visit.lease.uses:
                 self.leave(visit.lease)
 
     def count_change(self) -> None:
@@ -219,23 +216,12 @@ class Gate:
         """Whether this thread is the writer."""
         return self._writer is not None and self._writer.thread == threading.get_ident()
 
-    def _enter_writing(self, writer: Turn) -> Lease:
+    def _enter_writing(self, lease: Lease) -> None:
         """A lease for the writer, which lasts when it has written."""
         with self._mutex:
-            assert self._writer is writer
-            lease = Lease(self, _innermost.get())
+            assert self._writes()
             self._admit(lease)
         _innermost.set(lease)
-        return lease
-
-    def _exchange(self, lease: Lease) -> Turn:
-        """Give back a lease for the right to write, before any other that waits but for upgrades."""
-        turn = Turn(None, exclusive=True)
-        with self._mutex:
-            self._enqueue(turn, first=True)
-        self.leave(lease)
-        self._wait(turn, None)
-        return turn
 
     def _own(self) -> Lease | None:
         """The lease on this gate that this context holds."""
@@ -244,13 +230,32 @@ class Gate:
             lease = lease.outer
         return lease
 
-    def _join(self, turn: Turn, timeout_seconds: float | None) -> Turn:
-        """Queue for the right to write, and wait for it."""
-        with self._mutex:
-            self._enqueue(turn)
-            self._admit_next()
-        self._wait(turn, timeout_seconds)
-        return turn
+    @contextmanager
+    def _writing(
+        self, turn: Turn, timeout_seconds: float | None, *, first: bool = False, giving: Lease | None = None
+    ) -> Iterator[None]:
+        """For a block: queue for the right to write, wait for it, and have it.
+
+        Args:
+            turn: to be queued.
+            timeout_seconds: of the wait.
+            first: before any other that waits, but for upgrades.
+            giving: a lease that is given back for it, once it is queued.
+        """
+        try:
+            with self._mutex:
+                self._enqueue(turn, first=first)
+                self._admit_next()
+            if giving is not None:
+                self.leave(giving)
+            self._wait(turn, timeout_seconds)
+            yield
+        finally:
+            try:
+                self._give_up(turn)
+            except BaseException:  # an interrupt: nobody else would ever end it
+                self._give_up(turn)
+                raise
 
     def _enqueue(self, turn: Turn, *, first: bool = False) -> None:
         """Upgrades come before all others, who would wait for their leases; then those who are to be `first`."""
@@ -273,18 +278,20 @@ class Gate:
         self._open[lease] = None
 
     def _admit_next(self) -> None:
-        """Hand over to whoever may go on now; who waits need not race for it with newcomers."""
-        while self._queue and self._writer is None:
+        """Hand over to whoever may go on now; who waits need not race for it with newcomers. May be repeated."""
+        while self._queue:
             turn = self._queue[0]
-            if turn.exclusive:
-                if len(self._open) > (turn.lease is not None):
+            if self._writer is not turn:  # else this was broken off here
+                if self._writer is not None or (turn.exclusive and len(self._open) > (turn.lease is not None)):
                     return
-                self._writer = turn
-            else:
-                assert turn.lease is not None
-                self._admit(turn.lease)
+                if turn.exclusive:
+                    self._writer = turn
+                else:
+                    assert turn.lease is not None
+                    self._admit(turn.lease)
+            if turn.passed.locked():
+                turn.passed.release()
             self._queue.popleft()
-            turn.passed.release()
 
     def _wait(self, turn: Turn, timeout_seconds: float | None) -> None:
         limit = -1 if timeout_seconds is None else min(timeout_seconds, threading.TIMEOUT_MAX)
@@ -305,21 +312,15 @@ class Gate:
             )
 
     def _give_up(self, turn: Turn) -> None:
-        """Take it out of the queue; if its turn has come just now, give back what it got."""
+        """Take it out of the queue, and give back what it got if its turn has come. May be repeated."""
         with self._mutex:
             if turn in self._queue:
                 self._queue.remove(turn)
-            elif self._writer is turn:
+            if self._writer is turn:
                 self._writer = None
             elif turn.lease is not None and not turn.exclusive:
                 turn.lease.uses = 0
-                del self._open[turn.lease]
-            self._admit_next()
-
-    def _end(self, turn: Turn) -> None:
-        with self._mutex:
-            assert self._writer is turn
-            self._writer = None
+                self._open.pop(turn.lease, None)
             self._admit_next()
 
     def _describe(self) -> str:
@@ -335,14 +336,15 @@ class Visit:
     Two visits overlap where the second finds live what it wants: it has nothing to swap, then or later.
 
     Attributes:
-        lease: None once it was given up for the swap at the end.
+        lease: without uses once it was given up for the swap at the end.
     """
 
     def __init__(self, gate: Gate, lease: Lease, in_flight: InFlight | None, deadline: float | None) -> None:
-        self.lease: Lease | None = lease
+        self.lease = lease
         self._gate = gate
         self._now = in_flight == "now"
         self._deadline = deadline
+        self._turn: Turn | None = None
 
     @contextmanager
     def arriving(self, needless: Callable[[], bool]) -> Iterator[None]:
@@ -353,41 +355,38 @@ class Visit:
             InFlightError: leases were open still after the timeout.
         """
         gate, lease = self._gate, self.lease
-        assert lease is not None
         if self._now or needless():
             yield
             return
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         if lease.uses > 1:
-            turn = gate._join(Turn(lease, exclusive=True, gives_way=True), left)
-        else:
-            # Two that hold leases and wait for each other's end would wait for ever.
-            self.lease = None
-            gate.leave(lease)
-            turn = gate._join(Turn(None, exclusive=True), left)
-            self.lease = gate._enter_writing(turn)
-        try:
+            self._turn = Turn(lease, exclusive=True, gives_way=True)
+            with gate._writing(self._turn, left):
+                yield
+            return
+        # Two that hold leases and wait for each other's end would wait for ever.
+        gate.leave(lease)
+        self._turn = Turn(None, exclusive=True)
+        with gate._writing(self._turn, left):
+            self.lease = Lease(gate, _innermost.get())
+            gate._enter_writing(self.lease)
             yield
-        finally:
-            gate._end(turn)
 
     @contextmanager
     def leaving(self, needless: Callable[[], bool]) -> Iterator[None]:
-        """The block that swaps back, before any swap that waits. Waits without a timeout, for it has to be done."""
+        """The block that swaps back, before any swap that waits. Waits without a timeout, for it has to be done.
+
+        If it was broken off it may be done again.
+        """
         gate, lease = self._gate, self.lease
-        assert lease is not None
+        if self._turn is not None:  # of a swap that was broken off: it is held as long as anybody has the traceback
+            gate._give_up(self._turn)
         if self._now or needless():
             yield
             return
-        if lease.uses > 1:
-            turn = gate._join(Turn(lease, exclusive=True), None)
-        else:
-            turn = gate._exchange(lease)
-            self.lease = None
-        try:
+        self._turn = Turn(lease if lease.uses > 1 else None, exclusive=True)
+        with gate._writing(self._turn, None, first=True, giving=lease if lease.uses == 1 else None):
             yield
-        finally:
-            gate._end(turn)
 
 
 def check_in_flight(in_flight: InFlight | None, timeout_seconds: float | None) -> None:

@@ -227,6 +227,8 @@ class Swapper:
                 the plan has as its `plan` the one that would take it, for `grow`.
             CacheFullError: there is no room for it within `Cache.host_bytes`.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r:.200}")
         asked = self._request(source, config, hub)
         schema = survey(self._bound().model, asked) if lazy else None
         if schema is not None and schema.digest in self._proven and not self._library.pins(name):
@@ -518,7 +520,13 @@ class Swapper:
                     yield report
                 finally:
                     if before is not None:
-                        self._swap_back(visit, before)
+                        try:
+                            self._swap_back(visit, before)
+                        except Exception:
+                            raise
+                        except BaseException:  # an interrupt does not leave the adapter live
+                            self._swap_back(visit, before)
+                            raise
 
     def detach(self, *, in_flight: InFlight | None = None, timeout_seconds: float | None = None) -> None:
         """Give the model back as it was at attach, unguarded, and forget it.

@@ -259,7 +259,8 @@ _NUMBERS = [
         ("infinity", float("inf")), ("NaN", float("nan")), ("a number of 400 digits", 10**400))),
     *(_option("lora_alpha", value, errors.ConfigError) for value in ("16", None, True, [16])),
     *(_option("lora_alpha", value, errors.ConfigError, name=f"lora_alpha = {name}") for name, value in (
-        ("infinity", float("inf")), ("NaN", float("nan")), ("a number of 400 digits", 10**400))),
+        ("infinity", float("inf")), ("NaN", float("nan")), ("a number of 400 digits", 10**400),
+        ("a number beyond float32", -1e39))),
     *(_option("lora_dropout", value, errors.ConfigError) for value in (-0.1, 1.5, "0.1", [0.1])),
     Defect("r = 64, rank 4 in the file", partial(_set, "r", 64), errors.TensorError, r"rank 64"),
     Defect("no r, rank 4 in the file", partial(_unset, "r"), errors.TensorError, r"rank 8",

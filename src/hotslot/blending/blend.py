@@ -165,8 +165,9 @@ class Blender:
             return held
         for ingredient in ingredients:
             _refuse_absolute(ingredient.entry, binding)
-        if any(ingredient.entry.compile(binding).merges.all for ingredient in ingredients):
+        if any(not entry.adapter.targets or entry.compile(binding).merges.all for entry, _ in ingredients):
             return self._made(MergedBlend(ingredients, key, binding))
+        refuse_unblendable([ingredient.entry.adapter for ingredient in ingredients])  # whatever the ranks
         if len(ingredients) == 1:
             return self._made(_weighted(ingredients[0], key))
         recipe = self._recipe(ingredients, binding, svd)
@@ -299,7 +300,6 @@ def _beyond(shrunk: Mapping[str, int], ingredients: Sequence[Ingredient]) -> Ran
 def _weighted(ingredient: Ingredient, key: Any) -> Blend:
     """The adapter's own bytes under a config of another alpha."""
     entry, weight = ingredient
-    refuse_unblendable(entry.adapter)
     adapter, checkpoint = entry.adapter, entry.adapter.checkpoint
 
     def scaled(prefix: str, config: Mapping[str, Any]) -> dict[str, Any]:

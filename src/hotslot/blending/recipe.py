@@ -36,15 +36,18 @@ def names_of(adapter: str | Mapping[str, float], blend: str | None) -> list[str]
     """Which adapters `activate` is asked for: by name, so that the order of writing makes no other blend.
 
     Raises:
-        ValueError: what is asked for is no blend.
+        TypeError: what is asked for is neither a name nor name → weight.
+        ValueError: it is no blend.
     """
     if blend not in (None, "svd"):
         raise ValueError(f"blend must be None or 'svd', got {blend!r}")
     if isinstance(adapter, str):
         return [adapter]
+    given: Any = adapter
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"adapter must be a name, or a mapping of names to weights, got {given!r:.200}")
     if not adapter:
         raise ValueError("A blend of no adapters; deactivate() makes the base model live")
-    given: Mapping[str, Any] = adapter
     for name, weight in given.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not abs(weight) <= sys.float_info.max:  # NaN is not, nor a whole number of 400 digits
@@ -136,12 +139,28 @@ def needed_ranks(ingredients: Iterable[Ingredient]) -> dict[str, int]:
     return dict(ranks)
 
 
-def refuse_unblendable(adapter: Adapter) -> None:
-    """Raise unless all of the adapter adds up: neither DoRA's magnitudes do, nor what it has in the base's own place.
+def refuse_unblendable(adapters: Sequence[Adapter]) -> None:
+    """Raise unless all of these adapters add up, and one config of PEFT can say to what.
 
     Raises:
-        UnsupportedError: naming the first tensor that does not.
+        UnsupportedError: naming the first tensor or module that is in the way.
     """
+    for adapter in adapters:
+        _refuse_what_does_not_add_up(adapter)
+    bare = next((adapter for adapter in adapters if adapter.target_parameters), None)
+    biased = next((adapter for adapter in adapters if adapter.lora_bias), None)
+    if bare is not None and biased is not None:
+        raise UnsupportedError(
+            "A blend of an adapter of bare parameters and of one with lora_bias.",
+            where=next(iter(bare.targets)),
+            found=f"target_parameters of {bare.checkpoint.origin}, lora_bias of {biased.checkpoint.origin}",
+            expected="one of the two: PEFT's config has one lora_bias for all, and PEFT refuses it on bare parameters",
+            hint="activate one at a time",
+        )
+
+
+def _refuse_what_does_not_add_up(adapter: Adapter) -> None:
+    """Neither DoRA's magnitudes do, nor what an adapter has in the place of the base's own."""
     odd = [
         f"{fqn}.{suffix}"
         for fqn, target in adapter.targets.items()
@@ -164,7 +183,6 @@ def refuse_unblendable(adapter: Adapter) -> None:
 def _bands(ingredients: Sequence[Ingredient]) -> dict[str, list[Band]]:
     bands: dict[str, list[Band]] = {}
     for i, (entry, _) in enumerate(ingredients):
-        refuse_unblendable(entry.adapter)
         for fqn, target in entry.adapter.targets.items():
             own = bands.setdefault(fqn, [])
             low = own[-1].high if own else 0
@@ -173,11 +191,7 @@ def _bands(ingredients: Sequence[Ingredient]) -> dict[str, list[Band]]:
 
 
 def make_recipe(ingredients: Sequence[Ingredient], shrunk: Mapping[str, int], binding: Binding) -> Recipe:
-    """Lay the blend of these adapters out, `shrunk` modules at the rank that is stated for them.
-
-    Raises:
-        UnsupportedError: an adapter has something that does not add up.
-    """
+    """Lay the blend of these adapters, all of which add up, out; `shrunk` modules at the rank stated for them."""
     bands = _bands(ingredients)
     biased = any(BIAS in piece.target.parts for pieces in bands.values() for piece in pieces)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -248,7 +262,7 @@ def _blended(
         by_key[root.removeprefix(prefix)] = rank
     usual = Counter(by_key.values()).most_common(1)[0][0]
     pattern = {f"^{re.escape(key)}": rank for key, rank in by_key.items() if rank != usual}
-    parameters = next((e.adapter.target_parameters for e, _ in ingredients if e.adapter.target_parameters), ())
+    parameters = dict.fromkeys(name for entry, _ in ingredients for name in entry.adapter.target_parameters)
     whole = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
     return {
         **config,

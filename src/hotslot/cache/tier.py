@@ -117,7 +117,7 @@ class Tier(Generic[T]):
         """
         with self._lock:
             size, reserved = item.nbytes, 0 if room is None else room.nbytes
-            gone = self._make_room(size - reserved - self._sizes.get(name, 0), name)
+            gone = self._make_room(size - reserved - self._sizes.get(name, 0), name, besides=name)
             known, before = self._items.get(name), self._sizes.get(name, 0)
             if known is not None:
                 del self._items[name]
@@ -130,10 +130,17 @@ class Tier(Generic[T]):
     def reserve(self, room: Room, nbytes: int, name: str = "") -> list[T]:
         """Give a room so many bytes more. Returns what had to go.
 
+        Args:
+            room: to be filled.
+            nbytes: more than it has.
+            name: of what will fill it. An item that has the name goes first, as far as it may: it is to be replaced.
+
         Raises:
             CacheFullError: there is no room for as many. Nothing has changed.
         """
         with self._lock:
+            if name in self._items:
+                self._items.move_to_end(name, last=False)
             gone = self._make_room(nbytes, name)
             self._rooms.add(room)
             room.nbytes += nbytes
@@ -217,7 +224,7 @@ class Tier(Generic[T]):
         """Bytes beyond the limit, with `more` of them."""
         return 0 if self.limit_bytes is None else self.nbytes + more - self.limit_bytes
 
-    def _victims(self, nbytes: int, besides: str) -> tuple[list[str], int]:
+    def _victims(self, nbytes: int, besides: str | None) -> tuple[list[str], int]:
         """Who goes for so many bytes, not the item of the name `besides`; and how many bytes are lacking then."""
         chosen, kept = [], []
         for name, item in self._items.items():
@@ -234,10 +241,10 @@ class Tier(Generic[T]):
             self._items.move_to_end(name)  # else the next ones in need would look at all of them again
         return chosen, max(nbytes, 0)
 
-    def _make_room(self, more: int, name: str) -> list[T]:
-        """Let go of what has to for `more` bytes, besides the item of this name."""
+    def _make_room(self, more: int, name: str, *, besides: str | None = None) -> list[T]:
+        """Let go of what has to for `more` bytes, not the item of the name `besides`."""
         settled = self.settle()
-        chosen, lacking = self._victims(self._excess(more) if more > 0 else 0, name)
+        chosen, lacking = self._victims(self._excess(more) if more > 0 else 0, besides)
         if lacking:
             raise CacheFullError(
                 f"{name!r} does not fit into {self._memory}.",

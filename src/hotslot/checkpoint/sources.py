@@ -228,6 +228,8 @@ def from_tensors(
         origin: what to call it in messages.
         pin_memory: copy into page-locked memory.
     """
+    if not isinstance(tensors, Mapping):
+        raise TypeError(f"{origin} must be a mapping of names to tensors, got {type(tensors).__name__}")
     given: Mapping[Any, Any] = tensors
     for name, tensor in given.items():
         sound = isinstance(name, str) and isinstance(tensor, torch.Tensor)
@@ -248,11 +250,11 @@ def from_tensors(
                 expected=problem[1],
                 hint="pass the adapter's own tensors alone, named as in adapter_model.safetensors",
             )
-        if tensor.is_meta or tensor.layout is not torch.strided:
+        if tensor.is_meta or tensor.is_nested or tensor.layout is not torch.strided:
             raise TensorError(
-                f"{origin} holds a tensor without values of its own, or a sparse one.",
+                f"{origin} holds a tensor without values of its own, a nested or a sparse one.",
                 where=name,
-                found=f"device {tensor.device}, layout {tensor.layout}",
+                found=f"device {tensor.device}, layout {tensor.layout}{', nested' if tensor.is_nested else ''}",
                 expected="a dense tensor with values",
                 hint="load its values first, or .to_dense()",
             )

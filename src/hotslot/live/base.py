@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from ..block import SlotShape
 from ..errors import UnsupportedError
 from ..methods import Adapter
 from .copies import base_copies
@@ -56,8 +57,8 @@ def parameter_name(fqn: str, adapter: Adapter, modules: Mapping[str, nn.Module])
     return names[-1 - depth] if depth < len(names) else None
 
 
-def refuse_other_parameters(model: nn.Module, slots: Mapping[str, Slot], adapter: Adapter) -> None:
-    """Raise if a slot that the adapter wants adapts another bare parameter, or a whole module in place of one."""
+def refuse_other_parameters(model: nn.Module, slots: Mapping[str, Slot | SlotShape], adapter: Adapter) -> None:
+    """Raise if a slot that the adapter wants, on the model or planned, is for another bare parameter or the module."""
     if not adapter.target_parameters and not any(slot.parameter for slot in slots.values()):
         return
     modules = base_modules(model)

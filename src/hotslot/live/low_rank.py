@@ -31,6 +31,7 @@ class LowRank:
         key: the weight, [out, in]; [in, out] of transformers' Conv1D, which is `transposed`.
         down, up: A, [rank, in], and B, [out, rank], of one dtype.
         whole: the product in one piece, for libraries that round blocks otherwise.
+        stepwise: the product by itself, for libraries that round otherwise where they add it up.
         fused: with fewer roundings than PEFT.
         magnitude: of DoRA (https://arxiv.org/abs/2402.09353), [out], float32: each row of the sum gets this norm.
     """
@@ -44,6 +45,7 @@ class LowRank:
         *,
         transposed: bool,
         whole: bool = False,
+        stepwise: bool = False,
         fused: bool = False,
         magnitude: torch.Tensor | None = None,
     ) -> None:
@@ -52,7 +54,7 @@ class LowRank:
         left, right = (down.T, up.T) if transposed else (up, down)
         self.fused = fused
         self.magnitude = magnitude.detach() if magnitude is not None else None
-        self._folded = not fused and math.frexp(scaling)[0] == 0.5
+        self._folded = not (fused or stepwise) and math.frexp(scaling)[0] == 0.5
         self.left = left.detach().contiguous()
         self.right = right.detach().contiguous()
         row_bytes = self.right.shape[1] * self.right.element_size()

@@ -276,9 +276,9 @@ def _candidates(
         down: Any = layer.lora_A[SKELETON].weight
         up: Any = layer.lora_B[SKELETON].weight
         if down.dtype not in (torch.float16, torch.bfloat16) or down.is_cuda:  # PEFT takes another way there
-            for whole in (False, True):
-                transposed = bool(layer.fan_in_fan_out)
-                yield LowRank(keys[0], down, up, layer.scaling[SKELETON], transposed=transposed, whole=whole)
+            scaling, transposed = layer.scaling[SKELETON], bool(layer.fan_in_fan_out)
+            for whole, stepwise in ((False, False), (True, False), (True, True)):
+                yield LowRank(keys[0], down, up, scaling, transposed=transposed, whole=whole, stepwise=stepwise)
     yield from _direct(keys, layer, names)
     base = base_of(layer)
     if hasattr(layer, "merged_adapters") and not dict(base.named_buffers()).keys() & set(names):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import torch
 
 from ..checkpoint import PEFT_PREFIX, Checkpoint, TensorSpec
 from ..errors import ConfigError, TensorError, UnsupportedError
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _NESTED = ".base_layer"  # where PEFT keeps what a layer of its own stands around
 
-_LARGEST = sys.float_info.max  # JSON's whole numbers have no bound; those beyond it overflow in the scaling
+_LARGEST = torch.finfo(torch.float32).max  # in which slots hold scalings; JSON's whole numbers have no bound
 # PEFT's names of embeddings (peft.utils.other.EMBEDDING_LAYER_NAMES), and what other models call theirs.
 _EMBEDDINGS = "embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared|embeddings?"
 _BASE_COPY = re.compile(
@@ -119,7 +120,9 @@ class _Pattern:
                 f"{self._origin} has an invalid value.",
                 where=where,
                 found=f"{value!r:.80}",
-                expected=f"a {'whole number from 1' if self._whole else 'finite number'}, by PEFT's LoraConfig",
+                expected="a whole number from 1, by PEFT's LoraConfig"
+                if self._whole
+                else "a number that float32 holds",
                 hint=SAVE_AGAIN,
             )
         return value

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import live
 from ..block import Layout, SlotShape, arrange, pack
-from ..errors import ModelError, RankError, UnexpectedTargetError
+from ..errors import ModelError, RankError, UnexpectedTargetError, UnsupportedError
 from ..methods import Adapter
 
 _BIAS = "lora_B.bias"
@@ -70,6 +70,7 @@ class Plan:
 
         Raises:
             ModelError: they were made for different models.
+            UnsupportedError: their adapters adapt different bare parameters of one module.
         """
         if not isinstance(other, Plan):
             return NotImplemented
@@ -174,7 +175,7 @@ def refuse_unfit(model: nn.Module, adapter: Adapter, plan: Plan, adapter_name: s
     """Raise unless the adapter can be loaded once the model has the slots of `plan`."""
     live.refuse_other_base(model, adapter)
     adapter = live.as_loaded(model, adapter)
-    live.refuse_other_parameters(model, live.find_slots(model, adapter_name), adapter)
+    live.refuse_other_parameters(model, plan.slots, adapter)
     pack(adapter, plan.layout)
     unplanned = sorted(adapter.saved.keys() - plan.saved - live.saved_modules(model, adapter_name))
     if unplanned:
@@ -237,6 +238,14 @@ def _both(first: SlotShape | None, second: SlotShape | None) -> SlotShape:
         known = first or second
         assert known is not None
         return known
+    if first.parameter != second.parameter:
+        raise UnsupportedError(
+            "The two plans have slots for different bare parameters of a module.",
+            where=first.fqn,
+            found=second.parameter or "no bare parameter",
+            expected=f"{first.parameter or 'no bare parameter'}, by the first plan",
+            hint="PEFT wants all adapters of a model to have the same target_parameters",
+        )
     rank = max(first.rank, second.rank)
     first, second = first.at_rank(rank), second.at_rank(rank)
     if any(first.parts[suffix] != second.parts[suffix] for suffix in first.parts.keys() & second.parts.keys()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -138,11 +138,6 @@ class Absolutes:
             self._sites.read.update(missing)
 
     @property
-    def merges(self) -> bool:
-        """Whether there are sites of `take_in`."""
-        return bool(self._merged)
-
-    @property
     def merged_now(self) -> set[Key]:
         """Which tensors of `take_in` may hold something else than the model's own values."""
         return self._merged & self._sites.foreign
@@ -175,10 +170,15 @@ class Absolutes:
         """Write the model's own values over all that is merged, whether or not the slots are still there."""
         self._sites.put_back(self._merged)
 
-    def let_go(self, needed: Collection[Key]) -> None:
-        """Forget what `take_in` has made, but for these and for what has others' values now."""
+    @property
+    def idle(self) -> set[Key]:
+        """Which sites of `take_in` hold the model's own values."""
+        return self._merged - self._sites.foreign
+
+    def let_go(self, keys: Iterable[Key]) -> None:
+        """Forget these of what `take_in` has made, which are `idle`."""
         with self._sites.changing():
-            for key in self._merged - set(needed) - self._sites.foreign:
+            for key in keys:
                 site = self._sites.by_key.pop(key)
                 self._sites.read[key] = site.holder, site.name
                 self._merged.discard(key)
