@@ -1173,6 +1173,23 @@ def test_layers_that_the_drop_in_has_left_empty_are_not_saved(
     assert model.state_dict().keys() == fresh(MLP, folders["four"]).state_dict().keys()
 
 
+def test_a_copy_of_layers_that_were_left_empty_can_be_trained(tmp_path: Path) -> None:
+    """What kept training away from parts that nobody used has gone with the swapper, from copies, too."""
+    whole, subset = (
+        make_adapter(tmp_path / name, MLP, seed=seed, r=2, target_modules=targets, lora_bias=True)
+        for seed, (name, targets) in enumerate({"whole": ["up", "down"], "subset": ["up"]}.items())
+    )
+    model = fresh(MLP, whole)
+    hotslot.hotswap_adapter(model, subset, "default")
+    hotslot.attach(model, {"whole": whole}).detach()
+    for trained in (model, copy.deepcopy(model)):
+        params = [param for name, param in trained.named_parameters() if "lora_" in name]
+        for param in params:
+            torch.nn.init.constant_(param.requires_grad_(True), 0.1)
+        MLP.read(trained(**MLP.inputs())).sum().backward()
+        assert all(param.grad is not None and param.grad.any() for param in params)
+
+
 @pytest.mark.parametrize("option", ["use_dora", "lora_bias", "lora_dropout"])
 def test_attach_after_pefts_functions_goes_on_with_what_is_live(option: str, tmp_path: Path) -> None:
     """Though the adapter that came with the model had no place for it; and after it was deleted, all begins anew."""

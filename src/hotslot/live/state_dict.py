@@ -93,7 +93,7 @@ class TrueRank(Speaker):
                 hook.params = self.params
                 return
         left = copy.copy(self)
-        left._all_shown, left.mutes, left.left = Shown({self.fqn: 0}), {}, True
+        left._all_shown, left.left = Shown({self.fqn: 0}), True
         layer.register_state_dict_post_hook(left)
         layer.register_load_state_dict_pre_hook(left.on_load)
 
