@@ -456,14 +456,17 @@ def test_threads_share_a_budget(gallery: Path) -> None:
     swapper.check_integrity()
 
 
-def test_one_reading_serves_all_who_wait_for_it(gallery: Path) -> None:
+def test_one_reading_serves_all_who_wait_for_it(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, swapper = attached(gallery, 8)
+    library, read, readings = swapper._library, swapper._library._read, []
+    monkeypatch.setattr(library, "_read", lambda *source: [readings.append(source), read(*source)][1])
     threads = [threading.Thread(target=swapper.activate, args=("a01",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert swapper.metrics().misses == 1
+    assert len(readings) == 1
+    assert swapper.metrics().hits + swapper.metrics().misses == 4
 
 
 def test_who_is_told_of_a_swap_holds_nobody_up(gallery: Path) -> None:

@@ -146,11 +146,14 @@ class Engine:
         live.follow_steps(self)
 
     def forget(self) -> None:
-        """Hold nothing of the model, nor of adapters, once it was released or has stood aside for good."""
+        """Hold nothing of the model, nor of adapters, once it was released or has stood aside for good.
+
+        May be repeated.
+        """
         nothing = State(None)
         self.live = self._neutral = nothing
         self.previous = self.original = self._foreign = None
-        del self.binding
+        self.__dict__.pop("binding", None)
 
     @property
     def neutral(self) -> State:

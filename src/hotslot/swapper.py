@@ -90,7 +90,7 @@ class Swapper:
             is_used=engine.uses,
         )
         self._proven: set[bytes] = set()  # digests of Schemas of which an adapter was found to fit
-        self._detaching = self._detached = False
+        self._detaching = self._ending = self._detached = False
         for entry, source in entries:
             self._proven.add(entry.adapter.checkpoint.schema.digest)
             self._library.hold(entry, source)
@@ -534,6 +534,9 @@ class Swapper:
         Slots that attach made are taken out. On a model that had the adapter before, the parameters get their own
         memory and shapes back; the adapter that came with it is live again, with whatever training it has had.
         """
+        if self._ending:  # broken off when the model had been given back
+            self._end()
+            return
         with self._bound().gate.swap(in_flight, timeout_seconds):
             self.abandon()
 
@@ -692,11 +695,16 @@ class Swapper:
         self._end()
 
     def _end(self) -> None:
-        """Hold nothing any more but what was counted: whoever collects metrics may hold this for a long time."""
+        """Hold nothing any more but what was counted: whoever collects metrics may hold this for a long time.
+
+        May be repeated.
+        """
+        self._ending = True
         self._library.clear()
         self._detached = True
         self._injections, self._wrappings, self._stagings = [], [], live.Stagings()
         self._engine.forget()
+        self._ending = False
 
     def _bound(self) -> Engine:
         if self._detached:
